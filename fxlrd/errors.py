@@ -1,0 +1,32 @@
+"""Errors: one line each, saying where, what was found, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FxlrdError(ValueError):
+    """A request that cannot be met. The message is one line: the place, what was found, the remedy."""
+
+
+class CaptureError(FxlrdError):
+    """The model cannot be captured as a graph."""
+
+
+class VerificationError(FxlrdError):
+    """A pass changed what it promised to keep."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> FxlrdError:
+    """Return the error for a name that is not among ``known``, with close matches if there are any."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+    return FxlrdError(f"unknown {kind} {name!r}: {hint}")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's first line that says something, with its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

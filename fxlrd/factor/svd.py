@@ -1,0 +1,61 @@
+"""Truncated SVD of a matrix into two balanced factors (paper, eq. 1-3).
+
+    W (S×C) ≈ last · first,   last = U√Σ (S×R),   first = √Σ Vᵀ (R×C)
+
+Both factors carry √σ, so that their gradients stay of one size when they are fine-tuned.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxlrd.factor.basis import left_basis, working
+
+
+class Pair(NamedTuple):
+    """W ≈ last @ first, with the relative Frobenius error of that."""
+
+    first: Tensor
+    last: Tensor
+    error: float
+
+
+def svd(weight: Tensor, rank: int) -> Pair:
+    """Return the best rank-``rank`` approximation of ``weight`` (…, S, C) as first (…, R, C), last (…, S, R).
+
+    Leading dimensions are a batch. Runs and answers in float32, or float64 for a float64 weight. ``rank``
+    must lie in 1…min(S, C).
+    """
+    w = working(weight)
+    if w.shape[-2] <= w.shape[-1]:
+        left = left_basis(w, rank)
+        right = left.mT @ w
+        scale = right.norm(dim=-1, keepdim=True)
+    else:
+        right = left_basis(w.mT, rank).mT
+        left = w @ right.mT
+        scale = left.norm(dim=-2, keepdim=True).mT
+    first, last = balance(left, right, scale, split_left=w.shape[-2] > w.shape[-1])
+    return Pair(first, last, relative_error(w, last @ first))
+
+
+def balance(left: Tensor, right: Tensor, scale: Tensor, split_left: bool) -> tuple[Tensor, Tensor]:
+    """Return (first, last), moving √σ from the factor that carries σ (``left`` if split_left) to the other.
+
+    ``scale`` (…, R, 1) holds σ. Directions of zero weight stay zero on the side that carried σ.
+    """
+    root = scale.sqrt()
+    inverse = torch.where(root > 0, 1 / root, torch.zeros_like(root))
+    if split_left:
+        return right * root, left * inverse.mT
+    return right * inverse, left * root.mT
+
+
+def relative_error(reference: Tensor, approximation: Tensor) -> float:
+    """Return ‖reference − approximation‖ / ‖reference‖ (Frobenius); 0 for two zero tensors."""
+    norm = torch.linalg.vector_norm(reference).item()
+    difference = torch.linalg.vector_norm(reference - approximation).item()
+    return difference / norm if norm else difference

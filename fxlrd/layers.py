@@ -1,0 +1,220 @@
+"""A layer and its low-rank forms as stock ``torch.nn`` modules.
+
+    Linear, 1×1 conv   svd      first (R) → last
+    k×k conv           tucker2  first (1×1, r1) → core (k×k, r2) → last (1×1)
+
+Exact, whatever the ranks, about everything but the weight: padding of any mode stays where it commutes with
+the 1×1 convs around it (``first`` has no bias, so zeros stay zeros), a 1×1 conv's stride goes to ``first``,
+where it saves the most, and the bias goes to the last factor. A grouped conv has one such form per group,
+run as grouped convs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxlrd.errors import FxlrdError
+from fxlrd.factor.svd import svd
+from fxlrd.factor.tucker import tucker2
+from fxlrd.ranks import svd_rank, tucker1_rank, tucker2_rank
+
+LAYERS = (nn.Conv2d, nn.Linear)
+Ranks = tuple[int | None, ...]
+"""(R,) of an SVD pair, (r1, r2) of a Tucker-2 form (None: that mode is not cut); per group in grouped convs."""
+
+_NARROW = 16
+"""Below this many channels per group a ratio that leaves no rank is a reason, not an error."""
+
+
+def layer(module: nn.Module) -> nn.Conv2d | nn.Linear:
+    """Return the module, which the caller knows to be a Conv2d or Linear, typed so."""
+    assert isinstance(module, LAYERS)
+    return module
+
+
+def op(module: nn.Module) -> str:
+    """Return the layer's stock type name: Conv2d or Linear, also for a subclass."""
+    return "Linear" if isinstance(module, nn.Linear) else "Conv2d"
+
+
+def form(module: nn.Module) -> str:
+    """Return the kind of low-rank form that suits the layer: svd or tucker2."""
+    return "svd" if isinstance(module, nn.Linear) or _area(module) == 1 else "tucker2"
+
+
+def channels(module: nn.Module) -> tuple[int, int, int]:
+    """Return (input channels per group, output channels per group, groups)."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features, 1
+    assert isinstance(module, nn.Conv2d)
+    return module.in_channels // module.groups, module.out_channels // module.groups, module.groups
+
+
+def ranks_for_ratio(module: nn.Module, ratio: float, beta: float = 1.0) -> Ranks | str:
+    """Return the ranks at which the layer's factors have 1/ratio of its parameters, or why there are none.
+
+    Raises FxlrdError where the layer is wide enough to be cut but ``ratio`` leaves it less than rank 1.
+    """
+    c_in, c_out, groups = channels(module)
+    if groups > 1 and min(c_in, c_out) == 1:
+        return f"groups={groups}: one channel a group (depthwise) leaves no rank to cut"
+    where = f"{groups} groups of {c_in}→{c_out}" if groups > 1 else f"{c_in}→{c_out}"
+    ranks: Ranks
+    if form(module) == "svd":
+        ranks = (svd_rank(c_in, c_out, ratio),)
+    else:
+        kernel = layer(module).weight.shape[2:]
+        r1 = tucker2_rank(c_in, c_out, kernel, ratio, beta)
+        ranks = (r1, math.floor(beta * r1))
+        if ranks[0] >= c_in and ranks[1] < c_out:
+            ranks = (None, tucker1_rank(c_in, c_out, kernel, ratio))
+        elif ranks[1] >= c_out and ranks[0] < c_in:
+            ranks = (tucker1_rank(c_out, c_in, kernel, ratio), None)
+    if min(r for r in ranks if r is not None) < 1:
+        if min(c_in, c_out) < _NARROW:
+            return f"{where} is too narrow: ratio={ratio:g} leaves no rank"
+        raise FxlrdError(
+            f"ratio={ratio:g} leaves less than rank 1 for {where}, kernel {kernel_text(module)}: use a ratio of at "
+            f"most {_largest_ratio(module, beta):.3g}, or skip the layer"
+        )
+    if parameters(module, ranks) >= layer(module).weight.numel():
+        return f"{where}: no rank at ratio={ratio:g} saves parameters"
+    return ranks
+
+
+def _largest_ratio(module: nn.Module, beta: float) -> float:
+    rank_one: Ranks = (1,) if form(module) == "svd" else (1, max(1, math.floor(beta)))
+    return layer(module).weight.numel() / parameters(module, rank_one)
+
+
+def explicit_ranks(module: nn.Module, ranks: int | Ranks) -> Ranks:
+    """Return the ranks a user asked for as this layer's form takes them, clipped to full rank.
+
+    An int serves both modes of a Tucker-2 form. Raises FxlrdError for a rank under 1 or a wrong number of them.
+    """
+    c_in, c_out, _ = channels(module)
+    full: tuple[int, ...] = (min(c_in, c_out),) if form(module) == "svd" else (c_in, c_out)
+    given = (ranks,) * len(full) if isinstance(ranks, int) else tuple(ranks)
+    if len(given) != len(full):
+        raise FxlrdError(f"ranks={ranks}: a {form(module)} form takes {len(full)}, got {len(given)}")
+    if any(r is not None and r < 1 for r in given) or all(r is None for r in given):
+        raise FxlrdError(f"ranks={ranks}: a rank is a whole number of at least 1")
+    return tuple(None if r is None else min(r, top) for r, top in zip(given, full, strict=True))
+
+
+def parameters(module: nn.Module, ranks: Ranks) -> int:
+    """Return the number of weight parameters of the layer's form at ``ranks``, bias not counted."""
+    c_in, c_out, groups = channels(module)
+    if form(module) == "svd":
+        (r,) = ranks
+        assert r is not None
+        return groups * r * (c_in + c_out)
+    r1, r2 = ranks
+    core = (r1 or c_in) * (r2 or c_out) * _area(module)
+    return groups * (core + (c_in * r1 if r1 else 0) + (c_out * r2 if r2 else 0))
+
+
+def decomposed(module: nn.Module, ranks: Ranks, sweeps: int = 1) -> tuple[nn.Sequential, float]:
+    """Return the layer's form at ``ranks``, its factors computed from its weight, and their relative error."""
+    weight = _blocks(layer(module))
+    if form(module) == "svd":
+        (rank,) = ranks
+        assert rank is not None
+        pair = svd(weight.flatten(2), rank)
+        return _assemble(layer(module), ranks, [pair.first, pair.last]), pair.error
+    triple = tucker2(weight, *ranks, sweeps=sweeps)
+    factors = [f for f in (triple.first, triple.core, triple.last) if f is not None]
+    return _assemble(layer(module), ranks, factors), triple.error
+
+
+def skeleton(module: nn.Module, ranks: Ranks) -> nn.Sequential:
+    """Return the layer's form at ``ranks`` with arbitrary weights: the same shapes, for timing."""
+    c_in, c_out, groups = channels(module)
+    weight = layer(module).weight
+    if form(module) == "svd":
+        (r,) = ranks
+        shapes: list[tuple[Any, ...]] = [(groups, r, c_in), (groups, c_out, r)]
+    else:
+        r1, r2 = ranks
+        shapes = [(groups, r1, c_in)] if r1 else []
+        shapes.append((groups, r2 or c_out, r1 or c_in, *weight.shape[2:]))
+        shapes += [(groups, c_out, r2)] if r2 else []
+    factors = [torch.full(s, 1e-2, device=weight.device, dtype=weight.dtype) for s in shapes]
+    return _assemble(layer(module), ranks, factors)
+
+
+def _area(module: nn.Module) -> int:
+    return math.prod(layer(module).weight.shape[2:])
+
+
+def kernel_text(module: nn.Module) -> str:
+    """Return the kernel size as text, such as 3×3; 1×1 for a Linear."""
+    return "×".join(str(k) for k in layer(module).weight.shape[2:]) or "1×1"
+
+
+def _blocks(module: nn.Conv2d | nn.Linear) -> Tensor:
+    """Return the weight as (groups, S/G, C/G, k…)."""
+    _, _, groups = channels(module)
+    return module.weight.detach().unflatten(0, (groups, -1))
+
+
+def _assemble(module: nn.Conv2d | nn.Linear, ranks: Ranks, factors: list[Tensor]) -> nn.Sequential:
+    """Wrap factors, each (groups, out, in[, k…]), into modules that do what the layer did."""
+    if isinstance(module, nn.Linear):
+        roles = ["first", "last"]
+        parts: list[nn.Conv2d | nn.Linear] = [
+            nn.Linear(f.shape[2], f.shape[1], bias=i == 1 and module.bias is not None, device="meta")
+            for i, f in enumerate(factors)
+        ]
+    else:
+        where = {
+            "stride": module.stride,
+            "padding": module.padding,
+            "dilation": module.dilation,
+            "padding_mode": module.padding_mode,
+        }
+        if form(module) == "svd":
+            roles, spatial = ["first", "last"], "first"
+        else:
+            roles = [*(["first"] if ranks[0] else []), "core", *(["last"] if ranks[1] else [])]
+            spatial = "core"
+        parts = []
+        for role, f in zip(roles, factors, strict=True):
+            options: dict[str, Any] = where if role == spatial else {}
+            kernel = module.kernel_size if role == spatial else (1, 1)
+            bias = role == roles[-1] and module.bias is not None
+            parts.append(_conv(f, kernel, module.groups, bias, options))
+    for part, f in zip(parts, factors, strict=True):
+        _fill(part, f, like=module)
+    if module.bias is not None:
+        parts[-1].bias = nn.Parameter(module.bias.detach().clone(), module.bias.requires_grad)
+    named: OrderedDict[str, nn.Module] = OrderedDict(zip(roles, parts, strict=True))
+    return nn.Sequential(named).train(module.training)
+
+
+def _conv(
+    factor: Tensor, kernel: tuple[int, ...], groups: int, bias: bool, options: dict[str, Any]
+) -> nn.Conv2d:
+    _, c_out, c_in = factor.shape[:3]
+    # On the meta device: no memory, and the global random state stays as it was.
+    return nn.Conv2d(
+        c_in * groups,
+        c_out * groups,
+        kernel,  # type: ignore[arg-type]
+        groups=groups,
+        bias=bias,
+        device="meta",
+        **options,
+    )
+
+
+def _fill(part: nn.Conv2d | nn.Linear, factor: Tensor, like: nn.Conv2d | nn.Linear) -> None:
+    weight = factor.reshape(part.weight.shape).to(like.weight.dtype)
+    channels_last = like.weight.dim() == 4 and not like.weight.is_contiguous()
+    weight = weight.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    part.weight = nn.Parameter(weight, like.weight.requires_grad)

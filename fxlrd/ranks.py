@@ -1,0 +1,61 @@
+"""Ranks from a compression ratio.
+
+Notation of the paper: C input channels, S output channels, k×k kernel, α compression ratio (parameters of
+the original layer over parameters of its factors), β = r2 / r1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fxlrd.errors import FxlrdError
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise FxlrdError unless ``ratio`` is a finite number above 1."""
+    if not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio <= 1:
+        raise FxlrdError(f"ratio={ratio}: a compression ratio is a finite number above 1, such as 2")
+
+
+def svd_rank(c_in: int, c_out: int, ratio: float) -> int:
+    """Return R = ⌊C·S / (α·(C+S))⌋, the rank at which a factor pair has 1/α of the parameters.
+
+    May return 0 where the ratio is out of the layer's reach. Raises FxlrdError for a ratio that is not a
+    finite number above 1.
+    """
+    check_ratio(ratio)
+    return math.floor(c_in * c_out / (ratio * (c_in + c_out)))
+
+
+def tucker2_rank(
+    c_in: int, c_out: int, kernel_size: int | Sequence[int], ratio: float, beta: float = 1.0
+) -> int:
+    """Return r1 of the paper's eq. (7), floored; r2 is β·r1.
+
+    Positive root of β·k²·r1² + (C + β·S)·r1 = C·S·k²/α, whose left side counts the parameters of the three
+    factors. ``kernel_size`` is k, or (kh, kw), whose product stands for k². Not clipped to C or S: a thin
+    layer may come out above its channel count. Raises FxlrdError for a ratio that is not a finite number
+    above 1 or a β that is not above 0.
+    """
+    check_ratio(ratio)
+    if not beta > 0:
+        raise FxlrdError(f"beta={beta}: the ratio r2/r1 must be above 0")
+    area = _area(kernel_size)
+    b = (c_in + beta * c_out) / (beta * area)
+    return math.floor((-b + math.sqrt(b * b + 4 * c_in * c_out / (beta * ratio))) / 2)
+
+
+def tucker1_rank(c_kept: int, c_cut: int, kernel_size: int | Sequence[int], ratio: float) -> int:
+    """Return the rank of the one-sided form, where only the mode with ``c_cut`` channels is cut.
+
+    Solves c_cut·r + k²·r·c_kept = c_cut·c_kept·k²/α, floored. It is what Tucker-2 becomes where eq. (7)
+    exceeds the other mode's channels.
+    """
+    check_ratio(ratio)
+    area = _area(kernel_size)
+    return math.floor(c_cut * c_kept * area / (ratio * (c_cut + area * c_kept)))
+
+
+def _area(kernel_size: int | Sequence[int]) -> int:
+    return kernel_size**2 if isinstance(kernel_size, int) else math.prod(kernel_size)
