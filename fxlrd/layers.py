@@ -27,6 +27,13 @@ LAYERS = (nn.Conv2d, nn.Linear)
 Ranks = tuple[int | None, ...]
 """(R,) of an SVD pair, (r1, r2) of a Tucker-2 form (None: that mode is not cut); per group in grouped convs."""
 
+
+
+def ranks_text(ranks: Ranks) -> str:
+    """Return ranks as text, such as 204 or 309x309; a mode that is not cut is a dash."""
+    return "x".join("-" if r is None else str(r) for r in ranks)
+
+
 _NARROW = 16
 """Below this many channels per group a ratio that leaves no rank is a reason, not an error."""
 

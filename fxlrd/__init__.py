@@ -1,0 +1,19 @@
+"""fxlrd: trained PyTorch models, faster by low-rank decomposition, verified at every step."""
+
+from fxlrd import ranks
+from fxlrd.capture import capture
+from fxlrd.compress import Result, compress
+from fxlrd.errors import CaptureError, FxlrdError, VerificationError
+from fxlrd.pipeline import Pipeline
+
+__all__ = [
+    "CaptureError",
+    "FxlrdError",
+    "Pipeline",
+    "Result",
+    "VerificationError",
+    "capture",
+    "compress",
+    "ranks",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,5 @@
+"""Model → GraphModule."""
+
+from fxlrd.capture.whole import capture
+
+__all__ = ["capture"]

@@ -1,0 +1,227 @@
+"""Capture of a whole traceable model.
+
+The model is traced in eval mode. Modules of torch.nn are leaves, and so is every module without a conv or
+linear inside (dropout, stochastic depth, activation blocks), so that train and eval mode keep working on
+the result, and every module with hooks, which a trace would run once and then forget. Arguments that the
+example inputs leave at their defaults, and arguments that are no tensors, are frozen and checked at run time.
+The captured graph is run against the model before it is handed on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxlrd.errors import CaptureError, FxlrdError, one_line
+from fxlrd.graph import KEY, Captured, Inputs, Unreached, annotate, difference, evaluating, propagate, run, set_container_mode, tensors
+from fxlrd.layers import LAYERS, op
+
+NEVER_CALLED = "it is never called in eval mode and is no part of the result"
+_INSIDE = (os.path.dirname(torch.__file__), os.path.dirname(os.path.abspath(__file__)))
+
+
+def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
+    """Return ``model`` as a GraphModule with shapes, FLOPs and provenance on its nodes.
+
+    The graph module shares the model's modules; the model itself is not changed. Raises CaptureError for a
+    model that cannot be traced as a whole, naming the module and the line, or whose trace computes something
+    else; FxlrdError for example inputs that the model fails on and for weights that are not finite.
+    """
+    inputs = Inputs.of(example_inputs)
+    check_weights(model)
+    if isinstance(model, LAYERS):
+        model = nn.Sequential(model).train(model.training)
+    reference = tensors(run(model, inputs))
+    if not reference:
+        raise CaptureError(f"{type(model).__name__} returns no tensor for the example inputs")
+    with evaluating(model):
+        gm, warnings = _trace(model, inputs)
+    if _train_path_differs(model, inputs, gm):
+        warnings.append("forward takes another path in training mode: the eval path was captured")
+    annotate(gm)
+    unreached = _unreached(model, gm)
+    dropped = {name: u.params for name, u in unreached.items() if u.reason == NEVER_CALLED}
+    if dropped:
+        warnings.append(
+            f"{len(dropped)} layers ({sum(dropped.values()):,} parameters) are never called in eval mode and no part "
+            f"of the captured model: {', '.join(dropped)}"
+        )
+    gm.meta[KEY] = Captured(inputs, unreached, tuple(warnings))
+    where = f"capture of {type(model).__name__}"
+    found = difference(propagate(gm, inputs), reference, where)
+    eps = max(torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0 for t in reference)
+    if found.relative > 1e3 * eps:
+        raise CaptureError(
+            f"{where}: the trace differs from the model by {found.relative:.2g} relative; is its forward "
+            "random in eval mode, or does it depend on values?"
+        )
+    return gm
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise FxlrdError for a parameter on the meta device or with NaN or Inf in it, by its name."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            raise FxlrdError(f"{name} is not initialised yet: run the lazy model once on an input first")
+        if parameter.is_meta:
+            raise FxlrdError(f"{name} is on the meta device: materialise the model first")
+        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            raise FxlrdError(f"{name} holds NaN or Inf: the model is broken before compression")
+
+
+class _InPlaceProxy(fx.Proxy):
+    """A proxy that records ``y += x`` as the in-place addition it is; torch.fx would make a copy of it."""
+
+
+def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return record
+
+
+for _operation in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+    setattr(_InPlaceProxy, f"__{_operation.__name__}__", _in_place(_operation))
+
+
+class _Tracer(fx.Tracer):
+    """A tracer that keeps layer-free and hooked modules whole, and knows which module it failed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed_in: str | None = None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _InPlaceProxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            super().is_leaf_module(m, module_qualified_name)
+            or isinstance(m, LAYERS)
+            or not any(isinstance(child, LAYERS) for child in m.modules())
+            or bool(m._forward_hooks or m._forward_pre_hooks)
+        )
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed_in is None:
+                self.failed_in = f"{self.path_of_module(m)} ({type(m).__name__})"
+            raise
+
+
+def _trace(model: nn.Module, inputs: Inputs) -> tuple[fx.GraphModule, list[str]]:
+    constants = _constants(model, inputs)
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(model, constants or None)
+    except Exception as error:
+        where = tracer.failed_in or type(model).__name__
+        raise CaptureError(
+            f"{where} cannot be traced at {_line(error)}: {one_line(error)}; "
+            "compress the traceable submodules one by one, or rewrite that line without control flow on tensors"
+        ) from error
+    _keep_argument_names(graph, constants)
+    # The tracer belongs to capture: what is handed on unpickles with plain torch.fx.
+    graph._tracer_cls = None
+    graph.eliminate_dead_code(_is_impure)
+    gm = fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
+    set_container_mode(gm, training=False)
+    frozen = [f"{name}={value!r}" for name, value in constants.items()]
+    hooks = bool(model._forward_hooks or model._forward_pre_hooks)
+    warnings = [f"frozen arguments of forward: {', '.join(frozen)}"] if frozen else []
+    if hooks:
+        warnings.append("the model's own hooks are not carried over: register them on the result")
+    return gm, warnings
+
+
+def _is_impure(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or (node.op != "call_module" and node.is_impure())
+
+
+def _constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Return the arguments of forward to freeze: defaults that were not overridden, and non-tensors."""
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        raise FxlrdError(f"example inputs do not fit forward{signature}: {error}") from error
+    constants = {
+        name: p.default
+        for name, p in signature.parameters.items()
+        if name not in bound.arguments and p.default is not p.empty
+    }
+    for name, value in bound.arguments.items():
+        variadic = signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if not variadic and (value is None or isinstance(value, (bool, int, float, str))):
+            constants[name] = value
+    return constants
+
+
+def _keep_argument_names(graph: fx.Graph, constants: dict[str, Any]) -> None:
+    """Undo the renaming of frozen arguments (mask → mask_1), and let them default to the frozen value."""
+    for node in graph.nodes:
+        stem = str(node.target).rpartition("_")[0]
+        if node.op == "placeholder" and node.target not in constants and stem in constants:
+            node.target = stem
+            node.args = (constants[stem],)
+
+
+def _train_path_differs(model: nn.Module, inputs: Inputs, gm: fx.GraphModule) -> bool:
+    """Whether forward, traced in training mode, is another graph."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.train()
+    try:
+        graph = _Tracer().trace(model, _constants(model, inputs) or None)
+    except Exception:  # whatever stops the trace in training mode, it is another path
+        return True
+    finally:
+        for m, training in modes:
+            m.training = training
+    graph.eliminate_dead_code(_is_impure)
+    return [(n.op, str(n.target), str(n.kwargs)) for n in graph.nodes if n.op != "placeholder"] != [
+        (n.op, str(n.target), str(n.kwargs)) for n in gm.graph.nodes if n.op != "placeholder"
+    ]
+
+
+def _unreached(model: nn.Module, gm: fx.GraphModule) -> dict[str, Unreached]:
+    """Return the layers that no node of the graph calls, each with the reason."""
+    targets = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
+    seen = {id(m) for name, m in model.named_modules(remove_duplicate=False) if name in targets}
+    read = {str(n.target): n for n in gm.graph.nodes if n.op == "get_attr"}
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LAYERS) or id(module) in seen:
+            continue
+        params = sum(p.numel() for p in module.parameters())
+        found[name] = Unreached(_why(model, name, targets, read), op(module), tuple(module.weight.shape), params)
+    return found
+
+
+def _why(model: nn.Module, name: str, targets: set[str], read: dict[str, fx.Node]) -> str:
+    around = next((t for t in targets if name.startswith(f"{t}.")), None)
+    if around is not None:
+        whole = model.get_submodule(around)
+        why = "has hooks and" if whole._forward_hooks or whole._forward_pre_hooks else "reads its weight itself and"
+        return f"{around} ({type(whole).__name__}) {why} is kept whole"
+    if f"{name}.weight" in read:
+        user = next(iter(read[f"{name}.weight"].users), None)
+        by = getattr(user.target, "__name__", user.target) if user is not None else "forward"
+        return f"its weight is read by {by} directly: the layer itself is never called"
+    return NEVER_CALLED
+
+
+def _line(error: BaseException) -> str:
+    """Return file:line of the last frame in the user's code."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_INSIDE)]
+    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "an unknown line"

@@ -1,0 +1,224 @@
+"""compress(): a trained model in, a smaller, verified, measured one out."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxlrd.capture import capture
+from fxlrd.errors import FxlrdError, VerificationError
+from fxlrd.graph import KEY, Inputs, captured, difference, evaluating, propagate, provenance, run, tensors
+from fxlrd.latency import Setting, Timing, compare, compiled
+from fxlrd.layers import LAYERS
+from fxlrd.pipeline import EXACT, Pipeline, Record
+from fxlrd.progress import Progress, bar, quiet
+from fxlrd.report import Report, figures, layer_rows
+
+
+@dataclass(frozen=True)
+class Result:
+    """The compressed ``model`` and the ``report`` on how it came about."""
+
+    model: nn.Module
+    report: Report
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    ratio: float | None = None,
+    preset: str | None = None,
+    pipeline: Pipeline | str | None = None,
+    skip: str | Sequence[str] = (),
+    compile: bool = False,
+    measure: bool = True,
+    verify: bool = True,
+    inplace: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Compress a model by low-rank decomposition and verify every step.
+
+    Args:
+        model: any traceable module, on any device, in any dtype. It is captured in eval mode.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, as the model
+            will get them: shapes, dtype, memory format and batch are those that are timed.
+        ratio: compression ratio of each layer (parameters before / after), for the passes that take one.
+        preset: lrd (the default) or ranks, see `fxlrd.pipeline.PRESETS`.
+        pipeline: passes to run instead of a preset, as a `Pipeline` or in text form.
+        skip: names or globs of layers to leave alone.
+        compile: time layers and model under Inductor with frozen weights, instead of eagerly.
+        measure: time the whole model before and after, side by side.
+        verify: compare the outputs after each pass with those before.
+        inplace: put the new layers into ``model`` itself and return it. Otherwise the result shares nothing with
+            ``model``, which stays as it is.
+        progress: show progress bars while standard error is a terminal.
+
+    Returns:
+        The compressed model, in the mode (train or eval) that each of the original's modules was in, and the
+        report.
+
+    Raises:
+        FxlrdError: for a request that cannot be met; the message is one line, with the remedy.
+    """
+    if not isinstance(model, nn.Module):
+        raise FxlrdError(f"model: a {type(model).__name__} is not a torch.nn.Module")
+    steps = _pipeline(ratio, preset, pipeline, skip, compile)
+    inputs = Inputs.of(example_inputs)
+    show: Progress[Any] = bar if progress else quiet
+    original = capture(model, inputs)
+    done = steps(original, verify=verify, progress=show)
+    gm = done.graph_module
+    known = captured(original)
+    warnings = list(known.warnings) if known is not None else []
+    timings = _measure(model, original, gm, inputs, compile) if measure else {}
+    if timings and done.modified and not timings["after"].faster():
+        warnings.append(
+            f"not faster than the original here: {1 / timings['after'].ratio:.2f}× its speed; "
+            "try a larger ratio, the ranks preset, or another batch size"
+        )
+    report = Report(
+        model=type(model).__name__,
+        device=Setting.here(_device(model, inputs), compile).device,
+        settings=_settings(steps, inputs, compile, timings),
+        before=figures(original, timings.get("before")),
+        after=figures(gm, timings.get("after")),
+        layers=layer_rows(original, gm, done.ledger),
+        passes=[_pass_row(record) for record in done.ledger],
+        warnings=warnings,
+        ledger=done.ledger,
+    )
+    return Result(_install(gm, model, inputs) if inplace else _independent(gm, model), report)
+
+
+def _pipeline(
+    ratio: float | None,
+    preset: str | None,
+    pipeline: Pipeline | str | None,
+    skip: str | Sequence[str],
+    under_inductor: bool,
+) -> Pipeline:
+    if pipeline is not None and preset is not None:
+        raise FxlrdError("preset and pipeline: give one of the two")
+    if pipeline is None:
+        steps = Pipeline.preset(preset or "lrd")
+    else:
+        steps = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
+        if ratio is not None:
+            raise FxlrdError("ratio goes into the pipeline, as in decompose{ratio=2}, or with a preset")
+    if ratio is not None:
+        steps = steps.with_options(ratio=ratio)
+    if skip:
+        steps = steps.with_options(skip=(skip,) if isinstance(skip, str) else tuple(skip))
+    if under_inductor and any(hasattr(p, "compile") for p in steps.passes):
+        steps = steps.with_options(compile=True)
+    return steps
+
+
+def _device(model: nn.Module, inputs: Inputs) -> torch.device:
+    found = next(model.parameters(), None)
+    given = found if found is not None else next(iter(tensors((inputs.args, inputs.kwargs))))
+    return given.device
+
+
+def _measure(
+    model: nn.Module, original: fx.GraphModule, gm: fx.GraphModule, inputs: Inputs, under_inductor: bool
+) -> dict[str, Timing]:
+    """Time the user's model and the result side by side."""
+    with torch.no_grad(), evaluating(model), evaluating(gm):
+        before, after = (compiled(original), compiled(gm)) if under_inductor else (model, gm)
+        return compare(
+            {
+                "before": lambda: before(*inputs.args, **inputs.kwargs),
+                "after": lambda: after(*inputs.args, **inputs.kwargs),
+            },
+            _device(model, inputs),
+            seconds=4.0,
+        )
+
+
+def _settings(
+    steps: Pipeline, inputs: Inputs, under_inductor: bool, timings: dict[str, Timing]
+) -> dict[str, Any]:
+    given = tensors((inputs.args, inputs.kwargs))
+    last = any(t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in given)
+    settings: dict[str, Any] = {
+        "pipeline": str(steps),
+        "inputs": inputs.describe(),
+        "layout": "channels_last" if last else "contiguous",
+        "compile": under_inductor,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    settings["mode"] = (
+        f"{settings['layout']}, {'Inductor' if under_inductor else 'eager'}, {settings['threads']} threads, "
+        f"torch {settings['torch']}"
+    )
+    if timings:
+        ratio, spread = timings["after"].ratio, timings["after"].spread
+        settings["speedup"] = 1 / ratio
+        settings["speedup_spread"] = spread / ratio**2
+    return settings
+
+
+def _pass_row(record: Record) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "text": record.text,
+        "exact": record.exact,
+        "sites": [{"name": site.name, "note": site.note} for site in record.sites],
+        "skipped": [{"name": skip.name, "reason": skip.reason} for skip in record.skipped],
+        "max_abs_error": record.max_abs_error,
+        "relative_error": record.relative_error,
+        "step_error": record.step_error,
+        "seconds": record.seconds,
+        "params": record.params,
+        "flops": record.flops,
+        "depth": record.depth,
+    }
+
+
+def _independent(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """Return a copy that shares no tensor with ``model`` and does not keep it alive."""
+    result = copy.deepcopy(gm)
+    for node in result.graph.nodes:
+        if (known := provenance(node)) is not None:
+            node.meta[KEY] = replace(known, original=None)
+    _restore_modes(result, model)
+    return result
+
+
+def _restore_modes(result: nn.Module, model: nn.Module) -> None:
+    """Give each module the mode of its namesake in ``model``, or of the nearest module around that."""
+    modes = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
+    for name, module in result.named_modules(remove_duplicate=False):
+        around = name
+        while around not in modes:
+            around = around.rpartition(".")[0]
+        module.training = modes[around]
+
+
+def _install(gm: fx.GraphModule, model: nn.Module, inputs: Inputs) -> nn.Module:
+    """Put the rewritten layers into ``model`` under their names; undone if it then computes anything else."""
+    if isinstance(model, LAYERS):
+        raise FxlrdError("inplace: a bare layer cannot replace itself; wrap it in nn.Sequential first")
+    names = {p.name for n in gm.graph.nodes if (p := provenance(n)) is not None and p.role != "original"}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    aliases = {alias: name for name in names for alias, m in modules.items() if m is modules[name]}
+    reference = propagate(gm, inputs)
+    modes = {name: m.training for name, m in modules.items()}
+    for alias, name in aliases.items():
+        model.set_submodule(alias, gm.get_submodule(name).train(modes[alias]))
+    found = difference(tensors(run(model, inputs)), reference, "inplace")
+    eps = max((torch.finfo(t.dtype).eps for t in reference if t.is_floating_point()), default=math.inf)
+    if found.relative > EXACT * eps:
+        for alias in aliases:
+            model.set_submodule(alias, modules[alias])
+        raise VerificationError("inplace: the model does not use its layers as its graph does; use inplace=False")
+    return model

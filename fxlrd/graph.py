@@ -1,0 +1,368 @@
+"""Surgery on FX graphs: provenance, non-destructive copies, replacement of a layer by its factors.
+
+What a node came from is ``node.meta["fxlrd"]``, a `Provenance`; it is shared by copies of the graph and
+survives every pass. What is known of the captured model as a whole is ``graph_module.meta["fxlrd"]``, a
+`Captured`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata, _extract_tensor_metadata
+from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxlrd.errors import FxlrdError, VerificationError, one_line
+from fxlrd.layers import LAYERS
+
+KEY = "fxlrd"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a node comes from.
+
+    ``name`` is the module's name in the captured model, ``role`` one of original, first, core, last, merged,
+    branch; ``ranks`` are those of the layer's low-rank form and ``error`` its relative weight error. The
+    ``original`` module is held by reference, never copied. ``latency`` is the measured time of the layer as
+    it now stands, in seconds, where a pass has measured it.
+    """
+
+    name: str
+    role: str = "original"
+    ranks: tuple[int | None, ...] = ()
+    error: float | None = None
+    latency: float | None = None
+    original: nn.Module | None = field(default=None, compare=False, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Provenance:
+        return self
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Example inputs as positional and keyword arguments of the model's forward."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, example_inputs: Any) -> Inputs:
+        """Read a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
+        if isinstance(example_inputs, Inputs):
+            return example_inputs
+        if isinstance(example_inputs, Mapping):
+            return cls((), dict(example_inputs))
+        if isinstance(example_inputs, (tuple, list)):
+            return cls(tuple(example_inputs))
+        if isinstance(example_inputs, Tensor):
+            return cls((example_inputs,))
+        raise FxlrdError(
+            f"example inputs: a {type(example_inputs).__name__} is not a tensor, a tuple of positional arguments "
+            "or a dict of keyword arguments"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inputs:
+        return self
+
+    def describe(self) -> str:
+        """Return the tensors' dtypes, shapes and devices in words."""
+        tensors = [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, Tensor)]
+        return ", ".join(f"{str(t.dtype)[6:]}{list(t.shape)} on {t.device}" for t in tensors) or "no tensor"
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """A layer that no node of the graph stands for, and why."""
+
+    reason: str
+    op: str
+    shape: tuple[int, ...]
+    params: int
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What capture knows of the whole model: its example inputs, the layers that no node of the graph stands
+    for, by name, and what had to be frozen or left out.
+    """
+
+    inputs: Inputs
+    unreached: dict[str, Unreached]
+    warnings: tuple[str, ...] = ()
+
+
+def provenance(node: fx.Node) -> Provenance | None:
+    """Return the node's provenance, if it has any."""
+    found = node.meta.get(KEY)
+    return found if isinstance(found, Provenance) else None
+
+
+def captured(gm: fx.GraphModule) -> Captured | None:
+    """Return what capture left on the graph module, if it came through capture."""
+    found = gm.meta.get(KEY)
+    return found if isinstance(found, Captured) else None
+
+
+def annotate(gm: fx.GraphModule) -> None:
+    """Give each module call that has no provenance one that names it as original."""
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and provenance(node) is None:
+            node.meta[KEY] = Provenance(str(node.target), original=modules[str(node.target)])
+
+
+def fork(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph module with a graph of its own that shares every leaf module with ``gm``.
+
+    Replacing a module in the fork leaves ``gm`` as it was.
+    """
+    new = fx.GraphModule(gm, copy.deepcopy(gm.graph), class_name=type(gm).__name__)
+    new.meta.update(gm.meta)
+    set_container_mode(new, gm.training)
+    return new
+
+
+def set_container_mode(gm: fx.GraphModule, training: bool) -> None:
+    """Set the mode of the bare modules that torch.fx makes as containers, and of the graph module itself."""
+    gm.training = training
+    for module in gm.modules():
+        if type(module) is nn.Module:
+            module.training = training
+
+
+def called(gm: fx.GraphModule) -> dict[str, nn.Module]:
+    """Return the modules that the graph calls, by target, in graph order."""
+    targets = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op == "call_module")
+    return {target: gm.get_submodule(target) for target in targets}
+
+
+def calls(gm: fx.GraphModule, target: str) -> list[fx.Node]:
+    """Return the nodes that call the module ``target``, in graph order."""
+    return list(gm.graph.find_nodes(op="call_module", target=target))
+
+
+def source(node: fx.Node) -> fx.Node | None:
+    """Return the one tensor input of a layer's call, or None if it is called in another way."""
+    given = [*node.args, *node.kwargs.values()]
+    if len(given) == 1 and isinstance(given[0], fx.Node) and set(node.kwargs) <= {"input", "x"}:
+        return given[0]
+    return None
+
+
+def layers(gm: fx.GraphModule) -> dict[str, nn.Module]:
+    """Return the conv and linear modules that the graph calls, subclasses included, by target."""
+    return {target: m for target, m in called(gm).items() if isinstance(m, LAYERS)}
+
+
+def replaceable(gm: fx.GraphModule) -> dict[str, str | None]:
+    """Return for each layer None, or why it must not be replaced by other modules."""
+    owners = _owners(gm)
+    targets = list(called(gm))
+    return {target: _guard(gm, target, module, owners, targets) for target, module in layers(gm).items()}
+
+
+def _guard(
+    gm: fx.GraphModule, target: str, module: nn.Module, owners: dict[int, list[str]], targets: list[str]
+) -> str | None:
+    if is_parametrized(module):
+        return "its weight is parametrized: remove that with torch.nn.utils.parametrize.remove_parametrizations first"
+    if type(module) not in LAYERS:
+        return f"{type(module).__name__} is a subclass of {type(module).__mro__[1].__name__} with a behaviour of its own"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it has hooks (as weight_norm and spectral_norm do), which a replacement would drop"
+    for name, parameter in module.named_parameters():
+        others = [owner for owner in owners[id(parameter)] if not owner.startswith(f"{target}.")]
+        if others:
+            return f"its {name} is shared with {others[0]}"
+    if any(target.startswith(f"{other}.") for other in targets):
+        return "a module around it is called as a whole as well"
+    if any(source(node) is None for node in calls(gm, target)):
+        return "it is called with more than its input"
+    return None
+
+
+def _owners(gm: fx.GraphModule) -> dict[int, list[str]]:
+    """Return every name of every parameter, by the parameter's identity: two names are a tie."""
+    owners: dict[int, list[str]] = {}
+    aliases: dict[int, str] = {}
+    for prefix, module in gm.named_modules(remove_duplicate=False):
+        canonical = aliases.setdefault(id(module), prefix)
+        if canonical != prefix:
+            continue
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    return owners
+
+
+def replace(gm: fx.GraphModule, target: str, module: nn.Sequential, ranks: tuple[int | None, ...], **known: Any) -> None:
+    """Replace every call of layer ``target`` by calls of the named children of ``module``, in order.
+
+    The children become ``target.<child>``, each with the child's name as its role. ``known`` goes into the
+    provenance. The graph module is changed in place and not yet recompiled.
+    """
+    replaced = gm.get_submodule(target)
+    gm.set_submodule(target, module)
+    for node in calls(gm, target):
+        old = provenance(node)
+        value = source(node)
+        assert value is not None, f"{target} is not replaceable"
+        kept = node.meta
+        with gm.graph.inserting_before(node):
+            for role, part in module.named_children():
+                value = gm.graph.call_module(f"{target}.{role}", (value,))
+                value.meta = {k: v for k, v in kept.items() if k not in ("tensor_meta", "flops")}
+                value.meta[KEY] = Provenance(
+                    old.name if old else target,
+                    role,
+                    ranks,
+                    original=old.original if old else replaced,
+                    **known,
+                )
+                infer_shape(value, part)
+        node.replace_all_uses_with(value)
+        gm.graph.erase_node(node)
+
+
+def restore(gm: fx.GraphModule, name: str, latency: float | None = None) -> None:
+    """Put the original layer ``name`` back in the place of its factors, at every call."""
+    parts = [n for n in gm.graph.nodes if (p := provenance(n)) is not None and p.name == name]
+    inside = set(parts)
+    for last in [n for n in parts if not any(user in inside for user in n.users)]:
+        chain = [last]
+        while (before := source(chain[-1])) in inside and before is not None:
+            chain.append(before)
+        p = provenance(last)
+        assert p is not None and p.original is not None, f"{name}: the original layer is not known"
+        gm.set_submodule(name, p.original)
+        start = source(chain[-1])
+        with gm.graph.inserting_before(last):
+            node = gm.graph.call_module(name, (start,))
+        node.meta = {**last.meta, KEY: Provenance(name, original=p.original, latency=latency)}
+        last.replace_all_uses_with(node)
+        for old in chain:
+            gm.graph.erase_node(old)
+
+
+def infer_shape(node: fx.Node, module: nn.Module) -> None:
+    """Give the node of a layer's call its shape and dtype from those of its input, without computing."""
+    given = node.all_input_nodes[0].meta.get("tensor_meta")
+    if not isinstance(given, TensorMetadata):
+        return
+    stand_in = torch.empty_strided(given.shape, given.stride, dtype=given.dtype, device="meta")
+    weights = {name: t.to("meta") for name, t in module.state_dict().items()}
+    with torch.no_grad():
+        node.meta["tensor_meta"] = _extract_tensor_metadata(torch.func.functional_call(module, weights, (stand_in,)))
+
+
+class _Propagation(ShapeProp):
+    """Runs the graph once and leaves tensor_meta and FLOPs on each node."""
+
+    def __init__(self, gm: fx.GraphModule, counter: FlopCounterMode) -> None:
+        super().__init__(gm)
+        self.counter = counter
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        result = super().run_node(n)
+        n.meta["flops"] = self.counter.get_total_flops() - before
+        return result
+
+
+def propagate(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
+    """Run the graph in eval mode, leave shape, dtype and FLOPs on every node, and return the output tensors.
+
+    FLOPs are those of torch.utils.flop_counter (2 × multiply-adds) for these inputs. nn.MultiheadAttention's
+    fused path, whose FLOPs torch does not count, is kept off for the run.
+    """
+    counter = FlopCounterMode(display=False)
+    with evaluating(gm), torch.no_grad(), BaseTorchFunctionMode(), counter:
+        return tensors(_Propagation(gm, counter).propagate(*positional(gm, inputs)))
+
+
+def positional(gm: fx.GraphModule, inputs: Inputs) -> list[Any]:
+    """Return the inputs in the order of the graph's placeholders; defaults fill what was not given."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    values: list[Any] = list(inputs.args)
+    for node in placeholders[len(values) :]:
+        name = str(node.target)
+        if name in inputs.kwargs:
+            values.append(inputs.kwargs[name])
+        elif node.args:
+            values.append(node.args[0])
+        else:
+            raise FxlrdError(f"example inputs: the model's argument {name!r} is missing")
+    return values
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in an output of any structure, in order."""
+    return [t for t in tree_flatten(value)[0] if isinstance(t, Tensor)]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put the module in eval mode; on leaving, each submodule is in its own former mode again."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far outputs lie apart: largest absolute difference, and ‖a − b‖ / ‖b‖ over all of them."""
+
+    max_abs: float
+    relative: float
+
+
+def difference(outputs: list[Tensor], reference: list[Tensor], where: str) -> Difference:
+    """Compare output counts, shapes and dtypes, then values (in float64).
+
+    Raises VerificationError, naming ``where``, if anything but values differs or values are not finite where
+    the reference is.
+    """
+    if len(outputs) != len(reference):
+        raise VerificationError(f"{where}: {len(outputs)} output tensors instead of {len(reference)}")
+    largest = above = below = 0.0
+    for i, (a, b) in enumerate(zip(outputs, reference, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise VerificationError(
+                f"{where}: output {i} is {a.dtype}{list(a.shape)} instead of {b.dtype}{list(b.shape)}"
+            )
+        wide = torch.complex128 if b.is_complex() else torch.float64
+        a, b = a.to(wide), b.to(wide)
+        same = (a == b) | (a.isnan() & b.isnan())
+        gap = torch.where(same, torch.zeros_like(a), a - b).abs()
+        if not gap.isfinite().all():
+            raise VerificationError(f"{where}: output {i} has NaN or Inf where the reference is finite")
+        largest = max(largest, gap.max().item() if gap.numel() else 0.0)
+        above += gap.square().sum().item()
+        below += torch.where(b.isfinite(), b, torch.zeros_like(b)).abs().square().sum().item()
+    return Difference(largest, (above / below) ** 0.5 if below else above**0.5)
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """Run the model in eval mode without gradients. Raises FxlrdError where it fails on these inputs."""
+    with evaluating(model), torch.no_grad():
+        try:
+            return model(*inputs.args, **inputs.kwargs)
+        except Exception as error:
+            weights = next(iter(model.parameters()), None)
+            has = f"the model's weights are {str(weights.dtype)[6:]} on {weights.device}; " if weights is not None else ""
+            raise FxlrdError(
+                f"the model fails on the example inputs ({inputs.describe()}): {has}{one_line(error)}"
+            ) from error

@@ -1,0 +1,134 @@
+"""decompose: layers into low-rank factors.
+
+    Linear, 1×1 conv:   W ≈ last · first                    (truncated SVD, balanced)
+    k×k conv:           W ≈ core ×_C first ×_S last         (Tucker-2, orthonormal outer factors)
+
+Approximate: the weight's relative error is recorded at each site. At full rank it is exact. Everything but
+the weight is carried over exactly (fxlrd/layers.py). Left alone: the stem (a conv that reads the model's
+input, of at most four channels), what ``skip`` names, and whatever cannot be cut, each with the reason.
+
+    x ─ conv2 ─ y     →     x ─ conv2.first ─ conv2.core ─ conv2.last ─ y
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from fxlrd.errors import FxlrdError, unknown
+from fxlrd.graph import annotate, calls, captured, fork, layers, provenance, replace, replaceable, source
+from fxlrd.layers import Ranks, decomposed, explicit_ranks, form, ranks_for_ratio, ranks_text
+from fxlrd.passes.result import PassResult, Site, Skip, matches, names
+from fxlrd.progress import Progress, quiet
+from fxlrd.ranks import check_ratio
+
+_STEM_CHANNELS = 4
+
+
+@dataclass(frozen=True)
+class Decompose:
+    """Replace conv and linear layers by their low-rank factors.
+
+    ``ratio`` is the compression ratio of each layer (parameters before / after). ``ranks`` overrides it: one
+    int or tuple for all layers, or a mapping from names or globs to those, in which case only the layers it
+    names are decomposed. A Tucker-2 form takes (r1, r2), an int stands for both; ranks are clipped to full
+    rank. ``skip`` takes names and globs of layers or of modules around them. ``beta`` is r2/r1. ``sweeps`` of
+    orthogonal iteration refine a Tucker-2 form.
+    """
+
+    ratio: float = 2.0
+    ranks: int | tuple[int | None, ...] | Mapping[str, int | tuple[int | None, ...]] | None = None
+    skip: tuple[str, ...] = ()
+    beta: float = 1.0
+    sweeps: int = 1
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        object.__setattr__(self, "skip", names(self.skip))
+
+    def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
+        """Return a decomposed copy of ``gm`` that shares the layers left alone.
+
+        Raises FxlrdError where the ratio leaves a wide layer less than rank 1, and for a name or glob in
+        ``skip`` or ``ranks`` that fits no layer.
+        """
+        annotate(gm)
+        gm = fork(gm)
+        known = captured(gm)
+        self._check_names([*layers(gm), *(known.unreached if known is not None else ())])
+        sites: list[Site] = []
+        skipped: list[Skip] = []
+        reasons = replaceable(gm)
+        for name, module in progress(list(layers(gm).items()), "decompose"):
+            ranks = self._ranks(gm, name, module, reasons[name])
+            if isinstance(ranks, str):
+                skipped.append(Skip(_origin(gm, name), ranks))
+                continue
+            factors, error = decomposed(module, ranks, self.sweeps)
+            replace(gm, name, factors, ranks, error=error)
+            sites.append(Site(name, False, f"{form(module)} at rank {ranks_text(ranks)}"))
+        self._check_reach(sites, skipped)
+        gm.graph.lint()
+        gm.recompile()
+        return PassResult(gm, tuple(sites), tuple(skipped))
+
+    def _ranks(self, gm: fx.GraphModule, name: str, module: nn.Module, guard: str | None) -> Ranks | str:
+        """Return the layer's ranks, or why it is left alone."""
+        node = calls(gm, name)[0]
+        known = provenance(node)
+        if known is not None and known.role != "original":
+            return "it is a low-rank factor already"
+        if guard is not None:
+            return guard
+        if (pattern := matches(name, self.skip)) is not None:
+            return f"skip={pattern}"
+        try:
+            if isinstance(self.ranks, Mapping):
+                pattern = matches(name, list(self.ranks))
+                return "ranks= does not name it" if pattern is None else explicit_ranks(module, self.ranks[pattern])
+            if is_stem(gm, name, module):
+                return f"in_channels={module.in_channels}: the stem reads the model's input"
+            if self.ranks is not None:
+                return explicit_ranks(module, self.ranks)
+            return ranks_for_ratio(module, self.ratio, self.beta)
+        except FxlrdError as error:
+            raise FxlrdError(f"{name}: {error}") from None
+
+    def _check_names(self, known: list[str]) -> None:
+        given = [*self.skip, *(self.ranks if isinstance(self.ranks, Mapping) else ())]
+        for pattern in given:
+            if not any(matches(name, [pattern]) for name in known):
+                raise unknown("layer", pattern, known)
+
+    def _check_reach(self, sites: list[Site], skipped: list[Skip]) -> None:
+        narrow = [s for s in skipped if "leaves no rank" in s.reason]
+        if narrow and not sites and self.ranks is None:
+            raise FxlrdError(f"{narrow[0].name}: {narrow[0].reason}, nor for any other layer: use a smaller ratio")
+
+
+def is_stem(gm: fx.GraphModule, name: str, module: nn.Module) -> bool:
+    """Whether the layer is a conv that reads the model's input, of at most four channels, with no layer before."""
+    if not isinstance(module, nn.Conv2d) or module.in_channels > _STEM_CHANNELS:
+        return False
+    found = layers(gm)
+    return all(not _reads_layer(source(call), found) for call in calls(gm, name))
+
+
+def _reads_layer(node: fx.Node | None, found: Mapping[str, nn.Module]) -> bool:
+    pending, seen = [node] if node is not None else [], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "call_module" and str(current.target) in found:
+            return True
+        pending.extend(current.all_input_nodes)
+    return False
+
+
+def _origin(gm: fx.GraphModule, name: str) -> str:
+    known = provenance(calls(gm, name)[0])
+    return known.name if known is not None else name

@@ -1,0 +1,57 @@
+"""What a pass hands back."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from fxlrd.latency import Timing
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that a pass rewrote: its name in the captured model, whether that was exact in eval mode, and
+    what was done, in words. ``timings`` holds what was measured on the way, by ranks ("original", "32x32").
+    """
+
+    name: str
+    exact: bool
+    note: str
+    timings: dict[str, Timing] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A layer that a pass left alone, and why, in words that a user can act on."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The rewritten graph module, and what was rewritten and skipped. The pass's input is not changed."""
+
+    graph_module: fx.GraphModule
+    sites: tuple[Site, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+
+    @property
+    def modified(self) -> bool:
+        """Whether any site was rewritten."""
+        return bool(self.sites)
+
+
+def matches(name: str, patterns: Sequence[str]) -> str | None:
+    """Return the first of ``patterns`` (names or globs) that the module ``name``, or a module around it, fits."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return next((p for p in patterns if any(fnmatch.fnmatchcase(n, p) for n in prefixes)), None)
+
+
+def names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Return names or globs as a tuple; one string is one name."""
+    return (given,) if isinstance(given, str) else tuple(given)

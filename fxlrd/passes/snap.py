@@ -1,0 +1,261 @@
+"""snap: ranks to where the device is fast, by timing; the original layer back where it is not faster.
+
+Time is a staircase in the rank, since kernels work in vectors and tiles: a rank just above a step pays for
+the whole step. For each decomposed layer, with R its present rank, ranks r in [floor·R, R] are timed on the
+device against the original layer.
+
+    grid         R, and the largest multiples of 16 (of 8, where that is under the floor) and of 64 up to it;
+                 one search for all layers of one signature. Taken: the r whose time falls most below
+                 t(R)·(cost(r)/cost(R))^trade. With trade=1 rank is given up only where it buys more than its
+                 proportion of time; the default of ½ allows for the singular values that go being the
+                 smallest.
+    algorithm1   the paper's scan of every r. Taken: the r below the largest drop of t between r+1 and r (the
+                 paper's argmax names the rank *above* the drop: see its Algorithm 1 and Table 2).
+
+Either way a difference inside the measurement's noise is no gain: R stays, and the original comes back
+unless the factors are faster by more than the noise. Approximate where it moves a rank (the result is what
+`decompose` gives at that rank), exact where it restores an original.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace as changed
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import TensorMetadata
+
+from fxlrd.errors import FxlrdError, unknown
+from fxlrd.graph import KEY, fork, infer_shape, provenance, restore, source
+from fxlrd.latency import Cache, Setting, Timing, compare, compiled, example, signature
+from fxlrd.layers import Ranks, channels, decomposed, parameters, ranks_text, skeleton
+from fxlrd.passes.result import PassResult, Site, Skip
+from fxlrd.progress import Progress, quiet
+
+SEARCHES = ("grid", "algorithm1")
+ORIGINAL = "original"
+_GROUP = 8
+
+
+@dataclass(frozen=True)
+class Snap:
+    """Move the ranks of decomposed layers to where the device is fast.
+
+    ``search`` is grid or algorithm1. No rank falls below ``floor`` times what it was. ``trade`` is grid's
+    exponent (module docstring), from 0, the fastest rank, to 1. ``compile`` times layers
+    under Inductor with frozen weights instead of eagerly. ``seconds`` bounds the timing of one layer
+    signature. ``cache=False`` neither reads nor writes the timings on disk. Raises FxlrdError for options out
+    of range.
+    """
+
+    search: str = "grid"
+    floor: float = 0.75
+    trade: float = 0.5
+    compile: bool = False
+    seconds: float = 1.5
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.search not in SEARCHES:
+            raise unknown("search", self.search, SEARCHES)
+        if not 0 < self.floor <= 1:
+            raise FxlrdError(f"snap: floor={self.floor} is not a fraction of the rank in (0, 1]")
+        if not 0 <= self.trade <= 1:
+            raise FxlrdError(f"snap: trade={self.trade} is not in [0, 1]")
+        if not self.seconds > 0:
+            raise FxlrdError(f"snap: seconds={self.seconds} leaves no time to measure")
+
+    def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
+        """Return a copy of ``gm`` at the snapped ranks. Nodes need shapes: capture or propagate first."""
+        gm = fork(gm)
+        sites: list[Site] = []
+        skipped: list[Skip] = []
+        known: dict[str, dict[str, Timing]] = {}
+        for name, place in progress(list(_places(gm).items()), "snap"):
+            if isinstance(place, str):
+                skipped.append(Skip(name, place))
+                continue
+            shared = known.setdefault(place.signature, {}) if self.search == "grid" else {}
+            timings = self._measure(place, shared)
+            chosen = self._choose(place, timings)
+            _apply(gm, name, place, chosen, timings)
+            if chosen == place.ranks:
+                skipped.append(Skip(name, f"rank {ranks_text(chosen)} stays: no step below it pays"))
+            else:
+                sites.append(Site(name, chosen is None, _note(place, chosen, timings), timings))
+        gm.graph.lint()
+        gm.recompile()
+        return PassResult(gm, tuple(sites), tuple(skipped))
+
+    def _measure(self, place: Place, known: dict[str, Timing]) -> dict[str, Timing]:
+        """Return the time of the original and of each candidate; what ``known`` or the cache holds is not timed."""
+        setting = Setting.here(place.device, self.compile)
+        cache = Cache() if self.cache else None
+        if cache is not None and not known:
+            known.update(cache.load(setting, place.signature))
+        wanted = self._candidates(place)
+        missing = [r for r in wanted if ranks_text(r) not in known]
+        for start in range(0, len(missing), _GROUP):
+            group = missing[start : start + _GROUP]
+            found = _time(place, group, self.compile, self.seconds)
+            known.update({k: t for k, t in found.items() if k != ORIGINAL or k not in known})
+            if cache is not None:
+                cache.store(setting, place.signature, known)
+        return {key: known[key] for key in [ORIGINAL, *map(ranks_text, wanted)]}
+
+    def _candidates(self, place: Place) -> list[Ranks]:
+        """Return the ranks to time, from the present one downward."""
+        lowest: Ranks = tuple(None if r is None else math.ceil(self.floor * r) for r in place.ranks)
+        if self.search == "grid":
+            return _grid(place.ranks, lowest, place.groups)
+        return [r for r in _scan(place.ranks) if _reaches(r, lowest)]
+
+    def _choose(self, place: Place, timings: dict[str, Timing]) -> Ranks | None:
+        """Return the ranks to take; None is the original layer."""
+        candidates = self._candidates(place)
+        if self.search == "algorithm1":
+            chosen = _largest_drop(candidates, timings)
+        else:
+            chosen = _best_share(place, candidates, timings, self.trade)
+        if timings[ranks_text(chosen)].faster():
+            return chosen
+        fastest = min(candidates, key=lambda r: timings[ranks_text(r)].ratio)
+        return fastest if timings[ranks_text(fastest)].faster() else None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A decomposed layer: its original, its present ranks, and the input that it sees."""
+
+    original: nn.Module
+    ranks: Ranks
+    groups: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: str
+    device: torch.device
+
+    @property
+    def signature(self) -> str:
+        return signature(self.original, self.shape, self.dtype, self.layout)
+
+
+def _places(gm: fx.GraphModule) -> dict[str, Place | str]:
+    """Return the decomposed layers by name, or why one cannot be timed."""
+    places: dict[str, Place | str] = {}
+    for node in gm.graph.nodes:
+        known = provenance(node)
+        if known is None or known.role not in ("first", "core", "last") or known.name in places:
+            continue
+        given = source(node)
+        meta = given.meta.get("tensor_meta") if given is not None else None
+        if known.original is None:
+            places[known.name] = "its original layer is not known any more: snap before the model is handed out"
+        elif not isinstance(meta, TensorMetadata):
+            places[known.name] = "its input's shape is not known: give example inputs"
+        else:
+            weight = next(known.original.parameters())
+            layout = "channels_last" if meta.memory_format == torch.channels_last else "contiguous"
+            places[known.name] = Place(
+                known.original,
+                known.ranks,
+                channels(known.original)[2],
+                tuple(meta.shape),
+                meta.dtype,
+                layout,
+                weight.device,
+            )
+    return places
+
+
+def _scan(ranks: Ranks) -> list[Ranks]:
+    """Return every rank from the present one down, the second mode in proportion to the first."""
+    top = next(r for r in ranks if r is not None)
+    return [_scaled(ranks, r / top) for r in range(top, 0, -1)]
+
+
+def _scaled(ranks: Ranks, share: float) -> Ranks:
+    return tuple(None if r is None else max(1, round(r * share)) for r in ranks)
+
+
+def _reaches(ranks: Ranks, lowest: Ranks) -> bool:
+    return all(a is None or b is None or a >= b for a, b in zip(ranks, lowest, strict=True))
+
+
+def _grid(ranks: Ranks, lowest: Ranks, groups: int) -> list[Ranks]:
+    """Return the present ranks and the hardware multiples below them, descending."""
+    sixteen, eight, sixty_four = (_rounded(ranks, m, groups) for m in (16, 8, 64))
+    found = [ranks, sixteen if _reaches(sixteen, lowest) else eight, sixty_four]
+    return list(dict.fromkeys(r for r in found if _reaches(r, lowest)))
+
+
+def _rounded(ranks: Ranks, multiple: int, groups: int) -> Ranks:
+    """Return the ranks rounded down so that groups·rank is a multiple."""
+    unit = multiple // math.gcd(multiple, groups)
+    return tuple(None if r is None else r // unit * unit for r in ranks)
+
+
+def _best_share(place: Place, candidates: Sequence[Ranks], timings: dict[str, Timing], trade: float) -> Ranks:
+    full = timings[ranks_text(place.ranks)]
+    cost = parameters(place.original, place.ranks)
+
+    def gain(ranks: Ranks) -> float:
+        timing = timings[ranks_text(ranks)]
+        share = (parameters(place.original, ranks) / cost) ** trade
+        won = share * full.ratio - timing.ratio
+        return won if won > math.hypot(timing.spread, full.spread * share) else 0.0
+
+    return max(candidates, key=gain)  # the first, highest rank where nothing is won
+
+
+def _largest_drop(candidates: Sequence[Ranks], timings: dict[str, Timing]) -> Ranks:
+    best, largest = candidates[0], 0.0
+    for above, below in zip(candidates, candidates[1:], strict=False):
+        high, low = timings[ranks_text(above)], timings[ranks_text(below)]
+        if low.faster(high) and high.ratio - low.ratio > largest:
+            best, largest = below, high.ratio - low.ratio
+    return best
+
+
+def _time(place: Place, group: Sequence[Ranks], under_inductor: bool, seconds: float) -> dict[str, Timing]:
+    x = example(place.shape, place.dtype, place.layout, place.device)
+    variants = {ORIGINAL: place.original} | {ranks_text(r): skeleton(place.original, r) for r in group}
+    with torch.no_grad():
+        calls = {key: _call(m.eval(), x, under_inductor) for key, m in variants.items()}
+        return compare(calls, place.device, seconds=seconds)
+
+
+def _call(module: nn.Module, x: Tensor, under_inductor: bool) -> Callable[[], object]:
+    called = compiled(nn.Sequential(module)) if under_inductor else module
+    return lambda: called(x)
+
+
+def _apply(gm: fx.GraphModule, name: str, place: Place, ranks: Ranks | None, timings: dict[str, Timing]) -> None:
+    if ranks is None:
+        restore(gm, name, latency=timings[ORIGINAL].seconds)
+        return
+    known: dict[str, float] = {"latency": timings[ranks_text(ranks)].seconds}
+    parts: nn.Sequential | None = None
+    if ranks != place.ranks:
+        parts, known["error"] = decomposed(place.original, ranks)
+        gm.set_submodule(name, parts)
+    for node in gm.graph.nodes:
+        p = provenance(node)
+        if p is not None and p.name == name:
+            node.meta[KEY] = changed(p, ranks=ranks, **known)
+            if parts is not None:
+                infer_shape(node, parts.get_submodule(p.role))
+
+
+def _note(place: Place, chosen: Ranks | None, timings: dict[str, Timing]) -> str:
+    before = timings[ranks_text(place.ranks)]
+    if chosen is None:
+        return f"original back: rank {ranks_text(place.ranks)} takes {before.ratio:.2f} of its time"
+    after = timings[ranks_text(chosen)]
+    return (
+        f"rank {ranks_text(place.ranks)} → {ranks_text(chosen)}: "
+        f"{before.ratio:.2f} → {after.ratio:.2f} of the original's time"
+    )
+

@@ -1,0 +1,271 @@
+"""Passes in order, each verified before the next, and a ledger of what they did.
+
+The text form names passes and their options, ``decompose{ratio=2,skip=fc|layer1.*},snap``: values are
+numbers, words, true/false; ``a|b`` is a tuple of names and ``32x24`` a tuple of ranks.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from fxlrd import cost
+from fxlrd.errors import FxlrdError, VerificationError, unknown
+from fxlrd.graph import Inputs, annotate, captured, difference, propagate
+from fxlrd.passes import PASSES, PassResult, Site, Skip
+from fxlrd.progress import Progress, quiet
+
+PRESETS = {
+    "lrd": "decompose",
+    "ranks": "decompose,snap",
+}
+"""The presets in text form: the paper's rows."""
+
+EXACT = 1e3
+"""An exact pass may change the outputs by this multiple of the dtype's epsilon, relative."""
+
+
+class Pass(Protocol):
+    """What a pipeline runs: a dataclass whose fields are the pass's options."""
+
+    def __call__(self, gm: fx.GraphModule, progress: Progress = ...) -> PassResult: ...
+
+
+Callback = Callable[[fx.GraphModule, Pass, fx.GraphModule], None]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the ledger: what a pass did, and how far outputs moved on the example inputs.
+
+    ``relative_error`` and ``max_abs_error`` are against the pipeline's input, ``step_error`` (relative) against
+    the pass's own; None where nothing was verified. ``exact`` says that every site was.
+    """
+
+    name: str
+    text: str
+    exact: bool
+    sites: tuple[Site, ...]
+    skipped: tuple[Skip, ...]
+    max_abs_error: float | None
+    relative_error: float | None
+    step_error: float | None
+    seconds: float
+    params: int
+    flops: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """The rewritten graph module, whether any pass modified it, and the ledger."""
+
+    graph_module: fx.GraphModule
+    modified: bool
+    ledger: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An ordered tuple of passes. Calling it leaves the graph module that it is given unchanged."""
+
+    passes: tuple[Pass, ...]
+
+    def __init__(self, passes: Iterable[Pass]) -> None:
+        object.__setattr__(self, "passes", tuple(passes))
+        for p in self.passes:
+            if not callable(p):
+                raise FxlrdError(f"a pipeline takes passes, such as Decompose(), not {p!r}; for text: Pipeline.parse")
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """Read the text form. Raises FxlrdError for an unknown pass or option, with close matches."""
+        passes = []
+        for name, options in _split(text):
+            if name not in PASSES:
+                raise unknown("pass", name, PASSES)
+            passes.append(_build(name, options))
+        return cls(passes)
+
+    @classmethod
+    def preset(cls, name: str) -> Pipeline:
+        """Return a preset by name. Raises FxlrdError for an unknown one."""
+        if name not in PRESETS:
+            raise unknown("preset", name, PRESETS)
+        return cls.parse(PRESETS[name])
+
+    def with_options(self, **options: Any) -> Pipeline:
+        """Return the pipeline with each option set on the passes that have it. One that none has is an error."""
+        for option in options:
+            if not any(option in _options(p) for p in self.passes):
+                raise FxlrdError(f"{option}: no pass of {self} has this option")
+        return Pipeline(
+            replace(p, **{k: v for k, v in options.items() if k in _options(p)})  # type: ignore[type-var]
+            for p in self.passes
+        )
+
+    def __str__(self) -> str:
+        return ",".join(_text(p) for p in self.passes)
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Any = None,
+        *,
+        verify: bool = True,
+        callback: Callback | None = None,
+        progress: Progress = quiet,
+    ) -> PipelineResult:
+        """Run the passes on ``gm``.
+
+        ``example_inputs`` default to those that ``gm`` was captured with; without any, nothing is verified.
+        ``callback(before, pass, after)`` is called after each pass. Raises VerificationError if an exact pass
+        changed the outputs beyond rounding or any pass changed their number, shapes or dtypes.
+        """
+        known = captured(gm)
+        inputs = Inputs.of(example_inputs) if example_inputs is not None else known.inputs if known else None
+        annotate(gm)
+        reference = propagate(gm, inputs) if inputs is not None else None
+        outputs = reference
+        ledger = []
+        start_gm = gm
+        for step in self.passes:
+            start = time.perf_counter()
+            result = step(gm, progress)
+            after = result.graph_module
+            seconds = time.perf_counter() - start
+            if result.modified and inputs is not None:
+                new = propagate(after, inputs)
+                errors = _verify(step, result, new, outputs, reference) if verify else (None, None, None)
+                outputs = new
+            else:
+                errors = (0.0, 0.0, 0.0) if verify and not ledger and not result.modified else (None, None, None)
+                if ledger and not result.modified:
+                    errors = (ledger[-1].max_abs_error, ledger[-1].relative_error, 0.0 if verify else None)
+            ledger.append(_record(step, result, errors, seconds))
+            if callback is not None:
+                callback(gm, step, after)
+            gm = after
+        return PipelineResult(gm, gm is not start_gm and any(r.sites for r in ledger), tuple(ledger))
+
+
+Errors = tuple[float | None, float | None, float | None]
+
+
+def _verify(
+    step: Pass,
+    result: PassResult,
+    outputs: list[Tensor],
+    before: list[Tensor] | None,
+    reference: list[Tensor] | None,
+) -> Errors:
+    """Return (largest absolute, relative) error against the reference, and relative against the pass's input."""
+    assert before is not None
+    assert reference is not None
+    name = type(step).__name__.lower()
+    moved = difference(outputs, before, name)
+    total = difference(outputs, reference, name)
+    if all(site.exact for site in result.sites):
+        eps = max((torch.finfo(t.dtype).eps for t in outputs if t.is_floating_point()), default=0.0)
+        if moved.relative > EXACT * eps:
+            raise VerificationError(
+                f"{name}: said to be exact, but the outputs moved by {moved.relative:.2g} relative "
+                f"(allowed: {EXACT * eps:.2g}); first site: {result.sites[0].name}. Please report this"
+            )
+    return total.max_abs, total.relative, moved.relative
+
+
+def _record(step: Pass, result: PassResult, errors: Errors, seconds: float) -> Record:
+    gm = result.graph_module
+    return Record(
+        type(step).__name__.lower(),
+        _text(step),
+        all(site.exact for site in result.sites),
+        result.sites,
+        result.skipped,
+        *errors,
+        seconds,
+        cost.params(gm),
+        cost.flops(gm),
+        cost.depth(gm),
+    )
+
+
+def _options(p: Pass) -> dict[str, Any]:
+    return {f.name: getattr(p, f.name) for f in fields(p)}  # type: ignore[arg-type]
+
+
+def _text(p: Pass) -> str:
+    """Return a pass in text form, with the options that are not at their defaults."""
+    name = next((n for n, cls in PASSES.items() if type(p) is cls), type(p).__name__)
+    given = {
+        f.name: getattr(p, f.name)
+        for f in fields(p)  # type: ignore[arg-type]
+        if f.default is MISSING or getattr(p, f.name) != f.default
+    }
+    options = ",".join(f"{k}={_value_text(v)}" for k, v in given.items())
+    return f"{name}{{{options}}}" if options else name
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        ranks = all(v is None or isinstance(v, int) for v in value)
+        return "x".join("-" if v is None else str(v) for v in value) if ranks else "|".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _split(text: str) -> Sequence[tuple[str, str]]:
+    """Split ``a{x=1},b`` into names and the text of their options."""
+    found = []
+    position = 0
+    pattern = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
+    while position < len(text) or not found:
+        match = pattern.match(text, position)
+        if match is None or (match[3] == "," and match.end() == len(text)):
+            raise FxlrdError(
+                f"cannot read the passes at {text[position:] or text!r}: "
+                "write them as decompose{ratio=2},snap"
+            )
+        found.append((match[1], match[2] or ""))
+        position = match.end()
+    return found
+
+
+def _build(name: str, text: str) -> Pass:
+    cls = PASSES[name]
+    known = {f.name: f for f in fields(cls)}
+    options = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if key not in known:
+            raise unknown(f"option of {name}", key, known)
+        if not equals or not value:
+            raise FxlrdError(f"{name}: option {key} has no value: write {key}=…")
+        options[key] = _value(name, key, value, known[key].default)
+    result: Pass = cls(**options)
+    return result
+
+
+def _value(name: str, key: str, text: str, default: Any) -> Any:
+    """Read an option's value in the type of its default; None stands for ranks."""
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(default, (int, float)):
+            return type(default)(text)
+        if isinstance(default, tuple):
+            return tuple(part.strip() for part in text.split("|"))
+        if default is None:
+            parts = [None if part == "-" else int(part) for part in text.split("x")]
+            return parts[0] if len(parts) == 1 else tuple(parts)
+    except (ValueError, KeyError):
+        raise FxlrdError(f"{name}: {key}={text} is not a value for this option (default: {default})") from None
+    return text

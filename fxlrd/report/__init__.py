@@ -1,0 +1,111 @@
+"""What a compression did: figures before and after, layer by layer, pass by pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from fxlrd import cost
+from fxlrd.graph import calls, captured, layers, provenance
+from fxlrd.latency import Timing
+from fxlrd.layers import form, layer, op
+from fxlrd.pipeline import Record
+from fxlrd.report import table
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of one compression.
+
+    ``before`` and ``after`` have params, flops (for the example inputs, 2 × multiply-adds), depth and
+    latency_ms (None if not measured). ``layers`` has a dict for every conv and linear layer of the original,
+    ``passes`` one for each pass, as `to_dict` gives them.
+    """
+
+    model: str
+    device: str
+    settings: dict[str, Any]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    layers: list[dict[str, Any]]
+    passes: list[dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+    ledger: tuple[Record, ...] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data, fit for JSON."""
+        names = ("model", "device", "settings", "before", "after", "layers", "passes", "warnings")
+        return {name: getattr(self, name) for name in names}
+
+    def to_table(self) -> str:
+        """Return the report as text: the headline, the passes, the layers."""
+        return table.whole(self.to_dict())
+
+    def ranks_table(self) -> str:
+        """Return the paper's Table 2 of this model: ranks by ratio and as snapped, with the times behind them."""
+        return table.ranks(self.ledger, self.layers)
+
+
+def figures(gm: fx.GraphModule, latency: Timing | None = None) -> dict[str, Any]:
+    """Return params, flops, depth and latency_ms of a propagated graph module."""
+    return {
+        "params": cost.params(gm),
+        "flops": cost.flops(gm),
+        "depth": cost.depth(gm),
+        "latency_ms": None if latency is None else latency.seconds * 1e3,
+    }
+
+
+def layer_rows(before: fx.GraphModule, after: fx.GraphModule, ledger: tuple[Record, ...]) -> list[dict[str, Any]]:
+    """Return a row for every conv and linear layer of ``before``, in its order; the unreached come last."""
+    reasons = {skip.name: skip.reason for record in ledger for skip in record.skipped}
+    notes = {site.name: site.note for record in ledger for site in record.sites}
+    touched = {site.name for record in ledger for site in record.sites}
+    nodes: dict[str, list[fx.Node]] = {}
+    for node in after.graph.nodes:
+        if (known := provenance(node)) is not None:
+            nodes.setdefault(known.name, []).append(node)
+    rows = []
+    for name, module in layers(before).items():
+        here = nodes.get(name, [])
+        known = provenance(here[0]) if here else None
+        factored = known is not None and known.role in ("first", "core", "last")
+        decision = form(module) if factored else "original" if name in touched else "skipped"
+        targets = dict.fromkeys(str(n.target) for n in here)
+        rows.append(
+            {
+                "name": name,
+                "op": op(module),
+                "shape": list(layer(module).weight.shape),
+                "decision": decision,
+                "ranks": list(known.ranks) if factored and known is not None else None,
+                "params": sum(cost.params(after.get_submodule(t)) for t in targets),
+                "flops": sum(int(n.meta.get("flops", 0)) for n in here),
+                "latency_ms": known.latency * 1e3 if known is not None and known.latency is not None else None,
+                "error": known.error if factored and known is not None else 0.0,
+                "reason": notes.get(name, "") if name in touched else reasons.get(name, "no pass looks at it"),
+                "params_before": cost.params(module),
+                "flops_before": sum(int(n.meta.get("flops", 0)) for n in calls(before, name)),
+            }
+        )
+    known_whole = captured(before)
+    for name, unreached in known_whole.unreached.items() if known_whole is not None else ():
+        rows.append(
+            {
+                "name": name,
+                "op": unreached.op,
+                "shape": list(unreached.shape),
+                "decision": "skipped",
+                "ranks": None,
+                "params": unreached.params,
+                "flops": None,
+                "latency_ms": None,
+                "error": 0.0,
+                "reason": unreached.reason,
+                "params_before": unreached.params,
+                "flops_before": None,
+            }
+        )
+    return rows
