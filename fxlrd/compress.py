@@ -143,11 +143,11 @@ def _measure(
         )
 
 
-def _settings(
-    steps: Pipeline, inputs: Inputs, under_inductor: bool, timings: dict[str, Timing]
-) -> dict[str, Any]:
+def _settings(steps: Pipeline, inputs: Inputs, under_inductor: bool, timings: dict[str, Timing]) -> dict[str, Any]:
     given = tensors((inputs.args, inputs.kwargs))
-    last = any(t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in given)
+    last = any(
+        t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in given
+    )
     settings: dict[str, Any] = {
         "pipeline": str(steps),
         "inputs": inputs.describe(),

@@ -22,7 +22,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> FxlrdError:
     """Return the error for a name that is not among ``known``, with close matches if there are any."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+    some = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {some}"
     return FxlrdError(f"unknown {kind} {name!r}: {hint}")
 
 

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,10 +19,12 @@ from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata, _extract_tenso
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._pytree import tree_flatten
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxlrd.errors import FxlrdError, VerificationError, one_line
 from fxlrd.layers import LAYERS
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 KEY = "fxlrd"
 
@@ -177,7 +179,9 @@ def _guard(
     if is_parametrized(module):
         return "its weight is parametrized: remove that with torch.nn.utils.parametrize.remove_parametrizations first"
     if type(module) not in LAYERS:
-        return f"{type(module).__name__} is a subclass of {type(module).__mro__[1].__name__} with a behaviour of its own"
+        return (
+            f"{type(module).__name__} is a subclass of {type(module).__mro__[1].__name__} with a behaviour of its own"
+        )
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks (as weight_norm and spectral_norm do), which a replacement would drop"
     for name, parameter in module.named_parameters():
@@ -204,7 +208,9 @@ def _owners(gm: fx.GraphModule) -> dict[int, list[str]]:
     return owners
 
 
-def replace(gm: fx.GraphModule, target: str, module: nn.Sequential, ranks: tuple[int | None, ...], **known: Any) -> None:
+def replace(
+    gm: fx.GraphModule, target: str, module: nn.Sequential, ranks: tuple[int | None, ...], **known: Any
+) -> None:
     """Replace every call of layer ``target`` by calls of the named children of ``module``, in order.
 
     The children become ``target.<child>``, each with the child's name as its role. ``known`` goes into the
@@ -242,7 +248,8 @@ def restore(gm: fx.GraphModule, name: str, latency: float | None = None) -> None
         while (before := source(chain[-1])) in inside and before is not None:
             chain.append(before)
         p = provenance(last)
-        assert p is not None and p.original is not None, f"{name}: the original layer is not known"
+        assert p is not None
+        assert p.original is not None, f"{name}: the original layer is not known"
         gm.set_submodule(name, p.original)
         start = source(chain[-1])
         with gm.graph.inserting_before(last):
@@ -284,6 +291,8 @@ def propagate(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
     FLOPs are those of torch.utils.flop_counter (2 × multiply-adds) for these inputs. nn.MultiheadAttention's
     fused path, whose FLOPs torch does not count, is kept off for the run.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton
+
     counter = FlopCounterMode(display=False)
     with evaluating(gm), torch.no_grad(), BaseTorchFunctionMode(), counter:
         return tensors(_Propagation(gm, counter).propagate(*positional(gm, inputs)))
@@ -362,7 +371,9 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
             return model(*inputs.args, **inputs.kwargs)
         except Exception as error:
             weights = next(iter(model.parameters()), None)
-            has = f"the model's weights are {str(weights.dtype)[6:]} on {weights.device}; " if weights is not None else ""
+            has = (
+                f"the model's weights are {str(weights.dtype)[6:]} on {weights.device}; " if weights is not None else ""
+            )
             raise FxlrdError(
                 f"the model fails on the example inputs ({inputs.describe()}): {has}{one_line(error)}"
             ) from error

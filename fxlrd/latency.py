@@ -52,7 +52,10 @@ class Timing:
 
 
 def compare(
-    variants: Mapping[str, Callable[[], object]], device: torch.device, seconds: float = 1.5, spread: float = SPREAD
+    variants: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float = 1.5,
+    spread: float = SPREAD,
 ) -> dict[str, Timing]:
     """Time callables side by side; the first is the reference of the ratios.
 
@@ -108,7 +111,7 @@ class Setting(NamedTuple):
     """What a timing depends on besides the layer; a cache entry is good for one of these only."""
 
     device: str
-    torch: str
+    torch_version: str
     threads: int
     compiled: bool
 
@@ -130,15 +133,14 @@ def _device_name(kind: str, index: int | None) -> str:
     return f"{kind}: {model} ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})"
 
 
-def compiled(module: nn.Module) -> nn.Module:
+def compiled(module: nn.Module) -> Callable[..., Any]:
     """Return the module under Inductor with frozen weights, as it is served; compiled at its first call.
 
     Each call traces a graph module of its own: one code object each, so that torch's limit of recompilations
     per code object is never met. Dynamo's caches are left as they are.
     """
     gm = module if isinstance(module, fx.GraphModule) else fx.symbolic_trace(module)
-    result: nn.Module = torch.compile(fx.GraphModule(gm, gm.graph), options={"freezing": True})
-    return result
+    return torch.compile(fx.GraphModule(gm, gm.graph), options={"freezing": True})
 
 
 def cache_folder() -> Path:

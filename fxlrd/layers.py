@@ -28,7 +28,6 @@ Ranks = tuple[int | None, ...]
 """(R,) of an SVD pair, (r1, r2) of a Tucker-2 form (None: that mode is not cut); per group in grouped convs."""
 
 
-
 def ranks_text(ranks: Ranks) -> str:
     """Return ranks as text, such as 204 or 309x309; a mode that is not cut is a dash."""
     return "x".join("-" if r is None else str(r) for r in ranks)
@@ -134,7 +133,8 @@ def decomposed(module: nn.Module, ranks: Ranks, sweeps: int = 1) -> tuple[nn.Seq
         assert rank is not None
         pair = svd(weight.flatten(2), rank)
         return _assemble(layer(module), ranks, [pair.first, pair.last]), pair.error
-    triple = tucker2(weight, *ranks, sweeps=sweeps)
+    r1, r2 = ranks
+    triple = tucker2(weight, r1, r2, sweeps)
     factors = [f for f in (triple.first, triple.core, triple.last) if f is not None]
     return _assemble(layer(module), ranks, factors), triple.error
 
@@ -204,9 +204,7 @@ def _assemble(module: nn.Conv2d | nn.Linear, ranks: Ranks, factors: list[Tensor]
     return nn.Sequential(named).train(module.training)
 
 
-def _conv(
-    factor: Tensor, kernel: tuple[int, ...], groups: int, bias: bool, options: dict[str, Any]
-) -> nn.Conv2d:
+def _conv(factor: Tensor, kernel: tuple[int, ...], groups: int, bias: bool, options: dict[str, Any]) -> nn.Conv2d:
     _, c_out, c_in = factor.shape[:3]
     # On the meta device: no memory, and the global random state stays as it was.
     return nn.Conv2d(

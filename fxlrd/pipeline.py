@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from fxlrd import cost
 from fxlrd.errors import FxlrdError, VerificationError, unknown
-from fxlrd.graph import Inputs, annotate, captured, difference, propagate
+from fxlrd.graph import Inputs, annotate, captured, difference, fork, propagate
 from fxlrd.passes import PASSES, PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
 
@@ -34,7 +34,9 @@ EXACT = 1e3
 class Pass(Protocol):
     """What a pipeline runs: a dataclass whose fields are the pass's options."""
 
-    def __call__(self, gm: fx.GraphModule, progress: Progress = ...) -> PassResult: ...
+    def __call__(self, gm: fx.GraphModule, progress: Progress = ...) -> PassResult:
+        """Return the rewritten copy of ``gm``."""
+        ...
 
 
 Callback = Callable[[fx.GraphModule, Pass, fx.GraphModule], None]
@@ -128,13 +130,15 @@ class Pipeline:
         ``callback(before, pass, after)`` is called after each pass. Raises VerificationError if an exact pass
         changed the outputs beyond rounding or any pass changed their number, shapes or dtypes.
         """
+        if not isinstance(gm, fx.GraphModule):
+            raise FxlrdError(f"a {type(gm).__name__} is not captured yet: fxlrd.capture(model, example_inputs)")
         known = captured(gm)
         inputs = Inputs.of(example_inputs) if example_inputs is not None else known.inputs if known else None
+        gm = fork(gm)
         annotate(gm)
-        reference = propagate(gm, inputs) if inputs is not None else None
-        outputs = reference
-        ledger = []
-        start_gm = gm
+        reference = outputs = propagate(gm, inputs) if inputs is not None else []
+        errors: Errors = (0.0, 0.0, 0.0) if verify and inputs is not None else (None, None, None)
+        ledger: list[Record] = []
         for step in self.passes:
             start = time.perf_counter()
             result = step(gm, progress)
@@ -142,17 +146,16 @@ class Pipeline:
             seconds = time.perf_counter() - start
             if result.modified and inputs is not None:
                 new = propagate(after, inputs)
-                errors = _verify(step, result, new, outputs, reference) if verify else (None, None, None)
+                if verify:
+                    errors = _verify(step, result, new, outputs, reference)
                 outputs = new
-            else:
-                errors = (0.0, 0.0, 0.0) if verify and not ledger and not result.modified else (None, None, None)
-                if ledger and not result.modified:
-                    errors = (ledger[-1].max_abs_error, ledger[-1].relative_error, 0.0 if verify else None)
+            elif errors[2] is not None:
+                errors = (*errors[:2], 0.0)
             ledger.append(_record(step, result, errors, seconds))
             if callback is not None:
                 callback(gm, step, after)
             gm = after
-        return PipelineResult(gm, gm is not start_gm and any(r.sites for r in ledger), tuple(ledger))
+        return PipelineResult(gm, any(record.sites for record in ledger), tuple(ledger))
 
 
 Errors = tuple[float | None, float | None, float | None]
@@ -162,12 +165,10 @@ def _verify(
     step: Pass,
     result: PassResult,
     outputs: list[Tensor],
-    before: list[Tensor] | None,
-    reference: list[Tensor] | None,
+    before: list[Tensor],
+    reference: list[Tensor],
 ) -> Errors:
     """Return (largest absolute, relative) error against the reference, and relative against the pass's input."""
-    assert before is not None
-    assert reference is not None
     name = type(step).__name__.lower()
     moved = difference(outputs, before, name)
     total = difference(outputs, reference, name)
@@ -224,15 +225,14 @@ def _value_text(value: Any) -> str:
 
 def _split(text: str) -> Sequence[tuple[str, str]]:
     """Split ``a{x=1},b`` into names and the text of their options."""
-    found = []
+    found: list[tuple[str, str]] = []
     position = 0
     pattern = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
     while position < len(text) or not found:
         match = pattern.match(text, position)
         if match is None or (match[3] == "," and match.end() == len(text)):
             raise FxlrdError(
-                f"cannot read the passes at {text[position:] or text!r}: "
-                "write them as decompose{ratio=2},snap"
+                f"cannot read the passes at {text[position:] or text!r}: write them as decompose{{ratio=2}},snap"
             )
         found.append((match[1], match[2] or ""))
         position = match.end()

@@ -28,9 +28,7 @@ def svd_rank(c_in: int, c_out: int, ratio: float) -> int:
     return math.floor(c_in * c_out / (ratio * (c_in + c_out)))
 
 
-def tucker2_rank(
-    c_in: int, c_out: int, kernel_size: int | Sequence[int], ratio: float, beta: float = 1.0
-) -> int:
+def tucker2_rank(c_in: int, c_out: int, kernel_size: int | Sequence[int], ratio: float, beta: float = 1.0) -> int:
     """Return r1 of the paper's eq. (7), floored; r2 is β·r1.
 
     Positive root of β·k²·r1² + (C + β·S)·r1 = C·S·k²/α, whose left side counts the parameters of the three

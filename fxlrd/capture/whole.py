@@ -18,13 +18,26 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import UninitializedParameter
 
 from fxlrd.errors import CaptureError, FxlrdError, one_line
-from fxlrd.graph import KEY, Captured, Inputs, Unreached, annotate, difference, evaluating, propagate, run, set_container_mode, tensors
+from fxlrd.graph import (
+    KEY,
+    Captured,
+    Inputs,
+    Unreached,
+    annotate,
+    difference,
+    evaluating,
+    propagate,
+    run,
+    set_container_mode,
+    tensors,
+)
 from fxlrd.layers import LAYERS, op
 
 NEVER_CALLED = "it is never called in eval mode and is no part of the result"
-_INSIDE = (os.path.dirname(torch.__file__), os.path.dirname(os.path.abspath(__file__)))
+_INSIDE = (os.path.dirname(torch.__file__) + os.sep, os.path.abspath(__file__))
 
 
 def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
@@ -68,7 +81,7 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
 def check_weights(model: nn.Module) -> None:
     """Raise FxlrdError for a parameter on the meta device or with NaN or Inf in it, by its name."""
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if isinstance(parameter, UninitializedParameter):
             raise FxlrdError(f"{name} is not initialised yet: run the lazy model once on an input first")
         if parameter.is_meta:
             raise FxlrdError(f"{name} is on the meta device: materialise the model first")
@@ -128,8 +141,8 @@ def _trace(model: nn.Module, inputs: Inputs) -> tuple[fx.GraphModule, list[str]]
     except Exception as error:
         where = tracer.failed_in or type(model).__name__
         raise CaptureError(
-            f"{where} cannot be traced at {_line(error)}: {one_line(error)}; "
-            "compress the traceable submodules one by one, or rewrite that line without control flow on tensors"
+            f"{where} cannot be traced at {_line(error)}: {one_line(error).split('. ')[0]}; "
+            "rewrite that line without control flow on tensors, or compress its submodules one by one"
         ) from error
     _keep_argument_names(graph, constants)
     # The tracer belongs to capture: what is handed on unpickles with plain torch.fx.
@@ -162,7 +175,10 @@ def _constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
         if name not in bound.arguments and p.default is not p.empty
     }
     for name, value in bound.arguments.items():
-        variadic = signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        variadic = signature.parameters[name].kind in (
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        )
         if not variadic and (value is None or isinstance(value, (bool, int, float, str))):
             constants[name] = value
     return constants

@@ -54,8 +54,8 @@ class Decompose:
         Raises FxlrdError where the ratio leaves a wide layer less than rank 1, and for a name or glob in
         ``skip`` or ``ranks`` that fits no layer.
         """
-        annotate(gm)
         gm = fork(gm)
+        annotate(gm)
         known = captured(gm)
         self._check_names([*layers(gm), *(known.unreached if known is not None else ())])
         sites: list[Site] = []

@@ -82,7 +82,7 @@ class Snap:
             chosen = self._choose(place, timings)
             _apply(gm, name, place, chosen, timings)
             if chosen == place.ranks:
-                skipped.append(Skip(name, f"rank {ranks_text(chosen)} stays: no step below it pays"))
+                skipped.append(Skip(name, f"rank {ranks_text(place.ranks)} stays: no step below it pays"))
             else:
                 sites.append(Site(name, chosen is None, _note(place, chosen, timings), timings))
         gm.graph.lint()
@@ -236,16 +236,17 @@ def _apply(gm: fx.GraphModule, name: str, place: Place, ranks: Ranks | None, tim
     if ranks is None:
         restore(gm, name, latency=timings[ORIGINAL].seconds)
         return
-    known: dict[str, float] = {"latency": timings[ranks_text(ranks)].seconds}
+    seconds = timings[ranks_text(ranks)].seconds
     parts: nn.Sequential | None = None
     if ranks != place.ranks:
-        parts, known["error"] = decomposed(place.original, ranks)
+        parts, error = decomposed(place.original, ranks)
         gm.set_submodule(name, parts)
     for node in gm.graph.nodes:
         p = provenance(node)
         if p is not None and p.name == name:
-            node.meta[KEY] = changed(p, ranks=ranks, **known)
+            node.meta[KEY] = changed(p, latency=seconds)
             if parts is not None:
+                node.meta[KEY] = changed(p, latency=seconds, ranks=ranks, error=error)
                 infer_shape(node, parts.get_submodule(p.role))
 
 

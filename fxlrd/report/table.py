@@ -26,7 +26,12 @@ def headline(report: Mapping[str, Any]) -> str:
     """Return the figures before and after."""
     before, after = report["before"], report["after"]
     rows = [
-        ["parameters", f"{before['params']:,}", f"{after['params']:,}", change(before["params"], after["params"])],
+        [
+            "parameters",
+            f"{before['params']:,}",
+            f"{after['params']:,}",
+            change(before["params"], after["params"]),
+        ],
         ["FLOPs", giga(before["flops"]), giga(after["flops"]), change(before["flops"], after["flops"])],
         ["depth (layers)", before["depth"], after["depth"], ""],
     ]
@@ -34,7 +39,11 @@ def headline(report: Mapping[str, Any]) -> str:
         speed = f"{report['settings']['speedup']:.2f}× ± {report['settings']['speedup_spread']:.2f}"
         rows.append(["latency", ms(before["latency_ms"]), ms(after["latency_ms"]), speed])
     title = f"{report['model']} on {report['device']}\n{report['settings']['inputs']}, {report['settings']['mode']}"
-    return title + "\n\n" + tabulate(rows, headers=["", "before", "after", "change"], tablefmt=_STYLE, disable_numparse=True)
+    return (
+        title
+        + "\n\n"
+        + tabulate(rows, headers=["", "before", "after", "change"], tablefmt=_STYLE, disable_numparse=True)
+    )
 
 
 def passes(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -89,7 +98,15 @@ def ranks(ledger: Sequence[Record], rows: Sequence[Mapping[str, Any]]) -> str:
         times = {key: f"{t.ratio:.2f} ± {t.spread:.2f}" for key, t in site.timings.items()} if site else {}
         milliseconds = f"{row['latency_ms']:.2f}" if row["latency_ms"] is not None else ""
         cells.append(
-            [row["name"], "×".join(map(str, row["shape"])), first, now, times.get(first, ""), times.get(now, ""), milliseconds]
+            [
+                row["name"],
+                "×".join(map(str, row["shape"])),
+                first,
+                now,
+                times.get(first, ""),
+                times.get(now, ""),
+                milliseconds,
+            ]
         )
     headers = ["layer", "weight", "rank by ratio", "snapped", "time at first", "time now", "ms now"]
     return tabulate(cells, headers=headers, tablefmt=_STYLE, disable_numparse=True)

@@ -1,0 +1,7 @@
+"""python -m fxlrd."""
+
+import sys
+
+from fxlrd.cli import main
+
+sys.exit(main())

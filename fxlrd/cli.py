@@ -1,0 +1,147 @@
+"""The command line: fxlrd compress, fxlrd ranks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fxlrd.errors import FxlrdError, one_line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0 done, 2 for a request that cannot be met."""
+    try:
+        arguments = _parser().parse_args(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            arguments.run(arguments)
+    except FxlrdError as error:
+        print(f"fxlrd: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader (head, less) had enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("fxlrd: interrupted; nothing was written, timings so far are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise FxlrdError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fxlrd import __version__
+    from fxlrd.models import DTYPES
+    from fxlrd.pipeline import PRESETS
+
+    parser = _Parser(prog="fxlrd", description="Trained PyTorch models, faster by low-rank decomposition.")
+    parser.add_argument("--version", action="version", version=f"fxlrd {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    common = _Parser(add_help=False)
+    common.add_argument("model", metavar="MODEL", help="torchvision:resnet50, or package.module:factory")
+    common.add_argument("--weights", help="torchvision weights, such as DEFAULT (default: random, seeded)")
+    common.add_argument("--seed", type=int, default=0, help="seed of random weights")
+    common.add_argument("--ratio", type=float, help="compression ratio of each layer (default: 2)")
+    common.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave layers alone: name or glob")
+    common.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (default: 1)")
+    common.add_argument("--input", default="3x224x224", metavar="SHAPE", help="shape of one example")
+    common.add_argument("--dtype", choices=DTYPES, default="float32")
+    common.add_argument("--device", default="cpu", help="where to run and time (default: cpu)")
+    common.add_argument("--channels-last", action="store_true", help="channels_last memory format")
+    common.add_argument("--compile", action="store_true", help="time under Inductor with frozen weights")
+    common.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    common.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+
+    compress = commands.add_parser("compress", parents=[common], help="compress a model and report on it")
+    compress.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: lrd)")
+    compress.add_argument("--passes", metavar="SPEC", help="passes in text form: decompose{ratio=2},snap")
+    compress.set_defaults(run=_compress)
+
+    ranks = commands.add_parser("ranks", parents=[common], help="show each layer's rank by ratio and by timing")
+    ranks.add_argument("--search", choices=["grid", "algorithm1"], default="grid")
+    ranks.set_defaults(run=_ranks)
+    return parser
+
+
+def _compress(arguments: argparse.Namespace) -> None:
+    result = _run(arguments, preset=arguments.preset, pipeline=arguments.passes)
+    print(result.report.to_table())
+
+
+def _ranks(arguments: argparse.Namespace) -> None:
+    from fxlrd.passes import Decompose, Snap
+    from fxlrd.pipeline import Pipeline
+
+    ratio = 2.0 if arguments.ratio is None else arguments.ratio
+    arguments.ratio = None
+    pipeline = Pipeline([Decompose(ratio=ratio), Snap(search=arguments.search)])
+    result = _run(arguments, pipeline=pipeline, measure=False)
+    print(result.report.ranks_table())
+
+
+def _run(arguments: argparse.Namespace, **options: Any) -> Any:
+    import torch
+
+    from fxlrd.compress import compress
+    from fxlrd.files import write_whole
+    from fxlrd.models import DTYPES, example_for, load_model
+
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise FxlrdError(f"--threads {arguments.threads}: at least one is needed")
+        torch.set_num_threads(arguments.threads)
+    _check_writable(arguments.json)
+    dtype = DTYPES[arguments.dtype]
+    model = load_model(arguments.model, arguments.weights, arguments.seed).to(dtype)
+    x = example_for(arguments.input, arguments.batch, dtype, arguments.channels_last)
+    if arguments.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    try:
+        model, x = model.to(arguments.device), x.to(arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise FxlrdError(f"--device {arguments.device}: {one_line(error)}") from error
+    result = compress(
+        model,
+        x,
+        ratio=arguments.ratio,
+        skip=arguments.skip,
+        compile=arguments.compile,
+        progress=True,
+        inplace=False,
+        **options,
+    )
+    if arguments.json is not None:
+        report = {**result.report.to_dict(), "model": arguments.model}
+        try:
+            write_whole(arguments.json, json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            raise FxlrdError(f"--json {arguments.json}: {one_line(error)}") from error
+    return result
+
+
+def _check_writable(path: Path | None) -> None:
+    """Fail before the work, not after it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise FxlrdError(f"--json {path}: that is a folder; name a file")
+    around = path.absolute().parent
+    if not around.is_dir():
+        raise FxlrdError(f"--json {path}: the folder {around} does not exist")
+
+
+def _warn(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    print(f"fxlrd: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

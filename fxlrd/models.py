@@ -1,0 +1,87 @@
+"""A model by its name on the command line, and inputs for it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxlrd.errors import FxlrdError, one_line, unknown
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_model(name: str, weights: str | None, seed: int) -> nn.Module:
+    """Return the model ``torchvision:NAME`` or ``package.module:factory`` in eval mode.
+
+    Without ``weights`` (a torchvision weights name such as DEFAULT) its parameters are random, seeded by
+    ``seed``. Raises FxlrdError for a name that leads to no module.
+    """
+    package, colon, attribute = name.partition(":")
+    if not colon or not attribute:
+        raise FxlrdError(f"model {name!r}: write torchvision:resnet50 or package.module:factory")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        build = _torchvision(attribute, weights) if package == "torchvision" else _factory(package, attribute, weights)
+        try:
+            model = build()
+        except Exception as error:
+            raise FxlrdError(f"model {name!r} cannot be built: {one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise FxlrdError(f"model {name!r} returns a {type(model).__name__}, not a torch.nn.Module")
+    return model.eval()
+
+
+def _torchvision(name: str, weights: str | None) -> Callable[[], Any]:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise unknown("torchvision model", name, models.list_models())
+    takes = inspect.signature(models.get_model_builder(name)).parameters
+    # Detectors and segmenters would fetch a backbone's weights unless told not to.
+    backbone = {"weights_backbone": None} if "weights_backbone" in takes and weights is None else {}
+    return lambda: models.get_model(name, weights=weights, **backbone)
+
+
+def _factory(package: str, attribute: str, weights: str | None) -> Callable[[], Any]:
+    if weights is not None:
+        raise FxlrdError("--weights is for torchvision models; a factory loads its own")
+    folder = os.getcwd()
+    if folder not in sys.path:  # as python -m does
+        sys.path.insert(0, folder)
+    try:
+        found: Any = importlib.import_module(package)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise FxlrdError(f"model {package}:{attribute} cannot be imported: {one_line(error)}") from error
+    return found if callable(found) and not isinstance(found, nn.Module) else lambda: found
+
+
+def example_for(shape: str, batch: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Return a seeded random batch of ``shape`` (text such as 3x224x224, without the batch)."""
+    try:
+        sizes = [int(part) for part in shape.split("x")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise FxlrdError(f"--input {shape}: write the shape of one example, such as 3x224x224")
+    if batch < 1:
+        raise FxlrdError(f"--batch {batch}: a batch has at least one example")
+    x = torch.randn(batch, *sizes, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if channels_last:
+        if x.dim() != 4:
+            raise FxlrdError(f"--channels-last: an input of shape {shape} is no image")
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x
