@@ -33,6 +33,7 @@ def ranks_text(ranks: Ranks) -> str:
     return "x".join("-" if r is None else str(r) for r in ranks)
 
 
+TOO_NARROW = "is too narrow"
 _NARROW = 16
 """Below this many channels per group a ratio that leaves no rank is a reason, not an error."""
 
@@ -83,7 +84,7 @@ def ranks_for_ratio(module: nn.Module, ratio: float, beta: float = 1.0) -> Ranks
             ranks = (tucker1_rank(c_out, c_in, kernel, ratio), None)
     if min(r for r in ranks if r is not None) < 1:
         if min(c_in, c_out) < _NARROW:
-            return f"{where} is too narrow: ratio={ratio:g} leaves no rank"
+            return f"{where} {TOO_NARROW}: ratio={ratio:g} leaves no rank"
         raise FxlrdError(
             f"ratio={ratio:g} leaves less than rank 1 for {where}, kernel {kernel_text(module)}: use a ratio of at "
             f"most {_largest_ratio(module, beta):.3g}, or skip the layer"

@@ -220,7 +220,7 @@ def _value_text(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         ranks = all(v is None or isinstance(v, int) for v in value)
         return "x".join("-" if v is None else str(v) for v in value) if ranks else "|".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0")
 
 
 def _split(text: str) -> Sequence[tuple[str, str]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn.parameter import UninitializedParameter
 
 from fxlrd.errors import CaptureError, FxlrdError, one_line
@@ -159,7 +160,10 @@ def _trace(model: nn.Module, inputs: Inputs) -> tuple[fx.GraphModule, list[str]]
 
 
 def _is_impure(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or (node.op != "call_module" and node.is_impure())
+    """Whether the node must stay although nothing uses its value: an argument, the output, a check."""
+    if node.op == "call_module":
+        return False
+    return node.op in ("placeholder", "output") or node.target is _assert_is_none or node.is_impure()
 
 
 def _constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from fxlrd.errors import FxlrdError, unknown
 from fxlrd.graph import annotate, calls, captured, fork, layers, provenance, replace, replaceable, source
-from fxlrd.layers import Ranks, decomposed, explicit_ranks, form, ranks_for_ratio, ranks_text
+from fxlrd.layers import TOO_NARROW, Ranks, decomposed, explicit_ranks, form, ranks_for_ratio, ranks_text
 from fxlrd.passes.result import PassResult, Site, Skip, matches, names
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
@@ -103,7 +103,7 @@ class Decompose:
                 raise unknown("layer", pattern, known)
 
     def _check_reach(self, sites: list[Site], skipped: list[Skip]) -> None:
-        narrow = [s for s in skipped if "leaves no rank" in s.reason]
+        narrow = [s for s in skipped if TOO_NARROW in s.reason]
         if narrow and not sites and self.ranks is None:
             raise FxlrdError(f"{narrow[0].name}: {narrow[0].reason}, nor for any other layer: use a smaller ratio")
 

@@ -1,0 +1,49 @@
+"""Whole-model speed of the presets: ResNet-50, batch 8, fp32, channels_last, ratio 2.
+
+Interleaved, medians, with the half-width of the 95 % interval. Target: ranks at least 1.5 times the original.
+"""
+
+from __future__ import annotations
+
+import torch
+from tabulate import tabulate
+
+from bench.models import resnet50
+from fxlrd import Pipeline, capture, cost
+from fxlrd.latency import compare, compiled
+from fxlrd.progress import bar
+
+PRESETS = ("lrd", "ranks")
+
+
+def main() -> None:
+    model, x = resnet50()
+    gm = capture(model, x)
+    rows = []
+    for under_inductor in (False, True):
+        found = {"original": model if not under_inductor else gm}
+        for preset in PRESETS:
+            pipeline = Pipeline.preset(preset)
+            if under_inductor and preset == "ranks":
+                pipeline = pipeline.with_options(compile=True)
+            found[preset] = pipeline(gm, progress=bar).graph_module
+        calls = {name: compiled(m) if under_inductor else m for name, m in found.items()}
+        with torch.no_grad():
+            timings = compare({k: (lambda m=m: m(x)) for k, m in calls.items()}, x.device, seconds=40.0)
+        for name, t in timings.items():
+            rows.append(
+                [
+                    "Inductor, freezing" if under_inductor else "eager",
+                    name,
+                    f"{cost.params(found[name]) / 1e6:.2f} M",
+                    f"{t.seconds * 1e3:.0f} ms",
+                    f"{x.shape[0] / t.seconds:.1f}",
+                    f"{1 / t.ratio:.2f}×",
+                    f"± {t.spread / t.ratio**2:.2f}",
+                ]
+            )
+    print(tabulate(rows, headers=["mode", "preset", "parameters", "latency", "images/s", "speed", ""]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""No test here reads a clock: the timing itself is replaced by a formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fxlrd.passes.snap as snap_module
+from fxlrd import FxlrdError, capture
+from fxlrd.graph import Inputs, propagate, provenance
+from fxlrd.latency import Timing
+from fxlrd.layers import decomposed, ranks_text
+from fxlrd.passes import Decompose, Snap
+
+NOISE = 0.001
+
+
+class Clock:
+    """Stands in for the timing of a group of ranks: a formula of the rank, and a count of what was timed."""
+
+    def __init__(self, monkeypatch, ratio):
+        self.ratio = ratio
+        self.timed: list[str] = []
+        monkeypatch.setattr(snap_module, "_time", self)
+
+    def __call__(self, place, group, under_inductor, seconds):
+        self.timed += [ranks_text(r) for r in group]
+        found = {snap_module.ORIGINAL: Timing(1.0)}
+        for ranks in group:
+            ratio = self.ratio(next(r for r in ranks if r is not None))
+            found[ranks_text(ranks)] = Timing(ratio, ratio, NOISE)
+        return found
+
+
+def staircase(step: int):
+    """Time that only falls at multiples of ``step``, as with vector kernels."""
+    return lambda r: 0.1 + 0.8 * (-(-r // step) * step) / 96
+
+
+def linear_pair(n: int = 1, width: int = 300):
+    model = nn.Sequential(*[m for _ in range(n) for m in (nn.Linear(width, width), nn.ReLU())]).double().eval()
+    x = torch.randn(4, width).double()
+    return model, x, Decompose(ratio=2)(capture(model, x)).graph_module  # rank 75
+
+
+def ranks_of(gm) -> dict[str, tuple]:
+    return {p.name: p.ranks for n in gm.graph.nodes if (p := provenance(n)) is not None and p.role != "original"}
+
+
+@pytest.mark.parametrize("search", ["grid", "algorithm1"])
+def test_the_rank_below_the_step_is_taken(monkeypatch, search):
+    Clock(monkeypatch, staircase(16))
+    _, _, gm = linear_pair()
+    result = Snap(search=search)(gm)
+    assert ranks_of(result.graph_module)["0"] == (64,), "75 pays for 80; the right side of the drop is 64"
+    assert result.modified
+
+
+@pytest.mark.parametrize("search", ["grid", "algorithm1"])
+def test_it_equals_decompose_at_the_snapped_rank(monkeypatch, search):
+    Clock(monkeypatch, staircase(16))
+    model, x, gm = linear_pair()
+    snapped = Snap(search=search)(gm).graph_module
+    again = Decompose(ranks=64)(capture(model, x)).graph_module
+    assert torch.equal(snapped(x), again(x))
+    parts, error = decomposed(model[0], (64,))
+    for a, b in zip(snapped.get_submodule("0"), parts, strict=True):
+        assert torch.equal(a.weight, b.weight)
+    node = next(n for n in snapped.graph.nodes if n.target == "0.last")
+    assert provenance(node).error == error
+
+
+@pytest.mark.parametrize("search", ["grid", "algorithm1"])
+def test_the_original_comes_back_where_it_is_not_slower(monkeypatch, search):
+    Clock(monkeypatch, lambda r: 1.0 - NOISE / 2)
+    model, x, gm = linear_pair()
+    result = Snap(search=search)(gm)
+    assert result.graph_module.get_submodule("0") is model[0]
+    assert torch.equal(result.graph_module(x), model(x))
+    assert [site.exact for site in result.sites] == [True]
+    assert ranks_of(result.graph_module) == {}
+
+
+@pytest.mark.parametrize("search", ["grid", "algorithm1"])
+def test_a_difference_inside_the_noise_is_no_gain(monkeypatch, search):
+    Clock(monkeypatch, lambda r: 0.8 + (NOISE / 4) * (r % 2))
+    _, _, gm = linear_pair()
+    result = Snap(search=search, trade=1.0)(gm)
+    assert not result.modified
+    assert ranks_of(result.graph_module)["0"] == (75,)
+    assert "stays" in result.skipped[0].reason
+
+
+def test_no_rank_falls_below_the_floor(monkeypatch):
+    clock = Clock(monkeypatch, staircase(16))
+    _, _, gm = linear_pair()
+    Snap(search="algorithm1", floor=0.9)(gm)
+    assert min(map(int, clock.timed)) == 68
+    clock.timed.clear()
+    Snap(floor=0.9, cache=False)(gm)
+    assert clock.timed == ["75", "72"], "64 is under the floor, and so a multiple of 8 stands in"
+
+
+def test_layers_of_one_signature_are_timed_once_by_grid_only(monkeypatch):
+    clock = Clock(monkeypatch, staircase(16))
+    _, _, gm = linear_pair(n=4)
+    Snap(cache=False)(gm)
+    assert clock.timed == ["75", "64"]
+    clock.timed.clear()
+    Snap(search="algorithm1", cache=False)(gm)
+    assert len(clock.timed) == 4 * len(range(57, 76))
+
+
+def test_a_second_search_and_an_interrupted_one_use_what_is_known(monkeypatch):
+    clock = Clock(monkeypatch, staircase(16))
+    _, _, gm = linear_pair()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(snap_module, "_GROUP", 4)
+    calls = iter([clock, clock, stop])
+    monkeypatch.setattr(snap_module, "_time", lambda *a: next(calls)(*a))
+    with pytest.raises(KeyboardInterrupt):
+        Snap(search="algorithm1")(gm)
+    done = list(clock.timed)
+    assert len(done) == 8
+    monkeypatch.setattr(snap_module, "_time", clock)
+    Snap(search="algorithm1")(gm)
+    assert len(clock.timed) == len(set(clock.timed)) == len(range(57, 76))
+    Snap(search="algorithm1")(gm)
+    assert len(clock.timed) == len(range(57, 76))
+
+
+def test_tucker_modes_move_together(monkeypatch):
+    Clock(monkeypatch, staircase(16))
+    x = torch.randn(1, 64, 9, 9)
+    gm = Decompose(ratio=2)(capture(nn.Conv2d(64, 64, 3), x)).graph_module
+    result = Snap()(gm)
+    assert ranks_of(result.graph_module)["0"] == (32, 32), "as in the paper's Table 2: 38 to 32"
+    propagate(result.graph_module, Inputs.of(x))
+
+
+def test_a_shared_module_comes_back_at_each_call(monkeypatch):
+    Clock(monkeypatch, lambda r: 2.0)
+    shared = nn.Linear(64, 64)
+    model, x = nn.Sequential(shared, nn.ReLU(), shared).eval(), torch.randn(3, 64)
+    result = Snap()(Decompose()(capture(model, x)).graph_module)
+    assert torch.equal(result.graph_module(x), model(x))
+    assert sum(n.target == "0" for n in result.graph_module.graph.nodes) == 2
+
+
+def test_the_latency_taken_is_kept(monkeypatch):
+    Clock(monkeypatch, staircase(16))
+    _, _, gm = linear_pair()
+    result = Snap()(gm)
+    node = next(n for n in result.graph_module.graph.nodes if n.target == "0.first")
+    assert provenance(node).latency == pytest.approx(staircase(16)(64))
+
+
+def test_nothing_decomposed_nothing_done(monkeypatch):
+    Clock(monkeypatch, staircase(16))
+    result = Snap()(capture(nn.Linear(8, 8), torch.randn(1, 8)))
+    assert not result.modified
+    assert result.skipped == ()
+
+
+def test_a_graph_without_shapes_is_left_alone_with_the_reason():
+    gm = Decompose()(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(64, 64)))).graph_module
+    result = Snap()(gm)
+    assert not result.modified
+    assert "give example inputs" in result.skipped[0].reason
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_real_timing_runs(compile):
+    x = torch.randn(1, 32, 6, 6)
+    gm = Decompose()(capture(nn.Conv2d(32, 32, 3), x)).graph_module
+    result = Snap(seconds=0.01, compile=compile)(gm)
+    assert len(result.sites) + len(result.skipped) == 1
+    assert result.graph_module(x).shape == (1, 32, 4, 4)
+
+
+def test_bad_options():
+    with pytest.raises(FxlrdError, match="did you mean grid"):
+        Snap(search="gird")
+    with pytest.raises(FxlrdError, match="floor"):
+        Snap(floor=0)
+    with pytest.raises(FxlrdError, match="seconds"):
+        Snap(seconds=0)
+    with pytest.raises(FxlrdError, match="trade"):
+        Snap(trade=2)

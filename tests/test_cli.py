@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fxlrd.cli import main
+
+SMALL = ["--input", "3x64x64"]
+
+
+def test_compress_prints_tables_and_writes_json(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    assert main(["compress", "torchvision:resnet18", *SMALL, "--batch", "2", "--json", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert "parameters" in out
+    assert err == "", "no progress bar where there is no terminal"
+    data = json.loads(path.read_text())
+    assert data["model"] == "torchvision:resnet18"
+    assert data["after"]["params"] < data["before"]["params"]
+    assert len(data["layers"]) == 21
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_ranks_prints_the_papers_table(capsys):
+    assert main(["ranks", "torchvision:resnet18", "--input", "3x32x32"]) == 0
+    out = capsys.readouterr().out
+    assert "rank by ratio" in out
+    assert "38x38" in out
+
+
+def test_a_factory_of_the_users(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine_for_cli.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["compress", "mine_for_cli:net", "--input", "64", "--ratio", "4"]) == 0
+    assert "svd at rank 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "torchvision:resnet81"], "did you mean resnet18"),
+        (["compress", "resnet18"], "write torchvision:resnet50 or package.module:factory"),
+        (["compress", "no_such_module:net"], "cannot be imported"),
+        (["compress", "os:getcwd"], "returns a str, not a torch.nn.Module"),
+        (["compress", "torchvision:resnet18", "--preset", "rnaks"], "did you mean ranks"),
+        (["compress", "torchvision:resnet18", "--passes", "decompose{ratoi=2}"], "did you mean ratio"),
+        (["compress", "torchvision:resnet18", "--ratio", "0.5"], "finite number above 1"),
+        (["compress", "torchvision:resnet18", "--ratio", "x"], "invalid float value"),
+        (["compress", "torchvision:resnet18", "--input", "3xx"], "write the shape of one example"),
+        (["compress", "torchvision:resnet18", "--input", "5x32x32"], "the model fails on the example inputs"),
+        (["compress", "torchvision:resnet18", "--batch", "0"], "at least one example"),
+        (["compress", "torchvision:resnet18", "--threads", "0"], "at least one is needed"),
+        (["compress", "torchvision:resnet18", "--device", "nowhere"], "--device nowhere"),
+        (["compress", "torchvision:resnet18", "--json", "no/such/folder/r.json"], "does not exist"),
+        (["compress", "torchvision:resnet18", "--skip", "head"], "unknown layer 'head'"),
+        (["comprss"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_one_line_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.startswith("fxlrd: ")
+    assert err.count("\n") == 1
+
+
+def test_nothing_is_written_when_the_request_fails(tmp_path):
+    path = tmp_path / "report.json"
+    assert main(["compress", "torchvision:resnet18", "--ratio", "1e9", *SMALL, "--json", str(path)]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_module_runs():
+    done = subprocess.run([sys.executable, "-m", "fxlrd", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("fxlrd ")
+
+
+def test_importing_fxlrd_pulls_in_nothing_heavy():
+    script = (
+        "import sys, torch; before = set(sys.modules); import fxlrd; "
+        "print([m for m in ('torchvision', 'triton', 'sympy', 'torch._dynamo', 'torch._inductor', 'tqdm') "
+        "if m in sys.modules and m not in before])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

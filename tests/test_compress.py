@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import googlenet, resnet18
+
+import fxlrd
+from fxlrd import FxlrdError, Pipeline
+from fxlrd.passes import Decompose
+
+
+def small(width: int = 32) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, width, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(width, 20),
+    )
+
+
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, 9, 9)
+
+
+def quick(model, x, **options):
+    return fxlrd.compress(model, x, measure=False, **options)
+
+
+def test_the_users_model_is_not_touched_and_nothing_is_shared():
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    result = quick(model, image(), ratio=2.0)
+    mine = {t.data_ptr() for t in model.state_dict().values() if t.numel()}
+    theirs = {t.data_ptr() for t in result.model.state_dict().values() if t.numel()}
+    assert not mine & theirs
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not hasattr(model[3], "first")
+
+
+def test_the_result_does_not_keep_the_model_alive():
+    model = small()
+    gone = weakref.ref(model[3].weight)
+    result = quick(model, image())
+    del model
+    gc.collect()
+    assert gone() is None
+    assert result.model(image()).shape == (2, 20)
+
+
+def test_each_module_comes_back_in_its_own_mode():
+    model = small().train()
+    model[1].eval()
+    result = quick(model, image())
+    assert result.model.training
+    assert not result.model.get_submodule("1").training
+    assert result.model.get_submodule("3").training
+    assert result.model.get_submodule("3.core").training
+    assert result.model.get_submodule("6").training
+    assert model.training
+    assert not model[1].training
+    assert not quick(small().eval(), image()).model.training
+
+
+def test_dropout_works_again_in_training_mode():
+    result = quick(small(), image(), pipeline="decompose{ranks=99}")
+    x = image()
+    a, b = result.model.train()(x), result.model.train()(x)
+    assert not torch.equal(a, b)
+    assert torch.equal(result.model.eval()(x), result.model.eval()(x))
+
+
+def test_inplace_puts_the_factors_into_the_users_model():
+    model, x = small().eval(), image()
+    reference = quick(model, x, ratio=2.0).model(x)
+    result = quick(model, x, ratio=2.0, inplace=True)
+    assert result.model is model
+    assert [n for n, _ in model[3].named_children()] == ["first", "core", "last"]
+    assert torch.equal(model(x), reference)
+
+
+def test_inplace_reaches_every_name_of_a_shared_module():
+    shared = nn.Linear(32, 32)
+    model, x = nn.Sequential(shared, nn.ReLU(), shared).eval(), torch.randn(2, 32)
+    quick(model, x, inplace=True)
+    assert model[0] is model[2]
+    assert [n for n, _ in model[0].named_children()] == ["first", "last"]
+
+
+def test_the_global_random_state_is_left_alone():
+    model, x = small(), image()
+    state = torch.get_rng_state()
+    quick(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_inputs_as_tuple_and_by_name():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(32, 32)
+
+        def forward(self, x, y, scale=None):
+            return self.a(x) + y if scale is None else scale * self.a(x)
+
+    model, x, y = Two().eval(), torch.randn(2, 32), torch.randn(2, 32)
+    by_position = quick(model, (x, y))
+    by_name = quick(model, {"y": y, "x": x})
+    assert torch.equal(by_position.model(x, y), by_name.model(x=x, y=y))
+    assert "frozen arguments of forward: scale=None" in by_name.report.warnings[0]
+    with pytest.raises(Exception, match="scale"):
+        by_name.model(x, y, scale=torch.ones(1))
+
+
+def test_the_report_as_json_and_as_a_table():
+    result = fxlrd.compress(small(), image(), ratio=2.0)
+    data = json.loads(json.dumps(result.report.to_dict()))
+    assert set(data) == {"model", "device", "settings", "before", "after", "layers", "passes", "warnings"}
+    assert set(data["before"]) == set(data["after"]) == {"params", "flops", "depth", "latency_ms"}
+    keys = {"name", "op", "shape", "decision", "ranks", "params", "flops", "latency_ms", "error", "reason"}
+    assert all(keys <= set(row) for row in data["layers"])
+    keys = {"name", "exact", "sites", "skipped", "max_abs_error", "relative_error", "seconds"}
+    assert all(keys <= set(row) for row in data["passes"])
+    table = result.report.to_table()
+    for text in ("parameters", "FLOPs", "latency", "tucker2 at rank", "the stem reads the model's input"):
+        assert text in table
+
+
+def test_it_exports_like_hand_written_torch(tmp_path):
+    x = image()
+    result = quick(small().eval(), x)
+    reference = result.model(x)
+    assert torch.equal(pickle.loads(pickle.dumps(result.model))(x), reference)
+    assert torch.equal(copy.deepcopy(result.model)(x), reference)
+    exported = torch.export.export(result.model, (x,)).module()(x)
+    torch.testing.assert_close(exported, reference, rtol=0, atol=0)
+
+
+def test_state_dict_names_are_stable():
+    names = set(quick(small(), image()).model.state_dict())
+    assert {"3.first.weight", "3.core.weight", "3.last.weight", "3.last.bias", "7.first.weight", "0.weight"} <= names
+    assert "3.first.bias" not in names
+
+
+def test_layers_that_only_training_calls_are_reported():
+    x = torch.randn(1, 3, 64, 64)
+    report = quick(googlenet(init_weights=False), x).report
+    row = next(r for r in report.layers if r["name"] == "aux1.fc1")
+    assert row["decision"] == "skipped"
+    assert "never called in eval mode" in row["reason"]
+    assert any("another path in training mode" in w for w in report.warnings)
+
+
+def test_pipeline_as_object_and_as_text():
+    x = image()
+    torch.manual_seed(0)
+    model = small().eval()
+    a = quick(model, x, pipeline=Pipeline([Decompose(ratio=3.0)])).model
+    b = quick(model, x, pipeline="decompose{ratio=3}").model
+    c = quick(model, x, ratio=3.0).model
+    assert torch.equal(a(x), b(x))
+    assert torch.equal(a(x), c(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "lord"}, "unknown preset 'lord': did you mean lrd"),
+        ({"preset": "lrd", "pipeline": "decompose"}, "give one of the two"),
+        ({"pipeline": "decompose", "ratio": 2.0}, "goes into the pipeline"),
+        ({"ratio": 1.0}, "finite number above 1"),
+        ({"ratio": float("nan")}, "finite number above 1"),
+        ({"ratio": 1e6}, "ratio=1e"),
+        ({"skip": "head"}, "unknown layer 'head'"),
+    ],
+)
+def test_requests_that_cannot_be_met(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        quick(small(), image(), **options)
+    assert isinstance(caught.value, FxlrdError)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "x", [torch.randn(2, 4, 9, 9), torch.randn(2, 3, 9, 9).double(), torch.zeros(2, 3, 9, 9, device="meta"), "x", None]
+)
+def test_inputs_that_do_not_fit(x):
+    with pytest.raises(FxlrdError) as caught:
+        quick(small(), x)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_model_is_named():
+    model = small()
+    with torch.no_grad():
+        model[3].weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(FxlrdError, match=r"^3\.weight holds NaN or Inf"):
+        quick(model, image())
+    with pytest.raises(FxlrdError, match=r"not a torch.nn.Module"):
+        quick(len, image())
+
+
+def test_a_model_that_cannot_be_traced_says_where():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x):
+            while x.sum() > 0:
+                x = x - self.a(x).abs() - 1
+            return x
+
+    with pytest.raises(FxlrdError, match=r"^0 \(Loop\) cannot be traced at test_compress\.py:\d+: ") as caught:
+        quick(nn.Sequential(Loop()), torch.randn(1, 8))
+    assert "\n" not in str(caught.value)
+
+
+def test_under_inductor():
+    x = torch.randn(1, 3, 33, 33)
+    result = fxlrd.compress(resnet18().eval(), x, pipeline="decompose,snap{seconds=0.01}", compile=True, measure=False)
+    assert result.report.settings["pipeline"] == "decompose,snap{compile=true,seconds=0.01}"
