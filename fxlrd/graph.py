@@ -182,17 +182,27 @@ def _guard(
         return (
             f"{type(module).__name__} is a subclass of {type(module).__mro__[1].__name__} with a behaviour of its own"
         )
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    if hooked(module):
         return "it has hooks (as weight_norm and spectral_norm do), which a replacement would drop"
     for name, parameter in module.named_parameters():
         others = [owner for owner in owners[id(parameter)] if not owner.startswith(f"{target}.")]
         if others:
             return f"its {name} is shared with {others[0]}"
+    for node in gm.graph.find_nodes(op="get_attr", sort=False):
+        if str(node.target).startswith(f"{target}."):
+            return f"its {str(node.target).rpartition('.')[2]} is read directly as well"
     if any(target.startswith(f"{other}.") for other in targets):
         return "a module around it is called as a whole as well"
     if any(source(node) is None for node in calls(gm, target)):
         return "it is called with more than its input"
     return None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether the module has hooks on its forward or backward, which a trace or a replacement would lose."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _owners(gm: fx.GraphModule) -> dict[int, list[str]]:
@@ -254,7 +264,8 @@ def restore(gm: fx.GraphModule, name: str, latency: float | None = None) -> None
         start = source(chain[-1])
         with gm.graph.inserting_before(last):
             node = gm.graph.call_module(name, (start,))
-        node.meta = {**last.meta, KEY: Provenance(name, original=p.original, latency=latency)}
+        node.meta = {k: v for k, v in last.meta.items() if k != "flops"}
+        node.meta = {**node.meta, KEY: Provenance(name, original=p.original, latency=latency)}
         last.replace_all_uses_with(node)
         for old in chain:
             gm.graph.erase_node(old)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -171,7 +172,7 @@ class Cache:
             if content["format"] != _FORMAT or content["key"] != _key(setting, signature):
                 raise ValueError("it is about another setting or layer")
             found = {str(name): Timing(**fields) for name, fields in content["timings"].items()}
-            if not all(isinstance(v, float) and v >= 0 for t in found.values() for v in asdict(t).values()):
+            if not all(isinstance(v, float) and 0 <= v < math.inf for t in found.values() for v in asdict(t).values()):
                 raise ValueError("a timing is no number")
             return found
         except FileNotFoundError:

@@ -95,8 +95,15 @@ def ranks_for_ratio(module: nn.Module, ratio: float, beta: float = 1.0) -> Ranks
 
 
 def _largest_ratio(module: nn.Module, beta: float) -> float:
-    rank_one: Ranks = (1,) if form(module) == "svd" else (1, max(1, math.floor(beta)))
-    return layer(module).weight.numel() / parameters(module, rank_one)
+    c_in, c_out, groups = channels(module)
+    if form(module) == "svd":
+        least: float = c_in + c_out
+    else:
+        r1 = max(1, math.ceil(1 / beta))
+        least = r1 * (beta * _area(module) * r1 + c_in + beta * c_out)
+    largest = layer(module).weight.numel() / groups / least
+    digits = 10.0 ** (2 - math.floor(math.log10(largest)))
+    return math.floor(largest * digits) / digits  # rounded down, so that it is within reach as printed
 
 
 def explicit_ranks(module: nn.Module, ranks: int | Ranks) -> Ranks:
@@ -106,10 +113,10 @@ def explicit_ranks(module: nn.Module, ranks: int | Ranks) -> Ranks:
     """
     c_in, c_out, _ = channels(module)
     full: tuple[int, ...] = (min(c_in, c_out),) if form(module) == "svd" else (c_in, c_out)
-    given = (ranks,) * len(full) if isinstance(ranks, int) else tuple(ranks)
+    given = tuple(ranks) if isinstance(ranks, (tuple, list)) else (ranks,) * len(full)
     if len(given) != len(full):
         raise FxlrdError(f"ranks={ranks}: a {form(module)} form takes {len(full)}, got {len(given)}")
-    if any(r is not None and r < 1 for r in given) or all(r is None for r in given):
+    if any(r is not None and (not isinstance(r, int) or r < 1) for r in given) or all(r is None for r in given):
         raise FxlrdError(f"ranks={ranks}: a rank is a whole number of at least 1")
     return tuple(None if r is None else min(r, top) for r, top in zip(given, full, strict=True))
 

@@ -37,11 +37,14 @@ def tucker2_rank(c_in: int, c_out: int, kernel_size: int | Sequence[int], ratio:
     above 1 or a β that is not above 0.
     """
     check_ratio(ratio)
-    if not beta > 0:
-        raise FxlrdError(f"beta={beta}: the ratio r2/r1 must be above 0")
+    if not isinstance(beta, (int, float)) or not 0 < beta < math.inf:
+        raise FxlrdError(f"beta={beta}: the ratio r2/r1 is a finite number above 0")
     area = _area(kernel_size)
     b = (c_in + beta * c_out) / (beta * area)
-    return math.floor((-b + math.sqrt(b * b + 4 * c_in * c_out / (beta * ratio))) / 2)
+    rank = math.floor((-b + math.sqrt(b * b + 4 * c_in * c_out / (beta * ratio))) / 2)
+    # The root is rounded: where it is a whole number, its floor may be one off.
+    above = rank + 1
+    return above if ratio * above * (beta * area * above + c_in + beta * c_out) <= c_in * c_out * area else rank
 
 
 def tucker1_rank(c_kept: int, c_cut: int, kernel_size: int | Sequence[int], ratio: float) -> int:

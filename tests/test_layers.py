@@ -72,23 +72,25 @@ def assert_same_outputs(found, wanted, atol):
 def rebuilt(module, form):
     """The weight that the factors stand for."""
     groups = layers.channels(module)[2]
-    first, core, last = (
-        p.weight.detach().unflatten(0, (groups, -1)).flatten(3) if p is not None else None
-        for p in (getattr(form, role, None) for role in ("first", "core", "last"))
-    )
-    if core is None:
-        return torch.einsum("gsr...,grc...->gsc...", last, first).reshape(module.weight.shape)
-    if first is not None:
-        core = torch.einsum("gsrk,grc->gsck", core, first.squeeze(3))
-    if last is not None:
-        core = torch.einsum("grck,gsr->gsck", core, last.squeeze(3))
-    return core.reshape(module.weight.shape)
+    parts = {name: p.weight.detach().unflatten(0, (groups, -1)) for name, p in form.named_children()}
+    parts = {name: w.reshape(*w.shape[:3], -1) for name, w in parts.items()}
+    weight = parts["core"] if "core" in parts else parts["last"]
+    if "first" in parts:
+        weight = torch.einsum("gsrk,grck->gsck", weight, parts["first"].expand(-1, -1, -1, weight.shape[3]))
+    if "core" in parts and "last" in parts:
+        weight = torch.einsum("grck,gsrl->gsck", weight, parts["last"])
+    return weight.reshape(module.weight.shape)
 
 
 def described(form):
     return [(n, p.shape, p.dtype, p.is_contiguous(), p.requires_grad) for n, p in form.named_parameters()]
 
 
+# torch warns of its own way to pad an even kernel to the same size.
+same_padding = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+
+@same_padding
 @settings(deadline=None, max_examples=150)
 @given(with_ranks(convs(), full=True), FORMATS)
 def test_conv_at_full_rank_gives_the_same_outputs(case, memory_format):
@@ -110,6 +112,7 @@ def test_linear_at_full_rank_gives_the_same_outputs(case, batch):
     assert_same_outputs(form(x), linear(x), 1e-9)
 
 
+@same_padding
 @settings(deadline=None, max_examples=150)
 @given(with_ranks(st.one_of(convs(), linears())), st.integers(1, 3))
 def test_form_is_the_layer_with_the_rebuilt_weight(case, sweeps):
@@ -256,9 +259,8 @@ def test_ranks_for_ratio_meet_the_ratio(c_in, c_out, kernel, ratio, beta):
     conv = nn.Conv2d(c_in, c_out, kernel, device="meta")
     try:
         ranks = layers.ranks_for_ratio(conv, ratio, beta)
-    except FxlrdError as error:
+    except FxlrdError:
         assert min(c_in, c_out) >= 16
-        assert "\n" not in str(error)
         return
     if isinstance(ranks, str):
         assert min(c_in, c_out) < 16

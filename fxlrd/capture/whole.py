@@ -14,6 +14,7 @@ import operator
 import os
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from fxlrd.graph import (
     annotate,
     difference,
     evaluating,
+    hooked,
     propagate,
     run,
     set_container_mode,
@@ -101,7 +103,8 @@ def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any],
     return record
 
 
-for _operation in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+for _operation in _IN_PLACE:
     setattr(_InPlaceProxy, f"__{_operation.__name__}__", _in_place(_operation))
 
 
@@ -120,7 +123,7 @@ class _Tracer(fx.Tracer):
             super().is_leaf_module(m, module_qualified_name)
             or isinstance(m, LAYERS)
             or not any(isinstance(child, LAYERS) for child in m.modules())
-            or bool(m._forward_hooks or m._forward_pre_hooks)
+            or hooked(m)
         )
 
     def call_module(
@@ -145,25 +148,29 @@ def _trace(model: nn.Module, inputs: Inputs) -> tuple[fx.GraphModule, list[str]]
             f"{where} cannot be traced at {_line(error)}: {one_line(error).split('. ')[0]}; "
             "rewrite that line without control flow on tensors, or compress its submodules one by one"
         ) from error
-    _keep_argument_names(graph, constants)
+    _plain_checks(graph)
+    _keep_argument_names(model, graph, constants)
     # The tracer belongs to capture: what is handed on unpickles with plain torch.fx.
     graph._tracer_cls = None
-    graph.eliminate_dead_code(_is_impure)
+    graph.eliminate_dead_code(partial(_is_impure, model))
     gm = fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
     set_container_mode(gm, training=False)
     frozen = [f"{name}={value!r}" for name, value in constants.items()]
-    hooks = bool(model._forward_hooks or model._forward_pre_hooks)
+    hooks = hooked(model)
     warnings = [f"frozen arguments of forward: {', '.join(frozen)}"] if frozen else []
     if hooks:
         warnings.append("the model's own hooks are not carried over: register them on the result")
     return gm, warnings
 
 
-def _is_impure(node: fx.Node) -> bool:
+def _is_impure(model: nn.Module, node: fx.Node) -> bool:
     """Whether the node must stay although nothing uses its value: an argument, the output, a check."""
     if node.op == "call_module":
-        return False
-    return node.op in ("placeholder", "output") or node.target is _assert_is_none or node.is_impure()
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    in_place = node.target in _IN_PLACE or node.kwargs.get("inplace") is True
+    return node.op in ("placeholder", "output") or in_place or node.is_impure()
 
 
 def _constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -176,7 +183,7 @@ def _constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     constants = {
         name: p.default
         for name, p in signature.parameters.items()
-        if name not in bound.arguments and p.default is not p.empty
+        if name not in bound.arguments and (p.default is None or isinstance(p.default, (bool, int, float, str)))
     }
     for name, value in bound.arguments.items():
         variadic = signature.parameters[name].kind in (
@@ -188,13 +195,22 @@ def _constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     return constants
 
 
-def _keep_argument_names(graph: fx.Graph, constants: dict[str, Any]) -> None:
+def _plain_checks(graph: fx.Graph) -> None:
+    """Turn torch.fx's check for None into a plain comparison: unpickling the former breaks every later trace."""
+    for node in graph.find_nodes(op="call_function", target=_assert_is_none):
+        value, message = node.args
+        with graph.inserting_before(node):
+            graph.call_function(torch._assert, (graph.call_function(operator.eq, (value, None)), message))
+        graph.erase_node(node)
+
+
+def _keep_argument_names(model: nn.Module, graph: fx.Graph, constants: dict[str, Any]) -> None:
     """Undo the renaming of frozen arguments (mask → mask_1), and let them default to the frozen value."""
-    for node in graph.nodes:
-        stem = str(node.target).rpartition("_")[0]
-        if node.op == "placeholder" and node.target not in constants and stem in constants:
-            node.target = stem
-            node.args = (constants[stem],)
+    order = inspect.unwrap(type(model).forward).__code__.co_varnames[1:]
+    for node, name in zip(graph.find_nodes(op="placeholder"), order, strict=False):
+        if name in constants:
+            node.target = name
+            node.args = (constants[name],)
 
 
 def _train_path_differs(model: nn.Module, inputs: Inputs, gm: fx.GraphModule) -> bool:
@@ -208,9 +224,18 @@ def _train_path_differs(model: nn.Module, inputs: Inputs, gm: fx.GraphModule) ->
     finally:
         for m, training in modes:
             m.training = training
-    graph.eliminate_dead_code(_is_impure)
-    return [(n.op, str(n.target), str(n.kwargs)) for n in graph.nodes if n.op != "placeholder"] != [
-        (n.op, str(n.target), str(n.kwargs)) for n in gm.graph.nodes if n.op != "placeholder"
+    _plain_checks(graph)
+    graph.eliminate_dead_code(partial(_is_impure, model))
+    return _shape(graph) != _shape(gm.graph)
+
+
+def _shape(graph: fx.Graph) -> list[tuple[str, ...]]:
+    """Return the graph as text without its nodes' names."""
+    number = {n: f"%{i}" for i, n in enumerate(graph.nodes)}
+    return [
+        (n.op, str(n.target), str(fx.map_arg((n.args, n.kwargs), number.__getitem__)))
+        for n in graph.nodes
+        if n.op != "placeholder"
     ]
 
 
@@ -232,7 +257,7 @@ def _why(model: nn.Module, name: str, targets: set[str], read: dict[str, fx.Node
     around = next((t for t in targets if name.startswith(f"{t}.")), None)
     if around is not None:
         whole = model.get_submodule(around)
-        why = "has hooks and" if whole._forward_hooks or whole._forward_pre_hooks else "reads its weight itself and"
+        why = "has hooks and" if hooked(whole) else "reads its weight itself and"
         return f"{around} ({type(whole).__name__}) {why} is kept whole"
     if f"{name}.weight" in read:
         user = next(iter(read[f"{name}.weight"].users), None)

@@ -12,6 +12,8 @@ exceed ``EXCESS`` of the tail, the next more exact method runs: working precisio
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,11 @@ def working(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def magnitude(tensor: Tensor) -> float:
+    """Return the power of two just above the largest entry (1 for zeros): dividing by it is exact."""
+    return math.ldexp(1.0, math.frexp(tensor.abs().amax().item())[1])
+
+
 def left_basis(matrix: Tensor, rank: int) -> Tensor:
     """Return U (…, m, rank), orthonormal, spanning the dominant left singular space of ``matrix`` (…, m, n).
 
@@ -35,6 +42,8 @@ def left_basis(matrix: Tensor, rank: int) -> Tensor:
     truncation error (module docstring). ``rank`` must lie in 1…m.
     """
     m = matrix.shape[-2]
+    peak = matrix.abs().amax((-2, -1), keepdim=True)
+    matrix = matrix / torch.where(peak > 0, peak, torch.ones_like(peak))  # its squares stay within range
     # TF32 may be switched on for float32 products on an accelerator, which the bound above knows nothing of.
     exact_products = matrix.device.type == "cpu" or matrix.dtype == torch.float64
     candidates = (matrix, matrix.double()) if exact_products and matrix.dtype != torch.float64 else ()

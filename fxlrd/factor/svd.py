@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxlrd.factor.basis import left_basis, working
+from fxlrd.factor.basis import left_basis, magnitude, working
 
 
 class Pair(NamedTuple):
@@ -30,6 +30,8 @@ def svd(weight: Tensor, rank: int) -> Pair:
     must lie in 1…min(S, C).
     """
     w = working(weight)
+    peak = magnitude(w)
+    w = w / peak  # squares of its entries stay within range
     if w.shape[-2] <= w.shape[-1]:
         left = left_basis(w, rank)
         right = left.mT @ w
@@ -39,7 +41,7 @@ def svd(weight: Tensor, rank: int) -> Pair:
         left = w @ right.mT
         scale = left.norm(dim=-2, keepdim=True).mT
     first, last = balance(left, right, scale, split_left=w.shape[-2] > w.shape[-1])
-    return Pair(first, last, relative_error(w, last @ first))
+    return Pair(first * peak**0.5, last * peak**0.5, relative_error(w, last @ first))
 
 
 def balance(left: Tensor, right: Tensor, scale: Tensor, split_left: bool) -> tuple[Tensor, Tensor]:

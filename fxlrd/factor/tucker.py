@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxlrd.factor.basis import left_basis, working
+from fxlrd.factor.basis import left_basis, magnitude, working
 from fxlrd.factor.svd import relative_error
 
 
@@ -36,7 +36,8 @@ def tucker2(weight: Tensor, rank_in: int | None, rank_out: int | None, sweeps: i
     """
     w = working(weight)
     kernel = w.shape[3:]
-    w = w.flatten(3)  # G S C K
+    peak = magnitude(w)
+    w = w.flatten(3) / peak  # G S C K; squares of its entries stay within range
     first = last = None
     if rank_in is not None:
         first = _input_basis(w, rank_in)
@@ -51,7 +52,7 @@ def tucker2(weight: Tensor, rank_in: int | None, rank_out: int | None, sweeps: i
         approximation = torch.einsum("gork,grc->gock", approximation, first)
     if last is not None:
         approximation = torch.einsum("gock,gso->gsck", approximation, last)
-    return Triple(first, core.unflatten(3, kernel), last, relative_error(w, approximation))
+    return Triple(first, core.unflatten(3, kernel) * peak, last, relative_error(w, approximation))
 
 
 def _input_basis(w: Tensor, rank: int) -> Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -71,7 +73,7 @@ def test_factors_are_orthonormal(shape):
 def test_error_never_rises_with_sweeps():
     w = torch.randn(2, 14, 10, 3, 3, dtype=torch.float64)
     errors = [tucker2(w, 3, 4, sweeps).error for sweeps in range(1, 8)]
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(errors))
     assert errors[-1] < errors[0]
 
 
@@ -121,3 +123,12 @@ def test_zero_weight(dtype):
     assert rebuilt(triple).abs().max() == 0
     assert triple.first.isfinite().all()
     assert triple.last.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e22])
+def test_the_scale_of_the_weight_does_not_matter(scale):
+    w = torch.randn(1, 12, 16, 3, 3, dtype=torch.float64)
+    triple = tucker2((w * scale).float(), 4, 5)
+    wanted = tucker2(w.float(), 4, 5).error
+    assert triple.error == pytest.approx(wanted, rel=1e-5)
+    assert ((w - rebuilt(triple) / scale).norm() / w.norm()).item() == pytest.approx(wanted, rel=1e-5)
