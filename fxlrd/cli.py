@@ -7,10 +7,14 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fxlrd.errors import FxlrdError, one_line
+
+if TYPE_CHECKING:
+    from fxlrd.report import Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compress(arguments: argparse.Namespace) -> None:
-    result = _run(arguments, preset=arguments.preset, pipeline=arguments.passes)
-    print(result.report.to_table())
+    report = _run(arguments, preset=arguments.preset, pipeline=arguments.passes)
+    print(report.to_table())
 
 
 def _ranks(arguments: argparse.Namespace) -> None:
@@ -84,11 +88,11 @@ def _ranks(arguments: argparse.Namespace) -> None:
     ratio = 2.0 if arguments.ratio is None else arguments.ratio
     arguments.ratio = None
     pipeline = Pipeline([Decompose(ratio=ratio), Snap(search=arguments.search)])
-    result = _run(arguments, pipeline=pipeline, measure=False)
-    print(result.report.ranks_table())
+    report = _run(arguments, pipeline=pipeline, measure=False)
+    print(report.ranks_table())
 
 
-def _run(arguments: argparse.Namespace, **options: Any) -> Any:
+def _run(arguments: argparse.Namespace, **options: Any) -> Report:
     import torch
 
     from fxlrd.compress import compress
@@ -119,13 +123,13 @@ def _run(arguments: argparse.Namespace, **options: Any) -> Any:
         inplace=False,
         **options,
     )
+    report: Report = replace(result.report, model=arguments.model)
     if arguments.json is not None:
-        report = {**result.report.to_dict(), "model": arguments.model}
         try:
-            write_whole(arguments.json, json.dumps(report, indent=1) + "\n")
+            write_whole(arguments.json, json.dumps(report.to_dict(), indent=1) + "\n")
         except OSError as error:
             raise FxlrdError(f"--json {arguments.json}: {one_line(error)}") from error
-    return result
+    return report
 
 
 def _check_writable(path: Path | None) -> None:
