@@ -37,6 +37,7 @@ def compress(
     preset: str | None = None,
     pipeline: Pipeline | str | None = None,
     skip: str | Sequence[str] = (),
+    calibration: Any = None,
     compile: bool = False,
     measure: bool = True,
     verify: bool = True,
@@ -50,9 +51,11 @@ def compress(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, as the model
             will get them: shapes, dtype, memory format and batch are those that are timed.
         ratio: compression ratio of each layer (parameters before / after), for the passes that take one.
-        preset: lrd (the default) or ranks, see `fxlrd.pipeline.PRESETS`.
+        preset: lrd (the default), ranks or merge, see `fxlrd.pipeline.PRESETS`.
         pipeline: passes to run instead of a preset, as a `Pipeline` or in text form.
         skip: names or globs of layers to leave alone.
+        calibration: inputs like the real ones for the passes that fit to data (merge): a tensor, or an iterable
+            of batches, such as a DataLoader; of (x, y) pairs x is taken.
         compile: time layers and model under Inductor with frozen weights, instead of eagerly.
         measure: time the whole model before and after, side by side.
         verify: compare the outputs after each pass with those before.
@@ -69,7 +72,7 @@ def compress(
     """
     if not isinstance(model, nn.Module):
         raise FxlrdError(f"model: a {type(model).__name__} is not a torch.nn.Module")
-    steps = _pipeline(ratio, preset, pipeline, skip, compile)
+    steps = _pipeline(ratio, preset, pipeline, skip, calibration, compile)
     inputs = Inputs.of(example_inputs)
     show: Progress[Any] = bar if progress else quiet
     original = capture(model, inputs)
@@ -102,6 +105,7 @@ def _pipeline(
     preset: str | None,
     pipeline: Pipeline | str | None,
     skip: str | Sequence[str],
+    calibration: Any,
     under_inductor: bool,
 ) -> Pipeline:
     if pipeline is not None and preset is not None:
@@ -116,6 +120,8 @@ def _pipeline(
         steps = steps.with_options(ratio=ratio)
     if skip:
         steps = steps.with_options(skip=(skip,) if isinstance(skip, str) else tuple(skip))
+    if calibration is not None:
+        steps = steps.with_options(calibration=calibration)
     if under_inductor and any(hasattr(p, "compile") for p in steps.passes):
         steps = steps.with_options(compile=True)
     return steps

@@ -8,7 +8,8 @@ survives every pass. What is known of the captured model as a whole is ``graph_m
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from fxlrd.errors import FxlrdError, VerificationError, one_line
+from fxlrd.errors import FxlrdError, VerificationError, one_line, unknown
 from fxlrd.layers import LAYERS
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
 KEY = "fxlrd"
+_STEM_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -166,11 +168,15 @@ def layers(gm: fx.GraphModule) -> dict[str, nn.Module]:
     return {target: m for target, m in called(gm).items() if isinstance(m, LAYERS)}
 
 
-def replaceable(gm: fx.GraphModule) -> dict[str, str | None]:
-    """Return for each layer None, or why it must not be replaced by other modules."""
+def replaceable(gm: fx.GraphModule, norms: bool = False) -> dict[str, str | None]:
+    """Return for each layer None, or why it must not be replaced by other modules.
+
+    With ``norms``, also for every other module of torch.nn that has parameters or buffers (BatchNorm, PReLU).
+    """
     owners = _owners(gm)
     targets = list(called(gm))
-    return {target: _guard(gm, target, module, owners, targets) for target, module in layers(gm).items()}
+    found = called(gm) if norms else layers(gm)
+    return {target: _guard(gm, target, module, owners, targets) for target, module in found.items()}
 
 
 def _guard(
@@ -178,7 +184,7 @@ def _guard(
 ) -> str | None:
     if is_parametrized(module):
         return "its weight is parametrized: remove that with torch.nn.utils.parametrize.remove_parametrizations first"
-    if type(module) not in LAYERS:
+    if isinstance(module, LAYERS) and type(module) not in LAYERS:
         return (
             f"{type(module).__name__} is a subclass of {type(module).__mro__[1].__name__} with a behaviour of its own"
         )
@@ -196,6 +202,43 @@ def _guard(
     if any(source(node) is None for node in calls(gm, target)):
         return "it is called with more than its input"
     return None
+
+
+def check_names(gm: fx.GraphModule, patterns: Sequence[str]) -> None:
+    """Raise FxlrdError for a name or glob that fits no layer of the captured model."""
+    whole = captured(gm)
+    known = [*layers(gm), *(whole.unreached if whole is not None else ())]
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in known):
+            raise unknown("layer", pattern, known)
+
+
+def matches(name: str, patterns: Sequence[str]) -> str | None:
+    """Return the first of ``patterns`` (names or globs) that the module ``name``, or a module around it, fits."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return next((p for p in patterns if any(fnmatch.fnmatchcase(n, p) for n in prefixes)), None)
+
+
+def is_stem(gm: fx.GraphModule, name: str, module: nn.Module) -> bool:
+    """Whether the layer is a conv that reads the model's input, of at most four channels, with no layer before."""
+    if not isinstance(module, nn.Conv2d) or module.in_channels > _STEM_CHANNELS:
+        return False
+    found = layers(gm)
+    return all(not _reads_layer(source(call), found) for call in calls(gm, name))
+
+
+def _reads_layer(node: fx.Node | None, found: Mapping[str, nn.Module]) -> bool:
+    pending, seen = [node] if node is not None else [], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "call_module" and str(current.target) in found:
+            return True
+        pending.extend(current.all_input_nodes)
+    return False
 
 
 def hooked(module: nn.Module) -> bool:
@@ -280,6 +323,16 @@ def infer_shape(node: fx.Node, module: nn.Module) -> None:
     weights = {name: t.to("meta") for name, t in module.state_dict().items()}
     with torch.no_grad():
         node.meta["tensor_meta"] = _extract_tensor_metadata(torch.func.functional_call(module, weights, (stand_in,)))
+
+
+def refresh_shapes(gm: fx.GraphModule) -> None:
+    """Give every node its shape and dtype for the inputs that the model was captured with, without computing."""
+    from torch._subclasses import FakeTensorMode
+
+    known = captured(gm)
+    if known is not None:
+        with evaluating(gm), torch.no_grad():
+            ShapeProp(gm, FakeTensorMode()).propagate(*positional(gm, known.inputs))
 
 
 class _Propagation(ShapeProp):

@@ -51,7 +51,7 @@ def op(module: nn.Module) -> str:
 
 def form(module: nn.Module) -> str:
     """Return the kind of low-rank form that suits the layer: svd or tucker2."""
-    return "svd" if isinstance(module, nn.Linear) or _area(module) == 1 else "tucker2"
+    return "svd" if isinstance(module, nn.Linear) or kernel_area(module) == 1 else "tucker2"
 
 
 def channels(module: nn.Module) -> tuple[int, int, int]:
@@ -100,7 +100,7 @@ def _largest_ratio(module: nn.Module, beta: float) -> float:
         least: float = c_in + c_out
     else:
         r1 = max(1, math.ceil(1 / beta))
-        least = r1 * (beta * _area(module) * r1 + c_in + beta * c_out)
+        least = r1 * (beta * kernel_area(module) * r1 + c_in + beta * c_out)
     largest = layer(module).weight.numel() / groups / least
     digits = 10.0 ** (2 - math.floor(math.log10(largest)))
     return math.floor(largest * digits) / digits  # rounded down, so that it is within reach as printed
@@ -129,7 +129,7 @@ def parameters(module: nn.Module, ranks: Ranks) -> int:
         assert r is not None
         return groups * r * (c_in + c_out)
     r1, r2 = ranks
-    core = (r1 or c_in) * (r2 or c_out) * _area(module)
+    core = (r1 or c_in) * (r2 or c_out) * kernel_area(module)
     return groups * (core + (c_in * r1 if r1 else 0) + (c_out * r2 if r2 else 0))
 
 
@@ -163,7 +163,28 @@ def skeleton(module: nn.Module, ranks: Ranks) -> nn.Sequential:
     return _assemble(layer(module), ranks, factors)
 
 
-def _area(module: nn.Module) -> int:
+def resized(module: nn.Module, weight: Tensor, bias: Tensor | None, groups: int | None = None) -> nn.Module:
+    """Return a layer configured as ``module`` with other weights, whose shape sets its channel counts.
+
+    The weights are cast to the module's dtype and memory format. ``groups`` defaults to the module's.
+    """
+    like = layer(module)
+    new: nn.Conv2d | nn.Linear
+    if isinstance(like, nn.Linear):
+        new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    else:
+        groups = groups or like.groups
+        options = {"stride": like.stride, "padding": like.padding, "dilation": like.dilation}
+        factor = weight.unflatten(0, (groups, -1))
+        new = _conv(factor, like.kernel_size, groups, bias is not None, {**options, "padding_mode": like.padding_mode})
+    _fill(new, weight, like)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.to(like.weight.dtype), like.weight.requires_grad)
+    return new.train(like.training)
+
+
+def kernel_area(module: nn.Module) -> int:
+    """Return the number of positions of the kernel: 9 for 3×3, 1 for a Linear."""
     return math.prod(layer(module).weight.shape[2:])
 
 

@@ -24,6 +24,7 @@ from fxlrd.progress import Progress, quiet
 PRESETS = {
     "lrd": "decompose",
     "ranks": "decompose,snap",
+    "merge": "calibrate{outputs=false},merge",
 }
 """The presets in text form: the paper's rows."""
 
@@ -208,7 +209,7 @@ def _text(p: Pass) -> str:
     given = {
         f.name: getattr(p, f.name)
         for f in fields(p)  # type: ignore[arg-type]
-        if f.default is MISSING or getattr(p, f.name) != f.default
+        if f.repr and (f.default is MISSING or getattr(p, f.name) != f.default)
     }
     options = ",".join(f"{k}={_value_text(v)}" for k, v in given.items())
     return f"{name}{{{options}}}" if options else name
@@ -241,7 +242,7 @@ def _split(text: str) -> Sequence[tuple[str, str]]:
 
 def _build(name: str, text: str) -> Pass:
     cls = PASSES[name]
-    known = {f.name: f for f in fields(cls)}
+    known = {f.name: f for f in fields(cls) if f.repr}  # data, such as calibration inputs, has no text form
     options = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))

@@ -17,15 +17,12 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from fxlrd.errors import FxlrdError, unknown
-from fxlrd.graph import annotate, calls, captured, fork, layers, provenance, replace, replaceable, source
+from fxlrd.errors import FxlrdError
+from fxlrd.graph import annotate, calls, check_names, fork, is_stem, layers, matches, provenance, replace, replaceable
 from fxlrd.layers import TOO_NARROW, Ranks, decomposed, explicit_ranks, form, ranks_for_ratio, ranks_text
-from fxlrd.passes.result import PassResult, Site, Skip, matches, names
+from fxlrd.passes.result import PassResult, Site, Skip, names
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
-
-_STEM_CHANNELS = 4
-
 
 @dataclass(frozen=True)
 class Decompose:
@@ -56,8 +53,7 @@ class Decompose:
         """
         gm = fork(gm)
         annotate(gm)
-        known = captured(gm)
-        self._check_names([*layers(gm), *(known.unreached if known is not None else ())])
+        check_names(gm, [*self.skip, *(self.ranks if isinstance(self.ranks, Mapping) else ())])
         sites: list[Site] = []
         skipped: list[Skip] = []
         reasons = replaceable(gm)
@@ -96,37 +92,10 @@ class Decompose:
         except FxlrdError as error:
             raise FxlrdError(f"{name}: {error}") from None
 
-    def _check_names(self, known: list[str]) -> None:
-        given = [*self.skip, *(self.ranks if isinstance(self.ranks, Mapping) else ())]
-        for pattern in given:
-            if not any(matches(name, [pattern]) for name in known):
-                raise unknown("layer", pattern, known)
-
     def _check_reach(self, sites: list[Site], skipped: list[Skip]) -> None:
         narrow = [s for s in skipped if TOO_NARROW in s.reason]
         if narrow and not sites and self.ranks is None:
             raise FxlrdError(f"{narrow[0].name}: {narrow[0].reason}, nor for any other layer: use a smaller ratio")
-
-
-def is_stem(gm: fx.GraphModule, name: str, module: nn.Module) -> bool:
-    """Whether the layer is a conv that reads the model's input, of at most four channels, with no layer before."""
-    if not isinstance(module, nn.Conv2d) or module.in_channels > _STEM_CHANNELS:
-        return False
-    found = layers(gm)
-    return all(not _reads_layer(source(call), found) for call in calls(gm, name))
-
-
-def _reads_layer(node: fx.Node | None, found: Mapping[str, nn.Module]) -> bool:
-    pending, seen = [node] if node is not None else [], set()
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "call_module" and str(current.target) in found:
-            return True
-        pending.extend(current.all_input_nodes)
-    return False
 
 
 def _origin(gm: fx.GraphModule, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -43,13 +42,6 @@ class PassResult:
     def modified(self) -> bool:
         """Whether any site was rewritten."""
         return bool(self.sites)
-
-
-def matches(name: str, patterns: Sequence[str]) -> str | None:
-    """Return the first of ``patterns`` (names or globs) that the module ``name``, or a module around it, fits."""
-    parts = name.split(".")
-    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return next((p for p in patterns if any(fnmatch.fnmatchcase(n, p) for n in prefixes)), None)
 
 
 def names(given: str | Sequence[str]) -> tuple[str, ...]:

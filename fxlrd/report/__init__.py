@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from fxlrd import cost
-from fxlrd.graph import calls, captured, layers, provenance
+from fxlrd.graph import Provenance, calls, captured, layers, provenance
 from fxlrd.latency import Timing
 from fxlrd.layers import form, layer, op
 from fxlrd.pipeline import Record
@@ -48,6 +48,10 @@ class Report:
         return table.ranks(self.ledger, self.layers)
 
 
+FOLDED = "it reads and makes the channels that its neighbours kept"
+UNSEEN = "no pass looks at it"
+
+
 def figures(gm: fx.GraphModule, latency: Timing | None = None) -> dict[str, Any]:
     """Return params, flops, depth and latency_ms of a propagated graph module."""
     return {
@@ -71,8 +75,8 @@ def layer_rows(before: fx.GraphModule, after: fx.GraphModule, ledger: tuple[Reco
     for name, module in layers(before).items():
         here = nodes.get(name, [])
         known = provenance(here[0]) if here else None
-        factored = known is not None and known.role in ("first", "core", "last")
-        decision = form(module) if factored else "original" if name in touched else "skipped"
+        factored = known is not None and known.role != "original"
+        decision = _decision(known, module, name in touched)
         targets = dict.fromkeys(str(n.target) for n in here)
         rows.append(
             {
@@ -85,7 +89,7 @@ def layer_rows(before: fx.GraphModule, after: fx.GraphModule, ledger: tuple[Reco
                 "flops": sum(int(n.meta.get("flops", 0)) for n in here),
                 "latency_ms": known.latency * 1e3 if known is not None and known.latency is not None else None,
                 "error": known.error if factored and known is not None else 0.0,
-                "reason": notes.get(name, "") if name in touched else reasons.get(name, "no pass looks at it"),
+                "reason": notes.get(name) or (FOLDED if decision == "merged" else reasons.get(name, UNSEEN)),
                 "params_before": cost.params(module),
                 "flops_before": sum(int(n.meta.get("flops", 0)) for n in calls(before, name)),
             }
@@ -109,3 +113,12 @@ def layer_rows(before: fx.GraphModule, after: fx.GraphModule, ledger: tuple[Reco
             }
         )
     return rows
+
+
+def _decision(known: Provenance | None, module: nn.Module, touched: bool) -> str:
+    """Return what became of a layer; ``known`` is None where no node is left of it."""
+    if known is None or known.role == "merged":
+        return "merged"
+    if known.role in ("first", "core", "last"):
+        return form(module)
+    return "original" if touched else "skipped"

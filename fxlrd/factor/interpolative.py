@@ -1,0 +1,117 @@
+"""Interpolative decomposition of a tensor's channels from its second moments.
+
+Keep r of C channels and rebuild the others linearly from them: X ≈ X[:, S]·Tᵀ, with T (C×r) least squares on
+the second moments G = E[x·xᵀ] and T[S] the identity. What a consumer with weight w then computes differs by
+
+    E‖W·(x − T·x[S])‖² = tr(A·R),   A = WᵀW,  R = G − G[:,S]·G[S,S]⁻¹·G[S,:]
+
+Channels are picked greedily, each time the one that lowers this the most: pivoted Cholesky on G, with the
+pivot j that maximises (R·A·R)ⱼⱼ / Rⱼⱼ instead of Rⱼⱼ. With A = 1 that is column subset selection, of which the
+column-pivoted QR is the cheap variant.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_ONE_BY_ONE = 1024
+"""Up to this many channels each pivot is chosen after the last one's update, in float64; beyond, a block of
+pivots at a time, in float32."""
+
+
+class Interpolation(NamedTuple):
+    """The kept channels (ascending), T (C×r) with ``x ≈ T @ x[kept]``, and the predicted relative error."""
+
+    kept: Tensor
+    matrix: Tensor
+    error: float
+
+
+def interpolate(second: Tensor, rank: int, importance: Tensor | None = None) -> Interpolation:
+    """Pick ``rank`` of the C channels with second moments ``second`` (C×C) and interpolate the others.
+
+    ``importance`` is A = WᵀW (C×C) of what reads the channels, identity by default. Runs in float64. The error
+    is sqrt(tr(A·R) / tr(A·G)), 0 where the channels carry nothing.
+    """
+    g = second.double()
+    a = torch.eye(len(g), dtype=g.dtype, device=g.device) if importance is None else importance.double()
+    kept = select(g, rank, a)
+    matrix = least_squares(g, kept)
+    return Interpolation(kept, matrix, residual(g, kept, matrix, a))
+
+
+def select(second: Tensor, rank: int, importance: Tensor) -> Tensor:
+    """Return ``rank`` channel indices, ascending, picked greedily (module docstring)."""
+    count = len(second)
+    wide = count > _ONE_BY_ONE
+    r = (second.float() if wide else second.double()).clone()
+    q = importance.to(r.dtype) @ r  # A·R; then (R·A·R)ⱼⱼ is the sum of column j of R∘Q
+    block = count // 64 if wide else 1
+    negligible = r.diagonal().max() * (1e-6 if wide else 1e-12)
+    free = torch.ones(count, dtype=torch.bool, device=r.device)
+    picked: list[int] = []
+    while len(picked) < rank:
+        variance = r.diagonal()
+        alive = free & (variance > negligible)
+        if not bool(alive.any()):
+            # Whatever is left is a linear function of what was picked: any channels will do.
+            picked += torch.nonzero(free).flatten()[: rank - len(picked)].tolist()
+            break
+        gain = torch.where(alive, (r * q).sum(0).clamp_min(0) / variance.clamp_min(negligible), -1.0)
+        pivots = _pivots(gain, r, min(block, rank - len(picked), int(alive.sum())))
+        free[pivots] = False
+        picked += pivots.tolist()
+        rows = r[pivots]
+        weights = torch.linalg.pinv(rows[:, pivots], hermitian=True) @ rows
+        q -= q[:, pivots] @ weights
+        r -= rows.mT @ weights
+    return torch.tensor(sorted(picked), device=second.device)
+
+
+def _pivots(gain: Tensor, r: Tensor, count: int) -> Tensor:
+    """Return the best ``count`` pivots, each chosen with its gain scaled to the variance the others leave it."""
+    if count == 1:
+        return gain.argmax().view(1)
+    candidates = gain.topk(min(4 * count, int((gain >= 0).sum()))).indices
+    local, gains = r[candidates][:, candidates].clone(), gain[candidates].clone()
+    variance = local.diagonal().clone()
+    chosen = []
+    for _ in range(count):
+        j = int((gains * (local.diagonal() / variance).clamp_min(0)).argmax())
+        chosen.append(j)
+        gains[j] = -1.0
+        local -= torch.outer(local[:, j], local[j]) / local[j, j].clamp_min(1e-30)
+    return candidates[chosen]
+
+
+def least_squares(second: Tensor, kept: Tensor, ridge: float = 0.0) -> Tensor:
+    """Return T (C×r) = G[:,S]·G[S,S]⁺ with T[S] set to the exact identity.
+
+    ``ridge``, relative to the mean variance, is added to the diagonal of G[S,S].
+    """
+    g = second.double()
+    inner = g[kept][:, kept]
+    inner = inner + torch.eye(len(kept), dtype=g.dtype, device=g.device) * (ridge * inner.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    scale = inner.diagonal().sqrt()
+    if not failed.item() and bool((factor.diagonal() > 1e-5 * scale).all()):
+        matrix = torch.cholesky_solve(g[kept], factor).mT
+    else:
+        values, vectors = torch.linalg.eigh(inner)
+        # A relative cut-off: directions that the calibration inputs never showed get no say.
+        inverse = torch.where(values > values[-1].clamp_min(1e-300) * 1e-10, 1 / values.clamp_min(1e-300), 0.0)
+        matrix = ((g[:, kept] @ vectors) * inverse) @ vectors.mT
+    matrix[kept] = torch.eye(len(kept), dtype=g.dtype, device=g.device)
+    return matrix
+
+
+def residual(second: Tensor, kept: Tensor, matrix: Tensor, importance: Tensor) -> float:
+    """Return sqrt(tr(A·R) / tr(A·G)), R the second moments of x − T·x[S]."""
+    g = second.double()
+    cross = matrix @ g[kept]
+    r = g - cross - cross.mT + matrix @ g[kept][:, kept] @ matrix.mT
+    total = (importance * g).sum().item()
+    return (max((importance * r).sum().item(), 0.0) / total) ** 0.5 if total > 0 else 0.0

@@ -1,0 +1,506 @@
+"""merge: as many layers as before, fewer parameters.
+
+interpolative (approximate, the default)
+    A producer makes C channels; operations that treat each channel alone follow; consumers read them:
+
+        producer ─ BN ─ ReLU ─ (depthwise, pooling, flatten …) ─ consumer
+
+    Keep r channels S and interpolate the rest, x ≈ T·x[S], where the consumer reads (factor/interpolative.py).
+    Keeping channels commutes with everything between, so the kept rows go into the producer and T into the
+    consumer, W' = W·T. The result computes exactly what producer → select S → interpolate T → consumer would.
+    Needs the moments that `calibrate` leaves. A squeeze-excitation is one more consumer and one more producer.
+
+exact
+    Neighbours with only affine operations between become one layer where that costs less:
+
+        1×1∘1×1,  1×1 into k×k,  k×k into 1×1,  linear∘linear,  with BN (eval mode) or dropout between;
+        with ``norms``, also conv–BN
+
+    A bias before a zero-padded k×k conv is refused: the border would differ.
+
+relocate (approximate; needs fine-tuning)
+    The paper's Fig. 3: Tucker-2 of a k×k conv between two 1×1 convs, its outer factors folded into those, with
+    BN and activation moved into rank space. With U (r1×C) and V (S×r2) of the conv and BN(y) = g·y + h:
+
+        1×1 ─ BN ─ act ─ k×k ─ BN ─ act ─ 1×1   →   U·g·1×1 ─ BN' ─ act ─ (Vᵀ·g·V)·core ─ BN' ─ act ─ 1×1·V
+
+    where each BN' starts at unit statistics with the shift U·h, Vᵀ·h. Not the same function: an activation does
+    not commute with a change of basis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace as changed
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxlrd.channels import BATCH_NORMS, ELEMENTWISE_MODULES, Consumer, Group, group
+from fxlrd.compose import (
+    affine,
+    composed,
+    fold_inputs,
+    importance,
+    keep_channels,
+    keep_outputs,
+    scaled,
+    why_not_composable,
+)
+from fxlrd.errors import FxlrdError, unknown
+from fxlrd.factor.interpolative import least_squares, residual, select
+from fxlrd.factor.tucker import tucker2
+from fxlrd.graph import (
+    KEY,
+    Provenance,
+    annotate,
+    calls,
+    check_names,
+    fork,
+    is_stem,
+    layers,
+    matches,
+    provenance,
+    refresh_shapes,
+    replaceable,
+    source,
+)
+from fxlrd.layers import channels, kernel_area, layer, resized
+from fxlrd.moments import Moments, channel_axis, moments
+from fxlrd.passes.result import PassResult, Site, Skip, names
+from fxlrd.progress import Progress, quiet
+from fxlrd.ranks import check_ratio, tucker2_rank
+
+MODES = ("interpolative", "exact", "relocate")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Fold factors into neighbouring layers; see the module docstring for ``mode``.
+
+    ``ratio`` is the compression ratio α: where a k×k conv reads or makes the channels, r comes from it by the
+    paper's eq. (7); elsewhere (depthwise, linear, 1×1) r = C/α. ``ranks`` overrides that: one int, or a mapping
+    from the names or globs of producers to r, in which case only those are merged. ``skip`` takes names and
+    globs; a group is left alone if any layer of it fits. ``norms`` lets mode exact fold conv–BN pairs.
+    """
+
+    mode: str = "interpolative"
+    ratio: float = 2.75
+    ranks: int | Mapping[str, int] | None = None
+    skip: tuple[str, ...] = ()
+    norms: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise unknown("mode of merge", self.mode, MODES)
+        check_ratio(self.ratio)
+        object.__setattr__(self, "skip", names(self.skip))
+        given = self.ranks.values() if isinstance(self.ranks, Mapping) else [self.ranks]
+        for rank in given:
+            if rank is not None and (not isinstance(rank, int) or rank < 1):
+                raise FxlrdError(f"merge: ranks={rank}: a rank is a whole number of at least 1")
+
+    def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
+        """Return a merged copy of ``gm``.
+
+        Raises FxlrdError for a name that fits no layer, and for a producer named in ``ranks`` that cannot be cut.
+        """
+        gm = fork(gm)
+        annotate(gm)
+        check_names(gm, [*self.skip, *(self.ranks if isinstance(self.ranks, Mapping) else ())])
+        run = {"interpolative": self._interpolative, "exact": self._exact, "relocate": self._relocate}[self.mode]
+        sites: list[Site] = []
+        skipped: list[Skip] = []
+        for found in run(gm, progress):
+            (sites if isinstance(found, Site) else skipped).append(found)  # type: ignore[arg-type]
+        gm.graph.lint()
+        gm.recompile()
+        if sites:
+            refresh_shapes(gm)
+        return PassResult(gm, tuple(sites), tuple(skipped))
+
+    # -- interpolative
+
+    def _interpolative(self, gm: fx.GraphModule, progress: Progress) -> Iterator[Site | Skip]:
+        reasons = replaceable(gm, norms=True)
+        cut: set[fx.Node] = set()
+        for name, module in progress(list(layers(gm).items()), "merge"):
+            node = calls(gm, name)[0]
+            if node in cut:
+                continue
+            if _depthwise(module):
+                if (known := provenance(node)) is None or known.role != "merged":
+                    yield Skip(_origin(node), "a depthwise conv is cut with the layer that feeds it, which stays")
+                continue
+            asked = isinstance(self.ranks, Mapping) and matches(name, [k for k in self.ranks if k == name]) is not None
+            found = self._plan(gm, name, node, reasons)
+            if isinstance(found, str):
+                if asked:
+                    raise FxlrdError(f"merge: {name} cannot be merged: {found}")
+                yield Skip(_origin(node), found)
+                continue
+            whole, rank = found
+            error = _cut(gm, whole, rank)
+            cut.update(whole.producers)
+            readers = ", ".join(str(c.node.target) for c in whole.consumers)
+            yield Site(
+                _origin(node),
+                False,
+                f"{rank} of {whole.channels} channels kept, the others interpolated in {readers} (error {error:.2g})",
+            )
+
+    def _plan(
+        self, gm: fx.GraphModule, name: str, node: fx.Node, reasons: Mapping[str, str | None]
+    ) -> tuple[Group, int] | str:
+        """Return the group of a producer's channels and how many to keep, or why it is left alone."""
+        if (pattern := matches(name, self.skip)) is not None:
+            return f"skip={pattern}"
+        if isinstance(self.ranks, Mapping) and matches(name, list(self.ranks)) is None:
+            return "ranks= does not name it"
+        if is_stem(gm, name, gm.get_submodule(name)) and not isinstance(self.ranks, Mapping):
+            return "the stem reads the model's input"
+        whole = group(gm, node, reasons)
+        if isinstance(whole, str):
+            return whole
+        members = [*(str(n.target) for n in whole.producers), *(str(c.node.target) for c in whole.consumers)]
+        for member in members:
+            if (pattern := matches(member, self.skip)) is not None:
+                return f"skip={pattern} keeps {member}"
+        rank = self._rank(gm, name, whole)
+        if rank < 1:
+            return f"ratio={self.ratio:g} leaves none of its {whole.channels} channels"
+        if rank >= whole.channels:
+            return f"keeping {rank} of {whole.channels} channels saves nothing"
+        if any(_seen(gm, c) is None for c in whole.consumers):
+            return "its output's moments are not known: run calibrate first, on calibration inputs"
+        return whole, rank
+
+    def _rank(self, gm: fx.GraphModule, name: str, whole: Group) -> int:
+        if isinstance(self.ranks, Mapping):
+            pattern = matches(name, list(self.ranks))
+            assert pattern is not None
+            return self.ranks[pattern]
+        if self.ranks is not None:
+            return self.ranks
+        spatial = [m for n in (*(c.node for c in whole.consumers), *whole.producers) if (m := _spatial(gm, n))]
+        if not spatial:
+            return math.floor(whole.channels / self.ratio)
+        c_in, c_out, _ = channels(spatial[0])
+        return tucker2_rank(c_in, c_out, layer(spatial[0]).weight.shape[2:], self.ratio)
+
+    # -- exact
+
+    def _exact(self, gm: fx.GraphModule, progress: Progress) -> Iterator[Site | Skip]:
+        for name in progress(list(layers(gm)), "merge"):
+            while name in layers(gm):  # a merged layer may compose with the next one too
+                found = self._compose(gm, name)
+                if found is None:
+                    break
+                yield found
+                if isinstance(found, Skip):
+                    break
+
+    def _compose(self, gm: fx.GraphModule, name: str) -> Site | Skip | None:
+        """Compose layer ``name`` with what follows it; None where nothing affine does."""
+        first = calls(gm, name)[0]
+        between, end = _affine_chain(gm, first)
+        second = end if end is not None and str(end.target) in layers(gm) else None
+        norms = [n for n in between if type(gm.get_submodule(str(n.target))) in BATCH_NORMS]
+        if second is None and not (self.norms and norms):
+            return None
+        involved = [first, *norms, *([second] if second is not None else [])]
+        for node in involved:
+            reason = replaceable(gm, norms=True)[str(node.target)]
+            pattern = matches(str(node.target), self.skip)
+            if reason is not None or pattern is not None:
+                return Skip(_origin(first), f"{node.target}: {reason or f'skip={pattern}'}")
+            if len(calls(gm, str(node.target))) > 1:
+                return Skip(_origin(first), f"{node.target} is called more than once")
+        module = gm.get_submodule(name)
+        for norm in norms:
+            module = scaled(module, *affine(gm.get_submodule(str(norm.target))))
+        if second is None:
+            return self._absorb(gm, first, norms, module)
+        other = gm.get_submodule(str(second.target))
+        shift = layer(module).bias
+        reason = why_not_composable(module, other, shift is not None and bool(shift.count_nonzero()))
+        if reason is None and not _cheaper(first, module, second, other, both := composed(module, other)):
+            reason = f"one layer in the place of it and {second.target} would cost more"
+        if reason is not None:
+            return Skip(_origin(first), reason) if not (self.norms and norms) else self._absorb(gm, first, norms, module)
+        name = _origin(first)
+        start = source(first)
+        assert start is not None
+        second.replace_input_with(second.all_input_nodes[0], start)
+        for node in reversed([first, *between]):
+            gm.graph.erase_node(node)
+        _swap(gm, second, both)
+        return Site(name, True, f"composed into {second.target}")
+
+    def _absorb(self, gm: fx.GraphModule, first: fx.Node, norms: list[fx.Node], module: nn.Module) -> Site:
+        for norm in norms:
+            norm.replace_all_uses_with(norm.all_input_nodes[0])
+            gm.graph.erase_node(norm)
+        _swap(gm, first, module)
+        return Site(_origin(first), True, f"took in {', '.join(str(n.target) for n in norms)}")
+
+    # -- relocate
+
+    def _relocate(self, gm: fx.GraphModule, progress: Progress) -> Iterator[Site | Skip]:
+        reasons = replaceable(gm, norms=True)
+        for name, module in progress(list(layers(gm).items()), "merge"):
+            if kernel_area(module) == 1 or channels(module)[2] > 1:
+                continue
+            node = calls(gm, name)[0]
+            before, after = _one_by_one_before(gm, node), _one_by_one_after(gm, node)
+            pattern = matches(name, self.skip)
+            if pattern is not None:
+                yield Skip(_origin(node), f"skip={pattern}")
+            elif before is None or after is None:
+                yield Skip(_origin(node), "no 1×1 conv with only BatchNorm and activation between on both sides")
+            elif (reason := _first_reason([node, *before, *after], gm, reasons)) is not None:
+                yield Skip(_origin(node), reason)
+            else:
+                c_in, c_out, _ = channels(module)
+                given = self.ranks if isinstance(self.ranks, int) else None
+                rank = given or tucker2_rank(c_in, c_out, layer(module).weight.shape[2:], self.ratio)
+                rank = min(rank, c_in, c_out)
+                error = _move_into_rank_space(gm, before, node, after, rank)
+                note = f"BN and activation moved into rank space {rank}: not the same function, fine-tune it"
+                yield Site(_origin(node), False, f"{note} (weight error {error:.2g})")
+
+
+def _depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+
+
+def _spatial(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """Return the layer as it was before any merging, if it is a k×k conv: its shape is what eq. (7) goes by."""
+    known = provenance(node)
+    module = known.original if known is not None and known.original is not None else None
+    module = module or gm.get_submodule(str(node.target))
+    return module if kernel_area(module) > 1 else None
+
+
+def _origin(node: fx.Node) -> str:
+    known = provenance(node)
+    return known.name if known is not None else str(node.target)
+
+
+def _seen(gm: fx.GraphModule, consumer: Consumer) -> Moments | None:
+    """Return the moments of the channels where the consumer reads them (before a flatten, if there is one)."""
+    if consumer.block > 1:
+        node = consumer.seen
+        while (found := moments(node, 1)) is None or len(found.total) * consumer.block != _features(gm, consumer):
+            if not node.all_input_nodes:
+                return None
+            node = node.all_input_nodes[0]
+        return found
+    meta = consumer.seen.meta["tensor_meta"]
+    return moments(consumer.seen, channel_axis(gm.get_submodule(str(consumer.node.target)), len(meta.shape)))
+
+
+def _features(gm: fx.GraphModule, consumer: Consumer) -> int:
+    return layer(gm.get_submodule(str(consumer.node.target))).weight.shape[1]
+
+
+def _cut(gm: fx.GraphModule, whole: Group, rank: int) -> float:
+    """Keep ``rank`` channels of a group and return the largest predicted relative error of a consumer's output."""
+    readers = []
+    for consumer in whole.consumers:
+        module = gm.get_submodule(str(consumer.node.target))
+        seen = _seen(gm, consumer)
+        assert seen is not None
+        readers.append(Reader(consumer, module, seen.second, importance(module, consumer.block), seen.ridge))
+    kept, matrices, errors = _choose(readers, rank)
+    for reader, matrix, error in zip(readers, matrices, errors, strict=True):
+        folded = fold_inputs(reader.module, matrix, reader.consumer.block)
+        _swap(gm, reader.consumer.node, folded, (rank, None), error)
+    for node in whole.through:
+        _swap(gm, node, keep_channels(gm.get_submodule(str(node.target)), kept))
+    for node in whole.producers:
+        _swap(gm, node, keep_outputs(gm.get_submodule(str(node.target)), kept), (None, rank), max(errors))
+    return max(errors)
+
+
+class Reader(NamedTuple):
+    """A consumer with the second moments G of what it reads and its importance A = WᵀW."""
+
+    consumer: Consumer
+    module: nn.Module
+    second: Tensor
+    weight: Tensor
+    ridge: float
+
+
+def _choose(readers: list[Reader], rank: int) -> tuple[Tensor, list[Tensor], list[float]]:
+    """Return the channels to keep, each consumer's interpolation and its predicted relative error.
+
+    All consumers have to read the same channels: each one proposes its best, and the proposal with the least
+    sum of squared errors is taken.
+    """
+    proposals = []
+    for proposer in readers:
+        kept = select(proposer.second, rank, proposer.weight)
+        matrices = [least_squares(r.second, kept, r.ridge) for r in readers]
+        errors = [residual(r.second, kept, t, r.weight) for r, t in zip(readers, matrices, strict=True)]
+        proposals.append((kept, matrices, errors))
+    return min(proposals, key=lambda found: sum(e * e for e in found[2]))
+
+
+def _swap(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    module: nn.Module,
+    ranks: tuple[int | None, int | None] = (None, None),
+    error: float | None = None,
+) -> None:
+    """Put ``module`` where the node's module was, and say so in its provenance."""
+    target = str(node.target)
+    gm.set_submodule(target, module)
+    known = provenance(node) or Provenance(target)
+    before = known.ranks if known.role == "merged" and len(known.ranks) == 2 else (None, None)
+    both = tuple(new if new is not None else old for new, old in zip(ranks, before, strict=True))
+    worst = max((e for e in (error, known.error) if e is not None), default=None)
+    node.meta[KEY] = changed(known, role="merged", ranks=both, error=worst)
+
+
+def _affine_chain(gm: fx.GraphModule, node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
+    """Return the identities, dropouts and BatchNorms after ``node``, each the only user, and what follows them."""
+    between: list[fx.Node] = []
+    while len(node.users) == 1:
+        (user,) = node.users
+        module = gm.get_submodule(str(user.target)) if user.op == "call_module" else None
+        if module is None or not isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d, *BATCH_NORMS)):
+            return between, user
+        if isinstance(module, BATCH_NORMS) and module.running_mean is None:
+            return between, user
+        between.append(user)
+        node = user
+    return between, None
+
+
+def _cheaper(first: fx.Node, a: nn.Module, second: fx.Node, b: nn.Module, both: nn.Module) -> bool:
+    """Whether one layer costs less than two: weights times the positions that they are applied at."""
+    at_first, at_second = _positions(first), _positions(second)
+    now = layer(a).weight.numel() * at_first + layer(b).weight.numel() * at_second
+    return layer(both).weight.numel() * at_second < now
+
+
+def _positions(node: fx.Node) -> int:
+    meta = node.meta.get("tensor_meta")
+    shape = tuple(meta.shape) if meta is not None else ()
+    return math.prod(shape[2:]) if len(shape) == 4 else 1
+
+
+Chain = tuple[fx.Node, ...]
+
+
+def _one_by_one_before(gm: fx.GraphModule, node: fx.Node) -> Chain | None:
+    """Return (1×1 conv, BN or none…, activations) leading to ``node``, or None."""
+    chain: list[fx.Node] = []
+    current = source(node)
+    while current is not None and len(current.users) == 1 and current.op == "call_module":
+        chain.insert(0, current)
+        module = gm.get_submodule(str(current.target))
+        if isinstance(module, nn.Conv2d):
+            return tuple(chain) if _plain_one_by_one(module) else None
+        if type(module) not in (*ELEMENTWISE_MODULES, nn.BatchNorm2d):
+            return None
+        current = current.all_input_nodes[0]
+    return None
+
+
+def _one_by_one_after(gm: fx.GraphModule, node: fx.Node) -> Chain | None:
+    """Return (BN or none…, activations, 1×1 conv) following ``node``, or None."""
+    chain: list[fx.Node] = []
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.op != "call_module":
+            return None
+        chain.append(node)
+        module = gm.get_submodule(str(node.target))
+        if isinstance(module, nn.Conv2d):
+            return tuple(chain) if _plain_one_by_one(module) else None
+        if type(module) not in (*ELEMENTWISE_MODULES, nn.BatchNorm2d):
+            return None
+    return None
+
+
+def _plain_one_by_one(module: nn.Conv2d) -> bool:
+    return kernel_area(module) == 1 and module.groups == 1 and module.padding in ((0, 0), "valid")
+
+
+def _first_reason(nodes: list[fx.Node], gm: fx.GraphModule, reasons: Mapping[str, str | None]) -> str | None:
+    for node in nodes:
+        reason = reasons.get(str(node.target))
+        if reason is None and len(calls(gm, str(node.target))) > 1:
+            reason = "it is called more than once"
+        if reason is not None:
+            return f"{node.target}: {reason}"
+    return None
+
+
+def _move_into_rank_space(gm: fx.GraphModule, before: Chain, node: fx.Node, after: Chain, rank: int) -> float:
+    """Rewrite 1×1 ─ BN ─ act ─ k×k ─ BN ─ act ─ 1×1 as the module docstring says, and return the weight error."""
+    conv = layer(gm.get_submodule(str(node.target)))
+    triple = tucker2(conv.weight.detach().double()[None], rank, rank)
+    assert triple.first is not None
+    assert triple.last is not None
+    u, core, v = triple.first[0], triple.core[0], triple.last[0]
+    head, tail = before[0], after[-1]
+
+    entry = layer(gm.get_submodule(str(head.target)))
+    g, h = _norm_of(gm, before, len(entry.weight), v)
+    weight = torch.einsum("rc,c,cs->rs", u, g, entry.weight.detach().double().flatten(1))
+    constant = h if entry.bias is None else h + g * entry.bias.detach().double()
+    _replace_norms(gm, before, u @ constant)
+    _swap(gm, head, resized(entry, weight[..., None, None], _bias_without_norm(gm, before, u @ constant)), (None, rank))
+
+    g, h = _norm_of(gm, after, len(conv.weight), v)
+    weight = torch.einsum("so,s,sp,pqij->oqij", v, g, v, core)
+    constant = h if conv.bias is None else h + g * conv.bias.detach().double()
+    _replace_norms(gm, after, v.mT @ constant)
+    _swap(gm, node, resized(conv, weight, _bias_without_norm(gm, after, v.mT @ constant)), (rank, rank), triple.error)
+
+    exit_ = layer(gm.get_submodule(str(tail.target)))
+    bias = None if exit_.bias is None else exit_.bias.detach()
+    folded = exit_.weight.detach().double().flatten(1) @ v
+    _swap(gm, tail, resized(exit_, folded[..., None, None], bias), (rank, None))
+    return triple.error
+
+
+def _norm_of(gm: fx.GraphModule, chain: Chain, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (g, h) of the BatchNorms of a chain together; (1, 0) where there is none."""
+    g, h = like.new_ones(count), like.new_zeros(count)
+    for n in chain:
+        module = gm.get_submodule(str(n.target))
+        if isinstance(module, nn.BatchNorm2d):
+            scale, shift = affine(module)
+            g, h = g * scale, h * scale + shift
+    return g, h
+
+
+def _replace_norms(gm: fx.GraphModule, chain: Chain, shift: Tensor) -> None:
+    """Put a BatchNorm of unit statistics and the given shift in the place of each BatchNorm of the chain."""
+    first = True
+    for n in chain:
+        module = gm.get_submodule(str(n.target))
+        if not isinstance(module, nn.BatchNorm2d):
+            continue
+        new = nn.BatchNorm2d(len(shift), module.eps, module.momentum, device=shift.device, dtype=shift.dtype)
+        with torch.no_grad():
+            assert new.running_var is not None
+            new.running_var.fill_(1 - module.eps)
+            new.bias.copy_(shift if first else torch.zeros_like(shift))
+        dtype = module.running_mean.dtype if module.running_mean is not None else torch.float32
+        _swap(gm, n, new.to(dtype).train(module.training))
+        first = False
+
+
+def _bias_without_norm(gm: fx.GraphModule, chain: Chain, shift: Tensor) -> Tensor | None:
+    """Return the shift as the conv's own bias where no BatchNorm of the chain carries it."""
+    has_norm = any(isinstance(gm.get_submodule(str(n.target)), nn.BatchNorm2d) for n in chain)
+    return None if has_norm else shift
