@@ -24,7 +24,9 @@ from fxlrd.progress import Progress, quiet
 PRESETS = {
     "lrd": "decompose",
     "ranks": "decompose,snap",
+    "freeze": "decompose,freeze",
     "merge": "calibrate{outputs=false},merge",
+    "branch": "decompose,branch",
 }
 """The presets in text form: the paper's rows."""
 

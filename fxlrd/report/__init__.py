@@ -76,7 +76,8 @@ def layer_rows(before: fx.GraphModule, after: fx.GraphModule, ledger: tuple[Reco
         here = nodes.get(name, [])
         known = provenance(here[0]) if here else None
         factored = known is not None and known.role != "original"
-        decision = _decision(known, module, name in touched)
+        roles = {p.role for n in here if (p := provenance(n)) is not None}
+        decision = "branched" if "branch" in roles else _decision(known, module, name in touched)
         targets = dict.fromkeys(str(n.target) for n in here)
         rows.append(
             {

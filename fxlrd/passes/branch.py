@@ -1,0 +1,180 @@
+"""branch: Tucker cores into grouped convs (paper, §2.4, eq. 8-20).
+
+    x ─ first ─ core (r1→r2) ─ last   →   x ─ P·first ─ core' (r1→r2, N groups) ─ last·Qᵀ
+
+With both ranks multiples of N, the cut core is N parallel branches of ranks r1/N and r2/N, and a grouped conv is
+their sum; it has 1/N of the core's parameters. Cutting throws the off-diagonal blocks away, unless the bases
+are rotated first so that they hold little (factor/block_term.py): the paper cuts without. Ranks that are no
+multiples of N are rounded down by another Tucker-2 of the core itself.
+
+Approximate; exact for a core that is block-diagonal in hidden bases. Each site tells the energy kept with and
+without the rotation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace as changed
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import TensorMetadata
+
+from fxlrd.errors import FxlrdError
+from fxlrd.factor.block_term import STEPS, Blocks, block_term
+from fxlrd.factor.tucker import tucker2
+from fxlrd.graph import KEY, annotate, calls, fork, infer_shape, matches, provenance, source
+from fxlrd.latency import compare, compiled, example
+from fxlrd.layers import layer, resized
+from fxlrd.passes.result import PassResult, Site, Skip, names
+from fxlrd.progress import Progress, quiet
+
+GROUPS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Split the core of each Tucker-2 form into ``groups`` branches.
+
+    ``timed`` chooses N among 1, 2, 4, 8, 16 instead, the smallest that no other beats by more than the
+    measurement's noise; ``compile`` times under Inductor. ``rotate=False`` cuts as the paper does. ``skip`` takes names
+    and globs. ``steps`` bounds the search for the rotation.
+    """
+
+    groups: int = 4
+    timed: bool = False
+    rotate: bool = True
+    skip: tuple[str, ...] = ()
+    steps: int = STEPS
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.groups, int) or self.groups < 1:
+            raise FxlrdError(f"branch: groups={self.groups}: a number of branches is a whole number of at least 1")
+        object.__setattr__(self, "skip", names(self.skip))
+
+    def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
+        """Return a copy of ``gm`` with branched cores. Raises FxlrdError for a name that fits no layer."""
+        gm = fork(gm)
+        annotate(gm)
+        sites: list[Site] = []
+        skipped: list[Skip] = []
+        for name in progress(_decomposed(gm), "branch"):
+            found = self._branch(gm, name)
+            (sites if isinstance(found, Site) else skipped).append(found)  # type: ignore[arg-type]
+        gm.graph.lint()
+        gm.recompile()
+        return PassResult(gm, tuple(sites), tuple(skipped))
+
+    def _branch(self, gm: fx.GraphModule, name: str) -> Site | Skip:
+        if (pattern := matches(name, self.skip)) is not None:
+            return Skip(name, f"skip={pattern}")
+        form = gm.get_submodule(name)
+        parts = dict(form.named_children())
+        if set(parts) != {"first", "core", "last"}:
+            return Skip(name, "no Tucker-2 form with both outer factors: there is no core to split")
+        core = parts["core"]
+        assert isinstance(core, nn.Conv2d)
+        if core.groups > 1:
+            return Skip(name, f"its core has groups={core.groups} already")
+        limit = min(core.in_channels, core.out_channels)
+        groups = self._fastest(gm, name, core) if self.timed else self.groups
+        if groups > limit:
+            return Skip(name, f"groups={groups} is more than its rank {limit}")
+        if groups == 1:
+            return Skip(name, "one branch is the core itself")
+        blocks, first, last, rounded = _split(parts, groups, self.steps if self.rotate else 0)
+        branched = _install(gm, name, blocks, first, last, groups, rounded)
+        return Site(
+            name,
+            False,
+            f"core {core.in_channels}→{core.out_channels} in {groups} branches: "
+            f"{100 * blocks.kept:.1f} % of its energy kept ({100 * blocks.plain:.1f} % without rotation), "
+            f"weight error {branched:.2g}",
+        )
+
+    def _fastest(self, gm: fx.GraphModule, name: str, core: nn.Conv2d) -> int:
+        """Return the number of branches at which the core alone runs fastest on this device."""
+        node = calls(gm, f"{name}.core")[0]
+        given = source(node)
+        meta = given.meta.get("tensor_meta") if given is not None else None
+        if not isinstance(meta, TensorMetadata):
+            raise FxlrdError(f"branch: {name}: timed needs shapes; give example inputs")
+        layout = "channels_last" if meta.memory_format == torch.channels_last else "contiguous"
+        variants = {}
+        for n in GROUPS:
+            if n <= min(core.in_channels, core.out_channels):
+                x = example((meta.shape[0], core.in_channels // n * n, *meta.shape[2:]), meta.dtype, layout, core.weight.device)
+                cut = core.weight.detach()[: core.out_channels // n * n, : core.in_channels // n]
+                module: nn.Module = nn.Sequential(resized(core, cut, None, groups=n)).eval()
+                called = compiled(module) if self.compile else module
+                variants[str(n)] = lambda f=called, t=x: f(t)
+        with torch.no_grad():
+            timings = compare(variants, core.weight.device)
+        fastest = min(timings, key=lambda key: timings[key].ratio)
+        return next(int(key) for key, t in timings.items() if key == fastest or not timings[fastest].faster(t))
+
+
+def _decomposed(gm: fx.GraphModule) -> list[str]:
+    """Return the names of the layers that stand decomposed, in graph order."""
+    found: dict[str, None] = {}
+    for node in gm.graph.nodes:
+        p = provenance(node)
+        if p is not None and p.role in ("first", "core", "last", "branch"):
+            found[p.name] = None
+    return list(found)
+
+
+def _split(
+    parts: dict[str, nn.Module], groups: int, steps: int
+) -> tuple[Blocks, Tensor, Tensor, float]:
+    """Return the blocks, the rotated outer factors (r1×C, S×r2), and the error of rounding the ranks."""
+    core = layer(parts["core"]).weight.detach().double().flatten(2)
+    first = layer(parts["first"]).weight.detach().double().flatten(1)
+    last = layer(parts["last"]).weight.detach().double().flatten(1)
+    r2, r1 = core.shape[0] // groups * groups, core.shape[1] // groups * groups
+    rounding = 0.0
+    if (r2, r1) != core.shape[:2]:
+        triple = tucker2(core[None], r1, r2)
+        assert triple.first is not None
+        assert triple.last is not None
+        core, first, last, rounding = triple.core[0], triple.first[0] @ first, last @ triple.last[0], triple.error
+    blocks = block_term(core.cpu(), groups, steps) if steps else _cut(core.cpu(), groups)
+    p, q = blocks.p.to(first), blocks.q.to(first)
+    return blocks, p @ first, last @ q.mT, rounding
+
+
+def _cut(core: Tensor, groups: int) -> Blocks:
+    blocks = block_term(core, groups, 0)
+    identity = torch.eye(core.shape[1], dtype=core.dtype), torch.eye(core.shape[0], dtype=core.dtype)
+    n, r2, r1 = groups, core.shape[0] // groups, core.shape[1] // groups
+    cores = torch.stack([core[i * r2 : (i + 1) * r2, i * r1 : (i + 1) * r1] for i in range(n)])
+    return Blocks(*identity, cores, blocks.plain, blocks.plain)
+
+
+def _install(
+    gm: fx.GraphModule, name: str, blocks: Blocks, first: Tensor, last: Tensor, groups: int, rounding: float
+) -> float:
+    """Put the branched form where the Tucker-2 form was, and return the layer's weight error."""
+    old = dict(gm.get_submodule(name).named_children())
+    core = layer(old["core"])
+    weight = blocks.cores.flatten(0, 1).unflatten(2, core.weight.shape[2:])
+    form = nn.Sequential()
+    bias = layer(old["last"]).bias
+    form.add_module("first", resized(old["first"], first.view(*first.shape, 1, 1), None))
+    form.add_module("core", resized(core, weight.to(core.weight.device), None, groups=groups))
+    form.add_module("last", resized(old["last"], last.view(*last.shape, 1, 1), None if bias is None else bias.detach()))
+    gm.set_submodule(name, form.train(core.training))
+    error = 0.0
+    for node in gm.graph.nodes:
+        p = provenance(node)
+        if p is None or p.name != name:
+            continue
+        # Orthonormal outer factors: what each cut loses adds up in squares, each from what the last one left.
+        left = (1 - (p.error or 0.0) ** 2) * (1 - rounding**2) * blocks.kept
+        error = max(0.0, 1 - left) ** 0.5
+        ranks = (first.shape[0], last.shape[1])
+        role = "branch" if p.role == "core" else p.role
+        node.meta[KEY] = changed(p, role=role, ranks=ranks, error=error, latency=None)
+        infer_shape(node, gm.get_submodule(str(node.target)))
+    return error
+

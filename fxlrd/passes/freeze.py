@@ -1,0 +1,96 @@
+"""freeze: train one factor of each layer (paper, §2.2).
+
+    first (frozen) → last                   an SVD pair
+    first (frozen) → core → last (frozen)   a Tucker triple
+
+Only the weights of a factor freeze; a bias trains on. Exact: the forward does not change. With ``sequential`` the
+factors take turns, epoch by epoch: on even epochs as above, on odd ones the factors that were frozen.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from fxlrd.errors import unknown
+from fxlrd.graph import annotate, fork
+from fxlrd.passes.result import PassResult, Site, Skip
+from fxlrd.progress import Progress, quiet
+
+SCHEDULES = ("paper", "sequential")
+FORMS = (("first", "last"), ("first", "core", "last"), ("first", "core"), ("core", "last"))
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Set ``requires_grad`` of the factors by ``schedule`` (paper or sequential) as of ``epoch``."""
+
+    schedule: str = "paper"
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        check_schedule(self.schedule)
+
+    def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
+        """Return a copy of ``gm`` whose factors are its own, sharing the tensors but not ``requires_grad``."""
+        gm = fork(gm)
+        annotate(gm)
+        sites = []
+        for name, form in forms(gm).items():
+            own = nn.Sequential()
+            for role, part in form.named_children():
+                own.add_module(role, _own(part))
+            gm.set_submodule(name, own.train(form.training))
+            trained = _set(own, self.schedule, self.epoch)
+            sites.append(Site(name, True, f"trains {' and '.join(trained)}"))
+        skipped = () if sites else (Skip("model", "no layer stands decomposed: run decompose first"),)
+        gm.recompile()
+        return PassResult(gm, tuple(sites), skipped)
+
+
+def freeze_factors(model: nn.Module, schedule: str = "paper", epoch: int = 0) -> list[str]:
+    """Set ``requires_grad`` of a model's factors in place and return the names of the weights that train.
+
+    Factors are known by name (``….first``, ``….core``, ``….last``), so that this works on a loaded model too.
+    Training loops call it at the start of each epoch. Raises FxlrdError for an unknown schedule.
+    """
+    check_schedule(schedule)
+    return [
+        f"{name}.{role}.weight" for name, form in forms(model).items() for role in _set(form, schedule, epoch)
+    ]
+
+
+def check_schedule(schedule: str) -> None:
+    """Raise FxlrdError for a schedule that is none."""
+    if schedule not in SCHEDULES:
+        raise unknown("freezing schedule", schedule, SCHEDULES)
+
+
+def forms(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules whose children are the factors of one layer, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and tuple(child for child, _ in module.named_children()) in FORMS
+    }
+
+
+def _set(form: nn.Module, schedule: str, epoch: int) -> list[str]:
+    roles = [role for role, _ in form.named_children()]
+    main = {"core"} if "core" in roles else {"last"}
+    turn = schedule == "sequential" and epoch % 2 == 1
+    trained = [role for role in roles if (role in main) != turn]
+    for role, part in form.named_children():
+        part.weight.requires_grad_(role in trained)
+    return trained
+
+
+def _own(part: nn.Module) -> nn.Module:
+    """Return the module with parameters of its own on the same storage."""
+    own = copy.copy(part)
+    own._parameters = {
+        name: None if p is None else nn.Parameter(p.detach(), p.requires_grad) for name, p in part._parameters.items()
+    }
+    return own
