@@ -11,12 +11,25 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxlrd import cost
 from fxlrd.capture import capture
 from fxlrd.errors import FxlrdError, VerificationError
-from fxlrd.graph import KEY, Inputs, captured, difference, evaluating, propagate, provenance, run, tensors
+from fxlrd.graph import (
+    KEY,
+    Inputs,
+    called,
+    captured,
+    chained,
+    difference,
+    evaluating,
+    propagate,
+    provenance,
+    run,
+    tensors,
+)
 from fxlrd.latency import Setting, Timing, compare, compiled
 from fxlrd.layers import LAYERS
-from fxlrd.pipeline import EXACT, Pipeline, Record
+from fxlrd.pipeline import EXACT, Pass, Pipeline, Record
 from fxlrd.progress import Progress, bar, quiet
 from fxlrd.report import Report, figures, layer_rows
 
@@ -35,7 +48,7 @@ def compress(
     *,
     ratio: float | None = None,
     preset: str | None = None,
-    pipeline: Pipeline | str | None = None,
+    pipeline: Pipeline | Sequence[Pass] | str | None = None,
     skip: str | Sequence[str] = (),
     calibration: Any = None,
     compile: bool = False,
@@ -52,7 +65,7 @@ def compress(
             will get them: shapes, dtype, memory format and batch are those that are timed.
         ratio: compression ratio of each layer (parameters before / after), for the passes that take one.
         preset: lrd (the default), ranks or merge, see `fxlrd.pipeline.PRESETS`.
-        pipeline: passes to run instead of a preset, as a `Pipeline` or in text form.
+        pipeline: passes to run instead of a preset, as a `Pipeline`, a list of passes or in text form.
         skip: names or globs of layers to leave alone.
         calibration: inputs like the real ones for the passes that fit to data (merge): a tensor, or an iterable
             of batches, such as a DataLoader; of (x, y) pairs x is taken.
@@ -70,8 +83,11 @@ def compress(
     Raises:
         FxlrdError: for a request that cannot be met; the message is one line, with the remedy.
     """
-    if not isinstance(model, nn.Module):
-        raise FxlrdError(f"model: a {type(model).__name__} is not a torch.nn.Module")
+    if torch.is_inference_mode_enabled():
+        raise FxlrdError("compress under torch.inference_mode() gives weights that cannot be trained: call it outside")
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise FxlrdError("compress under autocast: call it outside, with model and example inputs in one dtype")
+    _check_model(model, inplace)
     steps = _pipeline(ratio, preset, pipeline, skip, calibration, compile)
     inputs = Inputs.of(example_inputs)
     show: Progress[Any] = bar if progress else quiet
@@ -86,24 +102,39 @@ def compress(
             f"not faster than the original here: {1 / timings['after'].ratio:.2f}× its speed; "
             "try a larger ratio, the ranks preset, or another batch size"
         )
+    # Layers that are never called in eval mode stay in the model itself, and only there.
+    aside = cost.params(model) - cost.params(original) if inplace else 0
     report = Report(
         model=type(model).__name__,
         device=Setting.here(_device(model, inputs), compile).device,
         settings=_settings(steps, inputs, compile, timings),
-        before=figures(original, timings.get("before")),
-        after=figures(gm, timings.get("after")),
-        layers=layer_rows(original, gm, done.ledger),
+        before=figures(original, timings.get("before"), aside),
+        after=figures(gm, timings.get("after"), aside),
+        layers=layer_rows(original, gm, done.ledger, dropped=not inplace),
         passes=[_pass_row(record) for record in done.ledger],
         warnings=warnings,
         ledger=done.ledger,
     )
-    return Result(_install(gm, model, inputs) if inplace else _independent(gm, model), report)
+    return Result(_install(gm, original, model, inputs) if inplace else _independent(gm, model), report)
+
+
+def _check_model(model: Any, inplace: bool) -> None:
+    if not isinstance(model, nn.Module):
+        raise FxlrdError(f"model: a {type(model).__name__} is not a torch.nn.Module")
+    if hasattr(model, "_orig_mod"):
+        raise FxlrdError("model: it is compiled already; compress model._orig_mod, then compile the result")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise FxlrdError(f"model: a {type(model).__name__} is a wrapper; compress model.module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise FxlrdError("model: a ScriptModule has no Python code to trace; compress the model it was made from")
+    if inplace and isinstance(model, LAYERS):
+        raise FxlrdError("inplace: a bare layer cannot replace itself; wrap it in nn.Sequential first")
 
 
 def _pipeline(
     ratio: float | None,
     preset: str | None,
-    pipeline: Pipeline | str | None,
+    pipeline: Pipeline | Sequence[Pass] | str | None,
     skip: str | Sequence[str],
     calibration: Any,
     under_inductor: bool,
@@ -113,7 +144,7 @@ def _pipeline(
     if pipeline is None:
         steps = Pipeline.preset(preset or "lrd")
     else:
-        steps = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
+        steps = Pipeline.parse(pipeline) if isinstance(pipeline, str) else Pipeline(pipeline)
         if ratio is not None:
             raise FxlrdError("ratio goes into the pipeline, as in decompose{ratio=2}, or with a preset")
     if ratio is not None:
@@ -137,6 +168,7 @@ def _measure(
     model: nn.Module, original: fx.GraphModule, gm: fx.GraphModule, inputs: Inputs, under_inductor: bool
 ) -> dict[str, Timing]:
     """Time the user's model and the result side by side."""
+    inputs = inputs.fresh()
     with torch.no_grad(), evaluating(model), evaluating(gm):
         before, after = (compiled(original), compiled(gm)) if under_inductor else (model, gm)
         return compare(
@@ -193,6 +225,7 @@ def _pass_row(record: Record) -> dict[str, Any]:
 def _independent(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     """Return a copy that shares no tensor with ``model`` and does not keep it alive."""
     result = copy.deepcopy(gm)
+    result.meta.pop(KEY, None)  # the example inputs have no business in a model that is saved
     for node in result.graph.nodes:
         if (known := provenance(node)) is not None:
             node.meta[KEY] = replace(known, original=None)
@@ -210,21 +243,30 @@ def _restore_modes(result: nn.Module, model: nn.Module) -> None:
         module.training = modes[around]
 
 
-def _install(gm: fx.GraphModule, model: nn.Module, inputs: Inputs) -> nn.Module:
+def _install(gm: fx.GraphModule, original: fx.GraphModule, model: nn.Module, inputs: Inputs) -> nn.Module:
     """Put the rewritten layers into ``model`` under their names; undone if it then computes anything else."""
-    if isinstance(model, LAYERS):
-        raise FxlrdError("inplace: a bare layer cannot replace itself; wrap it in nn.Sequential first")
-    names = {p.name for n in gm.graph.nodes if (p := provenance(n)) is not None and p.role != "original"}
+    roles = {p.name: p.role for n in gm.graph.nodes if (p := provenance(n)) is not None}
+    gone = set(called(original)) - set(roles)
+    names = {name for name, role in roles.items() if role != "original"} | gone
     modules = dict(model.named_modules(remove_duplicate=False))
     aliases = {alias: name for name in names for alias, m in modules.items() if m is modules[name]}
     reference = propagate(gm, inputs)
     modes = {name: m.training for name, m in modules.items()}
-    for alias, name in aliases.items():
-        model.set_submodule(alias, gm.get_submodule(name).train(modes[alias]))
-    found = difference(tensors(run(model, inputs)), reference, "inplace")
+    # In the model each must be callable, and aliases stay one module; what was composed away is passed through.
+    new = {name: nn.Identity() if name in gone else chained(gm.get_submodule(name)) for name in names}
     eps = max((torch.finfo(t.dtype).eps for t in reference if t.is_floating_point()), default=math.inf)
-    if found.relative > EXACT * eps:
+    try:
+        for alias, name in aliases.items():
+            model.set_submodule(alias, new[name].train(modes[alias]))
+        found = difference(tensors(run(model, inputs)), reference, "inplace")
+        if found.relative > EXACT * eps:
+            raise VerificationError(f"the outputs differ by {found.relative:.2g}")
+    except BaseException as error:
         for alias in aliases:
             model.set_submodule(alias, modules[alias])
-        raise VerificationError("inplace: the model does not use its layers as its graph does; use inplace=False")
+        if not isinstance(error, FxlrdError):
+            raise
+        raise VerificationError(
+            f"inplace: the model does not use its layers as its graph does ({error}); use inplace=False"
+        ) from error
     return model

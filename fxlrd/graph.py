@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata, _extract_tensor_metadata
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import BaseTorchFunctionMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from fxlrd.errors import FxlrdError, VerificationError, one_line, unknown
 from fxlrd.layers import LAYERS
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
 KEY = "fxlrd"
+FACTORS = ("first", "core", "branch", "last")
+"""The roles of the parts of a layer that stands decomposed."""
+NEVER_CALLED = "it is never called in eval mode and is no part of the captured model"
 _STEM_CHANNELS = 4
 
 
@@ -77,6 +81,11 @@ class Inputs:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inputs:
         return self
+
+    def fresh(self) -> Inputs:
+        """Return a copy with tensors of its own, for a forward that may write into them."""
+        args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (self.args, self.kwargs))
+        return Inputs(args, kwargs)
 
     def describe(self) -> str:
         """Return the tensors' dtypes, shapes and devices in words."""
@@ -130,10 +139,20 @@ def fork(gm: fx.GraphModule) -> fx.GraphModule:
 
     Replacing a module in the fork leaves ``gm`` as it was.
     """
+    if not isinstance(gm, fx.GraphModule):
+        raise FxlrdError(f"a {type(gm).__name__} is not captured yet: fxlrd.capture(model, example_inputs)")
     new = fx.GraphModule(gm, copy.deepcopy(gm.graph), class_name=type(gm).__name__)
     new.meta.update(gm.meta)
     set_container_mode(new, gm.training)
+    for name in {p.name for n in new.graph.nodes if (p := provenance(n)) is not None and p.role in FACTORS}:
+        parts = new.get_submodule(name)
+        new.set_submodule(name, chained(parts).train(parts.training))
     return new
+
+
+def chained(parts: nn.Module) -> nn.Module:
+    """Return a layer's factors as a module that can be called as the layer: torch.fx makes bare containers."""
+    return nn.Sequential(OrderedDict(parts.named_children())) if type(parts) is nn.Module else parts
 
 
 def set_container_mode(gm: fx.GraphModule, training: bool) -> None:
@@ -174,13 +193,13 @@ def replaceable(gm: fx.GraphModule, norms: bool = False) -> dict[str, str | None
     With ``norms``, also for every other module of torch.nn that has parameters or buffers (BatchNorm, PReLU).
     """
     owners = _owners(gm)
-    targets = list(called(gm))
+    targets = set(called(gm))
     found = called(gm) if norms else layers(gm)
     return {target: _guard(gm, target, module, owners, targets) for target, module in found.items()}
 
 
 def _guard(
-    gm: fx.GraphModule, target: str, module: nn.Module, owners: dict[int, list[str]], targets: list[str]
+    gm: fx.GraphModule, target: str, module: nn.Module, owners: dict[int, list[str]], targets: set[str]
 ) -> str | None:
     if is_parametrized(module):
         return "its weight is parametrized: remove that with torch.nn.utils.parametrize.remove_parametrizations first"
@@ -191,13 +210,16 @@ def _guard(
     if hooked(module):
         return "it has hooks (as weight_norm and spectral_norm do), which a replacement would drop"
     for name, parameter in module.named_parameters():
+        if parameter._backward_hooks:
+            return f"its {name} has hooks, which a replacement would drop"
         others = [owner for owner in owners[id(parameter)] if not owner.startswith(f"{target}.")]
         if others:
             return f"its {name} is shared with {others[0]}"
     for node in gm.graph.find_nodes(op="get_attr", sort=False):
         if str(node.target).startswith(f"{target}."):
             return f"its {str(node.target).rpartition('.')[2]} is read directly as well"
-    if any(target.startswith(f"{other}.") for other in targets):
+    parts = target.split(".")
+    if any(".".join(parts[:i]) in targets for i in range(1, len(parts))):
         return "a module around it is called as a whole as well"
     if any(source(node) is None for node in calls(gm, target)):
         return "it is called with more than its input"
@@ -335,7 +357,7 @@ def refresh_shapes(gm: fx.GraphModule) -> None:
             ShapeProp(gm, FakeTensorMode()).propagate(*positional(gm, known.inputs))
 
 
-class _Propagation(ShapeProp):
+class _Propagation(fx.Interpreter):
     """Runs the graph once and leaves tensor_meta and FLOPs on each node."""
 
     def __init__(self, gm: fx.GraphModule, counter: FlopCounterMode) -> None:
@@ -345,6 +367,9 @@ class _Propagation(ShapeProp):
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
         result = super().run_node(n)
+        metadata = fx.node.map_aggregate(result, lambda o: _extract_tensor_metadata(o) if isinstance(o, Tensor) else o)
+        if tensors(result):
+            n.meta["tensor_meta"] = metadata
         n.meta["flops"] = self.counter.get_total_flops() - before
         return result
 
@@ -359,12 +384,13 @@ def propagate(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
 
     counter = FlopCounterMode(display=False)
     with evaluating(gm), torch.no_grad(), BaseTorchFunctionMode(), counter:
-        return tensors(_Propagation(gm, counter).propagate(*positional(gm, inputs)))
+        return tensors(_Propagation(gm, counter).run(*positional(gm, inputs)))
 
 
 def positional(gm: fx.GraphModule, inputs: Inputs) -> list[Any]:
     """Return the inputs in the order of the graph's placeholders; defaults fill what was not given."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    inputs = inputs.fresh()
     values: list[Any] = list(inputs.args)
     for node in placeholders[len(values) :]:
         name = str(node.target)
@@ -372,6 +398,8 @@ def positional(gm: fx.GraphModule, inputs: Inputs) -> list[Any]:
             values.append(inputs.kwargs[name])
         elif node.args:
             values.append(node.args[0])
+        elif name.startswith("*"):  # *args and **kwargs that nothing was given for
+            break
         else:
             raise FxlrdError(f"example inputs: the model's argument {name!r} is missing")
     return values
@@ -432,7 +460,8 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     """Run the model in eval mode without gradients. Raises FxlrdError where it fails on these inputs."""
     with evaluating(model), torch.no_grad():
         try:
-            return model(*inputs.args, **inputs.kwargs)
+            own = inputs.fresh()
+            return model(*own.args, **own.kwargs)
         except Exception as error:
             weights = next(iter(model.parameters()), None)
             has = (

@@ -146,8 +146,11 @@ def compiled(module: nn.Module) -> Callable[..., Any]:
 
 def cache_folder() -> Path:
     """Return the folder of the timing cache: $FXLRD_CACHE_DIR, or fxlrd/ in the user's cache folder."""
-    given = os.environ.get("FXLRD_CACHE_DIR")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fxlrd"
+    if given := os.environ.get("FXLRD_CACHE_DIR"):
+        return Path(given)
+    if around := os.environ.get("XDG_CACHE_HOME"):
+        return Path(around) / "fxlrd"
+    return Path(os.path.expanduser("~")) / ".cache" / "fxlrd"  # unlike Path.home, it never raises
 
 
 _FORMAT = 1

@@ -116,7 +116,8 @@ def explicit_ranks(module: nn.Module, ranks: int | Ranks) -> Ranks:
     given = tuple(ranks) if isinstance(ranks, (tuple, list)) else (ranks,) * len(full)
     if len(given) != len(full):
         raise FxlrdError(f"ranks={ranks}: a {form(module)} form takes {len(full)}, got {len(given)}")
-    if any(r is not None and (not isinstance(r, int) or r < 1) for r in given) or all(r is None for r in given):
+    whole = [r for r in given if r is not None]
+    if not whole or any(not isinstance(r, int) or isinstance(r, bool) or r < 1 for r in whole):
         raise FxlrdError(f"ranks={ranks}: a rank is a whole number of at least 1")
     return tuple(None if r is None else min(r, top) for r, top in zip(given, full, strict=True))
 

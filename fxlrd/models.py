@@ -48,6 +48,9 @@ def _torchvision(name: str, weights: str | None) -> Callable[[], Any]:
 
     if name not in models.list_models():
         raise unknown("torchvision model", name, models.list_models())
+    known = [w.name for w in models.get_model_weights(name)]
+    if weights is not None and weights not in (*known, "DEFAULT"):
+        raise unknown(f"weights of {name}", weights, [*known, "DEFAULT"])
     takes = inspect.signature(models.get_model_builder(name)).parameters
     # Detectors and segmenters would fetch a backbone's weights unless told not to.
     backbone = {"weights_backbone": None} if "weights_backbone" in takes and weights is None else {}
@@ -64,7 +67,7 @@ def _factory(package: str, attribute: str, weights: str | None) -> Callable[[], 
         found: Any = importlib.import_module(package)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the user's module may raise anything at import
         raise FxlrdError(f"model {package}:{attribute} cannot be imported: {one_line(error)}") from error
     return found if callable(found) and not isinstance(found, nn.Module) else lambda: found
 
@@ -79,7 +82,10 @@ def example_for(shape: str, batch: int, dtype: torch.dtype, channels_last: bool)
         raise FxlrdError(f"--input {shape}: write the shape of one example, such as 3x224x224")
     if batch < 1:
         raise FxlrdError(f"--batch {batch}: a batch has at least one example")
-    x = torch.randn(batch, *sizes, generator=torch.Generator().manual_seed(0)).to(dtype)
+    try:
+        x = torch.randn(batch, *sizes, generator=torch.Generator().manual_seed(0)).to(dtype)
+    except (RuntimeError, MemoryError) as error:
+        raise FxlrdError(f"--input {shape} --batch {batch}: too large: {one_line(error)}") from error
     if channels_last:
         if x.dim() != 4:
             raise FxlrdError(f"--channels-last: an input of shape {shape} is no image")

@@ -82,15 +82,21 @@ class Pipeline:
 
     passes: tuple[Pass, ...]
 
-    def __init__(self, passes: Iterable[Pass]) -> None:
+    def __init__(self, passes: Iterable[Pass] | Pipeline) -> None:
+        if isinstance(passes, Pipeline):
+            passes = passes.passes
+        if isinstance(passes, str) or not isinstance(passes, Iterable):
+            raise FxlrdError(f"a pipeline takes a list of passes, not {passes!r}; for text: Pipeline.parse")
         object.__setattr__(self, "passes", tuple(passes))
         for p in self.passes:
-            if not callable(p):
+            if not callable(p) or isinstance(p, type):
                 raise FxlrdError(f"a pipeline takes passes, such as Decompose(), not {p!r}; for text: Pipeline.parse")
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
         """Read the text form. Raises FxlrdError for an unknown pass or option, with close matches."""
+        if not isinstance(text, str):
+            raise FxlrdError(f"passes in text form are a string such as decompose{{ratio=2}},snap, not {text!r}")
         passes = []
         for name, options in _split(text):
             if name not in PASSES:
@@ -133,11 +139,9 @@ class Pipeline:
         ``callback(before, pass, after)`` is called after each pass. Raises VerificationError if an exact pass
         changed the outputs beyond rounding or any pass changed their number, shapes or dtypes.
         """
-        if not isinstance(gm, fx.GraphModule):
-            raise FxlrdError(f"a {type(gm).__name__} is not captured yet: fxlrd.capture(model, example_inputs)")
+        gm = fork(gm)
         known = captured(gm)
         inputs = Inputs.of(example_inputs) if example_inputs is not None else known.inputs if known else None
-        gm = fork(gm)
         annotate(gm)
         reference = outputs = propagate(gm, inputs) if inputs is not None else []
         errors: Errors = (0.0, 0.0, 0.0) if verify and inputs is not None else (None, None, None)
@@ -252,6 +256,8 @@ def _build(name: str, text: str) -> Pass:
             raise unknown(f"option of {name}", key, known)
         if not equals or not value:
             raise FxlrdError(f"{name}: option {key} has no value: write {key}=…")
+        if key in options:
+            raise FxlrdError(f"{name}: option {key} is given twice")
         options[key] = _value(name, key, value, known[key].default)
     result: Pass = cls(**options)
     return result
@@ -268,6 +274,8 @@ def _value(name: str, key: str, text: str, default: Any) -> Any:
             return tuple(part.strip() for part in text.split("|"))
         if default is None:
             parts = [None if part == "-" else int(part) for part in text.split("x")]
+            if parts == [None]:
+                raise ValueError
             return parts[0] if len(parts) == 1 else tuple(parts)
     except (ValueError, KeyError):
         raise FxlrdError(f"{name}: {key}={text} is not a value for this option (default: {default})") from None

@@ -7,6 +7,7 @@ the original layer over parameters of its factors), β = r2 / r1.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 from fxlrd.errors import FxlrdError
@@ -14,8 +15,8 @@ from fxlrd.errors import FxlrdError
 
 def check_ratio(ratio: float) -> None:
     """Raise FxlrdError unless ``ratio`` is a finite number above 1."""
-    if not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio <= 1:
-        raise FxlrdError(f"ratio={ratio}: a compression ratio is a finite number above 1, such as 2")
+    if not isinstance(ratio, numbers.Real) or not math.isfinite(ratio) or ratio <= 1:
+        raise FxlrdError(f"ratio={ratio!r}: a compression ratio is a finite number above 1, such as 2")
 
 
 def svd_rank(c_in: int, c_out: int, ratio: float) -> int:

@@ -90,3 +90,16 @@ def test_importing_fxlrd_pulls_in_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("text", ["raise RuntimeError('boom')", "def ("], ids=["raises", "syntax"])
+def test_a_factory_module_that_fails_at_import(text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken_factory.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["compress", "broken_factory:make"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_input_too_large_for_memory(capsys):
+    assert main(["compress", "torchvision:resnet18", "--input", "3x999999999x999999999"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

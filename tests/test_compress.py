@@ -230,3 +230,85 @@ def test_under_inductor():
     x = torch.randn(1, 3, 33, 33)
     result = fxlrd.compress(resnet18().eval(), x, pipeline="decompose,snap{seconds=0.01}", compile=True, measure=False)
     assert result.report.settings["pipeline"] == "decompose,snap{compile=true,seconds=0.01}"
+
+
+def test_inplace_puts_everything_back_where_the_model_then_fails():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(32, 64, 3), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).mean((2, 3)).view(-1, self.fc.in_features))
+
+    model = Reads()
+    conv, fc = model.conv, model.fc
+    with pytest.raises(FxlrdError, match="inplace=False"):
+        fxlrd.compress(model, torch.randn(2, 32, 8, 8), inplace=True, measure=False)
+    assert model.conv is conv
+    assert model.fc is fc
+
+
+@pytest.mark.parametrize("first", [lambda x: x.add_(1), torch.relu_], ids=["add_", "relu_"])
+def test_example_inputs_are_not_written_into(first):
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+
+        def forward(self, x):
+            x = first(x)
+            return self.fc(x)
+
+    x = torch.randn(2, 64)
+    before = x.clone()
+    fxlrd.compress(Writes(), x)
+    assert torch.equal(x, before)
+
+
+def test_the_pickled_model_does_not_carry_the_example_inputs():
+    model = nn.Sequential(nn.Linear(64, 64))
+    result = fxlrd.compress(model, torch.randn(10_000, 64), measure=False)
+    assert len(pickle.dumps(result.model)) < 100_000
+
+
+def test_autocast_and_inference_mode_are_refused():
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(FxlrdError, match="autocast"):
+        fxlrd.compress(model, x)
+    with torch.inference_mode(), pytest.raises(FxlrdError, match="inference_mode"):
+        fxlrd.compress(model, x)
+
+
+def test_a_forward_with_unused_kwargs():
+    class Kwargs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+
+        def forward(self, x, *args, **kwargs):
+            return self.fc(x)
+
+    x = torch.randn(2, 64)
+    assert fxlrd.compress(Kwargs(), x, measure=False).model(x).shape == (2, 64)
+
+
+def test_kinds_of_models_that_have_to_be_unwrapped_first():
+    for wrapped, remedy in [
+        (torch.compile(small()), "model._orig_mod"),
+        (nn.DataParallel(small()), "model.module"),
+        (torch.jit.trace(small().eval(), image()), "the model it was made from"),
+    ]:
+        with pytest.raises(FxlrdError, match=remedy):
+            quick(wrapped, image())
+
+
+def test_a_list_of_passes_is_a_pipeline():
+    model, x = small().eval(), image()
+    assert torch.equal(quick(model, x, pipeline=[Decompose()]).model(x), quick(model, x).model(x))
+
+
+def test_inplace_counts_what_the_graph_never_calls():
+    x = torch.randn(1, 3, 64, 64)
+    result = quick(googlenet(init_weights=False), x, inplace=True)
+    assert result.report.after["params"] == sum(p.numel() for p in result.model.parameters())

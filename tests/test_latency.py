@@ -291,3 +291,12 @@ def test_compiled_has_a_code_object_of_its_own(monkeypatch):
     assert type(first).forward.__code__ is not type(second).forward.__code__
     x = torch.randn(2, 4)
     assert torch.equal(first(x), module(x))
+
+
+def test_cache_folder_without_a_home(monkeypatch):
+    monkeypatch.delenv("FXLRD_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    latency.cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert latency.cache_folder() == Path("/somewhere/fxlrd")

@@ -46,7 +46,7 @@ def test_ranks_of_the_paper(c_in, c_out, kernel_size, rank):
 def test_bad_ratio(call, ratio):
     with pytest.raises(FxlrdError) as caught:
         call(ratio)
-    assert str(caught.value) == f"ratio={ratio}: a compression ratio is a finite number above 1, such as 2"
+    assert str(caught.value) == f"ratio={ratio!r}: a compression ratio is a finite number above 1, such as 2"
 
 
 @pytest.mark.parametrize("beta", [0, -1, float("nan"), float("inf"), "1", None])

@@ -25,6 +25,7 @@ from torch.nn.parameter import UninitializedParameter
 from fxlrd.errors import CaptureError, FxlrdError, one_line
 from fxlrd.graph import (
     KEY,
+    NEVER_CALLED,
     Captured,
     Inputs,
     Unreached,
@@ -39,7 +40,6 @@ from fxlrd.graph import (
 )
 from fxlrd.layers import LAYERS, op
 
-NEVER_CALLED = "it is never called in eval mode and is no part of the result"
 _INSIDE = (os.path.dirname(torch.__file__) + os.sep, os.path.abspath(__file__))
 
 
@@ -71,7 +71,15 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         )
     gm.meta[KEY] = Captured(inputs, unreached, tuple(warnings))
     where = f"capture of {type(model).__name__}"
-    found = difference(propagate(gm, inputs), reference, where)
+    try:
+        outputs = propagate(gm, inputs)
+    except FxlrdError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"{where}: the trace fails where the model runs: {one_line(error)}; compress its submodules one by one"
+        ) from error
+    found = difference(outputs, reference, where)
     eps = max(torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0 for t in reference)
     if found.relative > 1e3 * eps:
         raise CaptureError(
@@ -88,8 +96,12 @@ def check_weights(model: nn.Module) -> None:
             raise FxlrdError(f"{name} is not initialised yet: run the lazy model once on an input first")
         if parameter.is_meta:
             raise FxlrdError(f"{name} is on the meta device: materialise the model first")
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+        wide = parameter.float() if parameter.element_size() == 1 else parameter  # float8 has no isfinite
+        if parameter.is_floating_point() and not bool(wide.isfinite().all()):
             raise FxlrdError(f"{name} holds NaN or Inf: the model is broken before compression")
+    for name, buffer in model.named_buffers():  # -inf is how masks are written
+        if not buffer.is_meta and buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise FxlrdError(f"{name} holds NaN: the model is broken before compression")
 
 
 class _InPlaceProxy(fx.Proxy):
@@ -169,7 +181,9 @@ def _is_impure(model: nn.Module, node: fx.Node) -> bool:
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    in_place = node.target in _IN_PLACE or node.kwargs.get("inplace") is True
+    name = getattr(node.target, "__name__", "")
+    writes = name.endswith("_") and not name.endswith("__")
+    in_place = node.target in _IN_PLACE or writes or "out" in node.kwargs or node.kwargs.get("inplace") is True
     return node.op in ("placeholder", "output") or in_place or node.is_impure()
 
 
@@ -268,5 +282,9 @@ def _why(model: nn.Module, name: str, targets: set[str], read: dict[str, fx.Node
 
 def _line(error: BaseException) -> str:
     """Return file:line of the last frame in the user's code."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_INSIDE)]
-    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "an unknown line"
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in every if not f.filename.startswith(_INSIDE)]
+    # A module of torch's own: the deepest of its frames, before those of the tracer.
+    modules = [f for f in every if f"{os.sep}nn{os.sep}modules{os.sep}" in f.filename]
+    last = (frames or modules or every)[-1]
+    return f"{os.path.basename(last.filename)}:{last.lineno}"

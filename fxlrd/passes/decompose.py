@@ -12,6 +12,7 @@ input, of at most four channels), what ``skip`` names, and whatever cannot be cu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,6 +45,14 @@ class Decompose:
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         object.__setattr__(self, "skip", names(self.skip))
+        if isinstance(self.ranks, list):
+            object.__setattr__(self, "ranks", tuple(self.ranks))
+        if not isinstance(self.beta, (int, float)) or not 0 < self.beta < math.inf:
+            raise FxlrdError(f"decompose: beta={self.beta}: the ratio r2/r1 is a finite number above 0")
+        if not isinstance(self.sweeps, int) or self.sweeps < 1:
+            raise FxlrdError(f"decompose: sweeps={self.sweeps}: at least one is needed")
+        if isinstance(self.ranks, int) and self.ranks < 1:
+            raise FxlrdError(f"decompose: ranks={self.ranks}: a rank is a whole number of at least 1")
 
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a decomposed copy of ``gm`` that shares the layers left alone.

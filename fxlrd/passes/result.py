@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from fxlrd.errors import FxlrdError
 from fxlrd.latency import Timing
 
 
@@ -46,4 +47,8 @@ class PassResult:
 
 def names(given: str | Sequence[str]) -> tuple[str, ...]:
     """Return names or globs as a tuple; one string is one name."""
-    return (given,) if isinstance(given, str) else tuple(given)
+    found = (given,) if isinstance(given, str) else tuple(given)
+    for name in found:
+        if not isinstance(name, str):
+            raise FxlrdError(f"skip: {name!r} is not a name or glob of layers")
+    return found

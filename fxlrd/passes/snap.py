@@ -13,8 +13,9 @@ device against the original layer.
                  paper's argmax names the rank *above* the drop: see its Algorithm 1 and Table 2).
 
 Either way a difference inside the measurement's noise is no gain: R stays, and the original comes back
-unless the factors are faster by more than the noise. Approximate where it moves a rank (the result is what
-`decompose` gives at that rank), exact where it restores an original.
+unless the factors are faster by more than the noise. Approximate: outputs move against those of the pass's
+input, also where an original comes back (towards the original model's). At a moved rank the result is what
+`decompose` gives at that rank.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.errors import FxlrdError, unknown
-from fxlrd.graph import KEY, fork, infer_shape, provenance, restore, source
+from fxlrd.graph import KEY, calls, evaluating, fork, infer_shape, provenance, restore, source
 from fxlrd.latency import Cache, Setting, Timing, compare, compiled, example, signature
 from fxlrd.layers import Ranks, channels, decomposed, parameters, ranks_text, skeleton
 from fxlrd.passes.result import PassResult, Site, Skip
@@ -84,7 +85,7 @@ class Snap:
             if chosen == place.ranks:
                 skipped.append(Skip(name, f"rank {ranks_text(place.ranks)} stays: no step below it pays"))
             else:
-                sites.append(Site(name, chosen is None, _note(place, chosen, timings), timings))
+                sites.append(Site(name, False, _note(place, chosen, timings), timings))
         gm.graph.lint()
         gm.recompile()
         return PassResult(gm, tuple(sites), tuple(skipped))
@@ -96,6 +97,8 @@ class Snap:
         if cache is not None and not known:
             known.update(cache.load(setting, place.signature))
         wanted = self._candidates(place)
+        if ORIGINAL not in known:  # what the others' ratios are to
+            known.clear()
         missing = [r for r in wanted if ranks_text(r) not in known]
         for start in range(0, len(missing), _GROUP):
             group = missing[start : start + _GROUP]
@@ -222,8 +225,9 @@ def _largest_drop(candidates: Sequence[Ranks], timings: dict[str, Timing]) -> Ra
 def _time(place: Place, group: Sequence[Ranks], under_inductor: bool, seconds: float) -> dict[str, Timing]:
     x = example(place.shape, place.dtype, place.layout, place.device)
     variants = {ORIGINAL: place.original} | {ranks_text(r): skeleton(place.original, r) for r in group}
-    with torch.no_grad():
-        calls = {key: _call(m.eval(), x, under_inductor) for key, m in variants.items()}
+    # The original is the user's own module: its mode comes back.
+    with torch.no_grad(), evaluating(nn.ModuleList(variants.values())):
+        calls = {key: _call(m, x, under_inductor) for key, m in variants.items()}
         return compare(calls, place.device, seconds=seconds)
 
 
@@ -241,9 +245,10 @@ def _apply(gm: fx.GraphModule, name: str, place: Place, ranks: Ranks | None, tim
     if ranks != place.ranks:
         parts, error = decomposed(place.original, ranks)
         gm.set_submodule(name, parts)
-    for node in gm.graph.nodes:
-        p = provenance(node)
-        if p is not None and p.name == name:
+    for role, _ in gm.get_submodule(name).named_children():
+        for node in calls(gm, f"{name}.{role}"):
+            p = provenance(node)
+            assert p is not None
             node.meta[KEY] = changed(p, latency=seconds)
             if parts is not None:
                 node.meta[KEY] = changed(p, latency=seconds, ranks=ranks, error=error)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxlrd import cost
-from fxlrd.graph import Provenance, calls, captured, layers, provenance
+from fxlrd.graph import FACTORS, NEVER_CALLED, Provenance, calls, captured, layers, provenance
 from fxlrd.latency import Timing
 from fxlrd.layers import form, layer, op
 from fxlrd.pipeline import Record
@@ -52,18 +52,23 @@ FOLDED = "it reads and makes the channels that its neighbours kept"
 UNSEEN = "no pass looks at it"
 
 
-def figures(gm: fx.GraphModule, latency: Timing | None = None) -> dict[str, Any]:
-    """Return params, flops, depth and latency_ms of a propagated graph module."""
+def figures(gm: fx.GraphModule, latency: Timing | None = None, aside: int = 0) -> dict[str, Any]:
+    """Return params (and ``aside``), flops, depth and latency_ms of a propagated graph module."""
     return {
-        "params": cost.params(gm),
+        "params": cost.params(gm) + aside,
         "flops": cost.flops(gm),
         "depth": cost.depth(gm),
         "latency_ms": None if latency is None else latency.seconds * 1e3,
     }
 
 
-def layer_rows(before: fx.GraphModule, after: fx.GraphModule, ledger: tuple[Record, ...]) -> list[dict[str, Any]]:
-    """Return a row for every conv and linear layer of ``before``, in its order; the unreached come last."""
+def layer_rows(
+    before: fx.GraphModule, after: fx.GraphModule, ledger: tuple[Record, ...], dropped: bool = True
+) -> list[dict[str, Any]]:
+    """Return a row for every conv and linear layer of ``before``, in its order; the unreached come last.
+
+    ``dropped`` says that layers which are never called are no part of the result.
+    """
     reasons = {skip.name: skip.reason for record in ledger for skip in record.skipped}
     notes = {site.name: site.note for record in ledger for site in record.sites}
     touched = {site.name for record in ledger for site in record.sites}
@@ -104,7 +109,7 @@ def layer_rows(before: fx.GraphModule, after: fx.GraphModule, ledger: tuple[Reco
                 "shape": list(unreached.shape),
                 "decision": "skipped",
                 "ranks": None,
-                "params": unreached.params,
+                "params": 0 if dropped and unreached.reason == NEVER_CALLED else unreached.params,
                 "flops": None,
                 "latency_ms": None,
                 "error": 0.0,
@@ -120,6 +125,6 @@ def _decision(known: Provenance | None, module: nn.Module, touched: bool) -> str
     """Return what became of a layer; ``known`` is None where no node is left of it."""
     if known is None or known.role == "merged":
         return "merged"
-    if known.role in ("first", "core", "last"):
+    if known.role in FACTORS:
         return form(module)
     return "original" if touched else "skipped"

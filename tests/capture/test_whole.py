@@ -327,7 +327,9 @@ def test_another_path_in_training_mode_is_reported(forward, training):
 
 def test_layers_never_called_are_reported():
     gm = capture(model(lambda self, x: self.conv(x), aux=nn.Linear(6, 5)), X)
-    assert captured(gm).unreached["aux"].reason == "it is never called in eval mode and is no part of the result"
+    assert (
+        captured(gm).unreached["aux"].reason == "it is never called in eval mode and is no part of the captured model"
+    )
     assert (captured(gm).unreached["aux"].op, captured(gm).unreached["aux"].shape) == ("Linear", (5, 6))
     assert captured(gm).unreached["aux"].params == 35
     assert len(captured(gm).warnings) == 1
@@ -480,3 +482,18 @@ def test_result_retraces_with_plain_torch_fx():
     again = torch.fx.symbolic_trace(gm)
     assert targets(again) == targets(gm)
     assert_same(again, gm, X)
+
+
+def test_nan_in_a_buffer_is_named():
+    m = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    m[1].running_var[0] = float("nan")
+    with pytest.raises(FxlrdError, match=r"1\.running_var"):
+        capture(m, X)
+
+
+def test_a_trace_that_fails_where_the_model_runs_is_a_capture_error(capsys):
+    from torchvision.models.video import swin3d_t
+
+    with pytest.raises(CaptureError, match="the trace fails where the model runs"):
+        capture(swin3d_t(), torch.randn(1, 3, 2, 32, 32))
+    assert capsys.readouterr().err == ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 import fxlrd.passes.snap as snap_module
-from fxlrd import FxlrdError, capture
+from fxlrd import FxlrdError, capture, compress
 from fxlrd.graph import Inputs, propagate, provenance
 from fxlrd.latency import Timing
 from fxlrd.layers import decomposed, ranks_text
@@ -78,7 +80,7 @@ def test_the_original_comes_back_where_it_is_not_slower(monkeypatch, search):
     result = Snap(search=search)(gm)
     assert result.graph_module.get_submodule("0") is model[0]
     assert torch.equal(result.graph_module(x), model(x))
-    assert [site.exact for site in result.sites] == [True]
+    assert [site.exact for site in result.sites] == [False]  # against the factors that it replaces
     assert ranks_of(result.graph_module) == {}
 
 
@@ -191,3 +193,38 @@ def test_bad_options():
         Snap(seconds=0)
     with pytest.raises(FxlrdError, match="trade"):
         Snap(trade=2)
+
+
+@pytest.mark.parametrize("ratio", [lambda r: 1.0, lambda r: 0.5, staircase(16)])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_ranks_preset_whatever_the_timing(monkeypatch, ratio, inplace):
+    """All originals back, all ranks kept, all ranks moved: the pipeline verifies, and inplace installs it."""
+    Clock(monkeypatch, ratio)
+    model, x, _ = linear_pair(2)
+    result = compress(model, x, preset="ranks", inplace=inplace, measure=False)
+    assert (result.model is model) == inplace
+    assert result.report.after["params"] == sum(p.numel() for p in result.model.parameters())
+    assert result.model.get_submodule("0")(x).shape == (4, 300)
+
+
+def test_modes_come_back_after_real_timing():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 64)).train()
+    model[2].eval()
+    x = torch.randn(4, 64)
+    result = compress(model, x, pipeline="decompose,snap{seconds=0.01}", measure=False)
+    assert [m.training for m in model] == [True, True, False]
+    assert result.model.get_submodule("0").training
+
+
+def test_a_cache_file_without_the_original_is_measured_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("FXLRD_CACHE_DIR", str(tmp_path))
+    _, _, gm = linear_pair()
+    clock = Clock(monkeypatch, staircase(16))
+    Snap()(gm)
+    first = list(clock.timed)
+    (path,) = tmp_path.glob("latency/*.json")
+    content = json.loads(path.read_text())
+    del content["timings"]["original"]
+    path.write_text(json.dumps(content))
+    Snap()(gm)
+    assert clock.timed == first * 2
