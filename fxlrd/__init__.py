@@ -4,6 +4,7 @@ from fxlrd import ranks
 from fxlrd.capture import capture
 from fxlrd.compress import Result, compress
 from fxlrd.errors import CaptureError, FxlrdError, VerificationError
+from fxlrd.finetune import finetune
 from fxlrd.pipeline import Pipeline
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "VerificationError",
     "capture",
     "compress",
+    "finetune",
     "ranks",
 ]
 __version__ = "0.1.0"

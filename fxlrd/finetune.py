@@ -1,0 +1,312 @@
+"""finetune(): the training loop that follows a compression, written out plainly.
+
+SGD with Nesterov momentum, a linear warm-up and a cosine decay, gradients clipped: settings at which balanced or
+orthonormal factors do not diverge. Optionally the original teaches (distillation), factors freeze by a
+schedule, BatchNorm statistics stay as they are, and each epoch ends in a checkpoint to resume from.
+
+Under ``torchrun`` every process takes its share of each batch of the same loader, and gradients are averaged by
+DistributedDataParallel so that a step equals that of one process on the whole batch. What a process computes for
+itself does not: BatchNorm statistics in training mode (on CPU), and dropout masks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+from fxlrd.errors import FxlrdError, unknown
+from fxlrd.passes.freeze import check_schedule, forms, freeze_factors
+from fxlrd.progress import bar, quiet
+
+BATCH_NORM = ("train", "frozen")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch: its number from 0, mean loss over all examples, seconds, parameters that trained, and what
+    ``evaluate`` returned.
+    """
+
+    epoch: int
+    loss: float
+    seconds: float
+    trained: int
+    metric: float | None = None
+
+
+def finetune(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    epochs: int = 1,
+    lr: float = 0.005,
+    weight_decay: float = 1e-4,
+    warmup: float = 0.05,
+    clip: float | None = 1.0,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
+    teacher: nn.Module | None = None,
+    distill: float = 0.5,
+    temperature: float = 4.0,
+    schedule: str | None = None,
+    batch_norm: str = "train",
+    evaluate: Callable[[nn.Module], float] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Epoch]:
+    """Train ``model`` in place for ``epochs`` over ``loader`` and return the history, resumed epochs included.
+
+    Args:
+        model: any module, such as ``result.model``. Its modes and ``requires_grad`` are as before afterwards.
+        loader: batches (inputs, target) with a length; inputs are a tensor, or a tuple of positional arguments.
+        epochs: passes over the loader.
+        lr: the peak learning rate, after ``warmup`` (a share of all steps); it decays to 0 by a cosine.
+        weight_decay: of the default optimizer.
+        clip: largest norm of the gradient; None leaves it alone.
+        optimizer: makes another optimizer from the parameters; its own learning rates are the peak then.
+        loss: of (output, target), averaged over the batch.
+        teacher: the original model; the loss becomes (1-distill)·loss + distill·T²·KL of the softened outputs.
+        distill: weight of the teacher, 0 to 1.
+        temperature: T of the softened outputs.
+        schedule: freezing of factors, paper or sequential (see `fxlrd.passes.freeze`); None trains all.
+        batch_norm: train re-estimates statistics while training; frozen keeps them.
+        evaluate: called with the model in eval mode after each epoch, in the first process only.
+        checkpoint: a file that each epoch replaces at once; if it is there, training goes on from it.
+        seed: of each epoch's shuffling and dropout; the global random state is as before afterwards.
+        progress: show a bar while standard error is a terminal.
+
+    Raises:
+        FxlrdError: for options out of range, a loader without batches, a loss that is not finite, or a
+            checkpoint of other settings.
+    """
+    _check(epochs, lr, warmup, distill, temperature, schedule, batch_norm)
+    steps = _length(loader)
+    device = next(model.parameters()).device
+    if schedule is not None and not forms(model):
+        raise FxlrdError(f"finetune: schedule={schedule}: no layer of the model stands decomposed")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise FxlrdError("finetune: no parameter requires a gradient")
+    make = optimizer or (lambda ps: torch.optim.SGD(ps, lr, momentum=0.9, nesterov=True, weight_decay=weight_decay))
+    settings = {"epochs": epochs, "lr": lr, "seed": seed, "steps": steps, "schedule": schedule or ""}
+    with _processes(device) as (rank, world), _as_before(model), torch.random.fork_rng(_cuda(device)):
+        steppers = make(parameters)
+        peaks = [group["lr"] for group in steppers.param_groups]
+        path = None if checkpoint is None else Path(checkpoint)
+        history = _resume(path, model, steppers, settings, device)
+        for epoch in range(len(history), epochs):
+            torch.manual_seed(seed + epoch)
+            start = time.perf_counter()
+            if schedule is not None:
+                freeze_factors(model, schedule, epoch)
+            _train_mode(model, batch_norm)
+            # Wrapped anew each epoch: DistributedDataParallel fixes at wrapping which parameters have gradients.
+            wrapped = DistributedDataParallel(model) if world > 1 else model
+            total = seen = 0.0
+            show = bar if progress and rank == 0 else quiet
+            for step, batch in enumerate(show(loader, f"epoch {epoch + 1}/{epochs}")):
+                for group, peak in zip(steppers.param_groups, peaks, strict=True):
+                    group["lr"] = peak * _rate(epoch * steps + step, epochs * steps, warmup)
+                (inputs, target), weight, count = _share(batch, rank, world, device)
+                output = wrapped(*inputs)
+                value = loss(output, target)
+                if teacher is not None:
+                    value = (1 - distill) * value + distill * _teach(teacher, inputs, output, temperature)
+                steppers.zero_grad(set_to_none=True)
+                (value * weight).backward()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], clip)
+                steppers.step()
+                total += value.item() * weight * count / world
+                seen += count
+                if not math.isfinite(total):
+                    raise FxlrdError(f"finetune: the loss is not finite at epoch {epoch}, step {step}: lower lr={lr:g}")
+            if seen == 0:
+                raise FxlrdError("finetune: the loader gives no batches")
+            metric = _evaluated(evaluate, model) if rank == 0 else None
+            trained = sum(p.numel() for p in parameters if p.requires_grad)
+            mean = _summed(total, world, device) / seen
+            history.append(Epoch(epoch, mean, time.perf_counter() - start, trained, metric))
+            if path is not None and rank == 0:
+                _save(path, model, steppers, settings, history)
+    return history
+
+
+def _check(
+    epochs: int, lr: float, warmup: float, distill: float, temperature: float, schedule: str | None, batch_norm: str
+) -> None:
+    if epochs < 1:
+        raise FxlrdError(f"finetune: epochs={epochs}: at least one is needed")
+    if not (math.isfinite(lr) and lr > 0):
+        raise FxlrdError(f"finetune: lr={lr}: a learning rate is a finite number above 0")
+    if not 0 <= warmup < 1:
+        raise FxlrdError(f"finetune: warmup={warmup} is not a share of the steps in [0, 1)")
+    if not 0 <= distill <= 1 or not temperature > 0:
+        raise FxlrdError(f"finetune: distill={distill}, temperature={temperature}: use a weight in [0, 1] and T > 0")
+    if schedule is not None:
+        check_schedule(schedule)
+    if batch_norm not in BATCH_NORM:
+        raise unknown("batch_norm", batch_norm, BATCH_NORM)
+
+
+def _length(loader: Iterable[Any]) -> int:
+    if not isinstance(loader, Sized):
+        raise FxlrdError(
+            "finetune: the loader has no length, which the learning rate goes by: use a DataLoader or a list"
+        )
+    if len(loader) == 0:
+        raise FxlrdError("finetune: the loader gives no batches")
+    return len(loader)
+
+
+def _rate(step: int, total: int, warmup: float) -> float:
+    """Return the learning rate of a step relative to its peak: a linear rise, then half a cosine."""
+    rise = math.ceil(warmup * total)
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def _share(batch: Any, rank: int, world: int, device: torch.device) -> tuple[tuple[tuple[Any, ...], Any], float, int]:
+    """Return this process's part of a batch, its weight in the mean over processes, and the whole batch's size.
+
+    A process that is left without examples computes one of weight 0, since the others wait for its gradients.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise FxlrdError("finetune: the loader gives no (inputs, target) pairs")
+    inputs, target = batch
+    inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    count = len(target)
+    low, high = count * rank // world, count * (rank + 1) // world
+    part = slice(low, high) if high > low else slice(0, 1)
+    mine = tree_map(lambda t: t[part].to(device) if isinstance(t, Tensor) else t, (inputs, target))
+    return mine, (high - low) * world / count, count
+
+
+def _teach(teacher: nn.Module, inputs: tuple[Any, ...], output: Tensor, temperature: float) -> Tensor:
+    modes = [(m, m.training) for m in teacher.modules()]
+    teacher.eval()
+    with torch.no_grad():
+        wanted = teacher(*inputs)
+    for module, training in modes:
+        module.training = training
+    softened = F.log_softmax(output / temperature, -1), F.log_softmax(wanted / temperature, -1)
+    return temperature**2 * F.kl_div(*softened, reduction="batchmean", log_target=True)
+
+
+def _train_mode(model: nn.Module, batch_norm: str) -> None:
+    model.train()
+    if batch_norm == "frozen":
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def _evaluated(evaluate: Callable[[nn.Module], float] | None, model: nn.Module) -> float | None:
+    if evaluate is None:
+        return None
+    model.eval()
+    with torch.no_grad():
+        return float(evaluate(model))
+
+
+def _summed(value: float, world: int, device: torch.device) -> float:
+    if world == 1:
+        return value
+    whole = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(whole)
+    return whole.item()
+
+
+@contextmanager
+def _processes(device: torch.device) -> Iterator[tuple[int, int]]:
+    """Yield (rank, world size): those of torchrun, whose process group is joined here unless it is already."""
+    joined = False
+    if dist.is_available() and not dist.is_initialized() and dist.is_torchelastic_launched():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        joined = True
+    try:
+        yield (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    finally:
+        if joined:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Give modules their modes and parameters their ``requires_grad`` back on leaving."""
+    modes = [(m, m.training) for m in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for p, flag in flags:
+            p.requires_grad_(flag)
+            p.grad = None
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
+
+
+def _save(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], history: list[Epoch]
+) -> None:
+    """Replace the checkpoint at once: it is the old one or the new one, never half of it."""
+    content = {
+        "format": _FORMAT,
+        "settings": settings,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": [vars(epoch) for epoch in history],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    try:
+        torch.save(content, scratch)
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _resume(
+    path: Path | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    device: torch.device,
+) -> list[Epoch]:
+    """Load the checkpoint into model and optimizer, if it is there, and return the epochs that it holds."""
+    if path is None or not path.exists():
+        return []
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        found = content["settings"]
+    except Exception as error:
+        raise FxlrdError(
+            f"finetune: {path} is no checkpoint of finetune ({type(error).__name__}): remove it"
+        ) from error
+    if content["format"] != _FORMAT or found != settings:
+        raise FxlrdError(f"finetune: {path} is of other settings ({found}): remove it, or train with those")
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    return [Epoch(**fields) for fields in content["history"]]
