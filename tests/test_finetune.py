@@ -118,8 +118,9 @@ def test_the_sequential_schedule_alternates():
 
 
 def test_distillation_pulls_towards_the_teacher():
-    teacher = net().train()
-    model = small_factors()
+    teacher, model = net().train(), net()
+    with torch.no_grad():
+        model[6].weight.zero_()
     x = data().tensors[0]
 
     def gap(m: nn.Module) -> float:
@@ -128,7 +129,7 @@ def test_distillation_pulls_towards_the_teacher():
     before = gap(model)
     stats = teacher[1].running_mean.clone()
     finetune(model, loader(), epochs=100, lr=0.1, teacher=teacher, distill=1.0, batch_norm="frozen")
-    assert gap(model) < 0.5 * before
+    assert gap(model) < 0.1 * before
     assert teacher.training
     assert torch.equal(teacher[1].running_mean, stats)
 
