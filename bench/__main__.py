@@ -18,6 +18,8 @@ SECTIONS = {
     "decomposition": [{}],
     "search": [{}],
     "throughput": [{}, KEEP_MEMORY],
+    "training": [{}, KEEP_MEMORY],
+    "branches": [{}],
 }
 
 

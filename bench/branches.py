@@ -1,0 +1,38 @@
+"""The paper's Fig. 5: throughput against the number of branches, for ResNet-50, batch 8, fp32, channels_last.
+
+Eager and under Inductor with frozen weights. Random weights: the figures are about speed, not fidelity.
+"""
+
+from __future__ import annotations
+
+import torch
+from tabulate import tabulate
+
+from bench.models import resnet50
+from fxlrd import Pipeline, capture, cost
+from fxlrd.latency import compare, compiled
+from fxlrd.passes import Branch, Decompose
+
+GROUPS = (1, 2, 4, 8, 16)
+
+
+def main() -> None:
+    model, x = resnet50()
+    gm = capture(model, x)
+    decomposed = Pipeline([Decompose(ratio=2.0)])(gm).graph_module
+    found = {"original": gm, "N = 1": decomposed}
+    for n in GROUPS[1:]:
+        found[f"N = {n}"] = Pipeline([Branch(groups=n, rotate=False)])(decomposed, verify=False).graph_module
+    rows = {name: [name, f"{cost.params(m) / 1e6:.2f} M", f"{cost.flops(m) / 1e9:.1f} G"] for name, m in found.items()}
+    for under_inductor in (False, True):
+        calls = {name: compiled(m) if under_inductor else m for name, m in found.items()}
+        with torch.no_grad():
+            timings = compare({k: (lambda m=m: m(x)) for k, m in calls.items()}, x.device, seconds=60.0)
+        for name, t in timings.items():
+            rows[name] += [f"{x.shape[0] / t.seconds:.1f}", f"{1 / t.ratio:.2f}× ± {t.spread / t.ratio**2:.2f}"]
+    headers = ["branches", "parameters", "FLOPs", "images/s", "eager", "images/s", "Inductor"]
+    print(tabulate(list(rows.values()), headers=headers))
+
+
+if __name__ == "__main__":
+    main()
