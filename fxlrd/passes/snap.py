@@ -1,14 +1,10 @@
 """snap: ranks to where the device is fast, by timing; the original layer back where it is not faster.
 
-Time is a staircase in the rank, since kernels work in vectors and tiles: a rank just above a step pays for
-the whole step. For each decomposed layer, with R its present rank, ranks r in [floor·R, R] are timed on the
-device against the original layer.
+Time is a staircase in the rank: a rank just above a step pays for the whole step. For each decomposed layer, with
+R its present rank, ranks r in [floor·R, R] are timed on the device against the original layer.
 
-    grid         R, and the largest multiples of 16 (of 8, where that is under the floor) and of 64 up to it;
-                 one search for all layers of one signature. Taken: the r whose time falls most below
-                 t(R)·(cost(r)/cost(R))^trade. With trade=1 rank is given up only where it buys more than its
-                 proportion of time; the default of ½ allows for the singular values that go being the
-                 smallest.
+    grid         R and the hardware multiples below it, one search for all layers of one signature; see
+                 fxlrd/search.py for them and for which r is taken.
     algorithm1   the paper's scan of every r. Taken: the r below the largest drop of t between r+1 and r (the
                  paper's argmax names the rank *above* the drop: see its Algorithm 1 and Table 2).
 
@@ -22,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace as changed
+from dataclasses import dataclass
+from dataclasses import replace as changed
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,6 +31,7 @@ from fxlrd.latency import Cache, Setting, Timing, compare, compiled, example, si
 from fxlrd.layers import Ranks, channels, decomposed, parameters, ranks_text, skeleton
 from fxlrd.passes.result import PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
+from fxlrd.search import best_share, grid, reaches
 
 SEARCHES = ("grid", "algorithm1")
 ORIGINAL = "original"
@@ -112,8 +110,8 @@ class Snap:
         """Return the ranks to time, from the present one downward."""
         lowest: Ranks = tuple(None if r is None else math.ceil(self.floor * r) for r in place.ranks)
         if self.search == "grid":
-            return _grid(place.ranks, lowest, place.groups)
-        return [r for r in _scan(place.ranks) if _reaches(r, lowest)]
+            return grid(place.ranks, lowest, place.groups)
+        return [r for r in _scan(place.ranks) if reaches(r, lowest)]
 
     def _choose(self, place: Place, timings: dict[str, Timing]) -> Ranks | None:
         """Return the ranks to take; None is the original layer."""
@@ -121,7 +119,7 @@ class Snap:
         if self.search == "algorithm1":
             chosen = _largest_drop(candidates, timings)
         else:
-            chosen = _best_share(place, candidates, timings, self.trade)
+            chosen = best_share(candidates, timings, lambda r: parameters(place.original, r), self.trade)
         if timings[ranks_text(chosen)].faster():
             return chosen
         fastest = min(candidates, key=lambda r: timings[ranks_text(r)].ratio)
@@ -142,6 +140,7 @@ class Place:
 
     @property
     def signature(self) -> str:
+        """What the layer's time depends on, as text."""
         return signature(self.original, self.shape, self.dtype, self.layout)
 
 
@@ -183,39 +182,9 @@ def _scaled(ranks: Ranks, share: float) -> Ranks:
     return tuple(None if r is None else max(1, round(r * share)) for r in ranks)
 
 
-def _reaches(ranks: Ranks, lowest: Ranks) -> bool:
-    return all(a is None or b is None or a >= b for a, b in zip(ranks, lowest, strict=True))
-
-
-def _grid(ranks: Ranks, lowest: Ranks, groups: int) -> list[Ranks]:
-    """Return the present ranks and the hardware multiples below them, descending."""
-    sixteen, eight, sixty_four = (_rounded(ranks, m, groups) for m in (16, 8, 64))
-    found = [ranks, sixteen if _reaches(sixteen, lowest) else eight, sixty_four]
-    return list(dict.fromkeys(r for r in found if _reaches(r, lowest)))
-
-
-def _rounded(ranks: Ranks, multiple: int, groups: int) -> Ranks:
-    """Return the ranks rounded down so that groups·rank is a multiple."""
-    unit = multiple // math.gcd(multiple, groups)
-    return tuple(None if r is None else r // unit * unit for r in ranks)
-
-
-def _best_share(place: Place, candidates: Sequence[Ranks], timings: dict[str, Timing], trade: float) -> Ranks:
-    full = timings[ranks_text(place.ranks)]
-    cost = parameters(place.original, place.ranks)
-
-    def gain(ranks: Ranks) -> float:
-        timing = timings[ranks_text(ranks)]
-        share = (parameters(place.original, ranks) / cost) ** trade
-        won = share * full.ratio - timing.ratio
-        return won if won > math.hypot(timing.spread, full.spread * share) else 0.0
-
-    return max(candidates, key=gain)  # the first, highest rank where nothing is won
-
-
 def _largest_drop(candidates: Sequence[Ranks], timings: dict[str, Timing]) -> Ranks:
     best, largest = candidates[0], 0.0
-    for above, below in zip(candidates, candidates[1:], strict=False):
+    for above, below in pairwise(candidates):
         high, low = timings[ranks_text(above)], timings[ranks_text(below)]
         if low.faster(high) and high.ratio - low.ratio > largest:
             best, largest = below, high.ratio - low.ratio
@@ -264,4 +233,3 @@ def _note(place: Place, chosen: Ranks | None, timings: dict[str, Timing]) -> str
         f"rank {ranks_text(place.ranks)} → {ranks_text(chosen)}: "
         f"{before.ratio:.2f} → {after.ratio:.2f} of the original's time"
     )
-
