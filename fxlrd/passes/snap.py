@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx, nn
