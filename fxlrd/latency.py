@@ -138,10 +138,26 @@ def compiled(module: nn.Module) -> Callable[..., Any]:
     """Return the module under Inductor with frozen weights, as it is served; compiled at its first call.
 
     Each call traces a graph module of its own: one code object each, so that torch's limit of recompilations
-    per code object is never met. Dynamo's caches are left as they are.
+    per code object is never met. Dynamo's caches are left as they are. The first call has to be made with
+    gradients off: weights freeze into constants then or not at all.
     """
     gm = module if isinstance(module, fx.GraphModule) else fx.symbolic_trace(module)
-    return torch.compile(fx.GraphModule(gm, gm.graph), options={"freezing": True})
+    optimized = torch.compile(fx.GraphModule(gm, gm.graph))
+    frozen = False
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal frozen
+        if frozen:
+            return optimized(*args, **kwargs)
+        from torch._inductor import config
+
+        # As an option of torch.compile it would reach Inductor alone, and Dynamo hands weights over as inputs.
+        with config.patch(freezing=True):
+            result = optimized(*args, **kwargs)
+        frozen = True
+        return result
+
+    return call
 
 
 def cache_folder() -> Path:

@@ -25,7 +25,7 @@ PRESETS = {
     "lrd": "decompose",
     "ranks": "decompose,snap",
     "freeze": "decompose,freeze",
-    "merge": "calibrate{outputs=false},merge",
+    "merge": "calibrate{outputs=false},merge{snap=true}",
     "branch": "decompose,branch",
 }
 """The presets in text form: the paper's rows."""

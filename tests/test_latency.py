@@ -284,13 +284,22 @@ def test_example_leaves_the_random_state_alone():
 
 def test_compiled_has_a_code_object_of_its_own(monkeypatch):
     asked = []
-    monkeypatch.setattr(torch, "compile", lambda gm, **options: asked.append(options) or gm)
+    monkeypatch.setattr(torch, "compile", lambda gm: asked.append(gm) or gm)
     module = nn.Sequential(nn.Linear(4, 4)).eval()
-    first, second = latency.compiled(module), latency.compiled(module)
-    assert asked == [{"options": {"freezing": True}}] * 2
-    assert type(first).forward.__code__ is not type(second).forward.__code__
+    calls = [latency.compiled(module) for _ in range(2)]
+    assert type(asked[0]).forward.__code__ is not type(asked[1]).forward.__code__
     x = torch.randn(2, 4)
-    assert torch.equal(first(x), module(x))
+    assert all(torch.equal(call(x), module(x)) for call in calls)
+
+
+def test_compiled_really_freezes_the_weights():
+    module, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4)
+    call = latency.compiled(module)
+    with torch.no_grad():
+        before = call(x)
+        module[0].weight.zero_()
+        assert torch.equal(call(x), before), "the weights are constants of the compiled code"
+    assert not torch._inductor.config.freezing
 
 
 def test_cache_folder_without_a_home(monkeypatch):

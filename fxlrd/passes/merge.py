@@ -32,7 +32,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace as changed
+from dataclasses import dataclass
+from dataclasses import replace as changed
 from typing import NamedTuple
 
 import torch
@@ -53,10 +54,12 @@ from fxlrd.errors import FxlrdError, unknown
 from fxlrd.factor.interpolative import least_squares, residual, select
 from fxlrd.factor.tucker import tucker2
 from fxlrd.graph import (
+    FACTORS,
     KEY,
     Provenance,
     annotate,
     calls,
+    captured,
     check_names,
     fork,
     is_stem,
@@ -67,11 +70,13 @@ from fxlrd.graph import (
     replaceable,
     source,
 )
-from fxlrd.layers import channels, kernel_area, layer, resized
-from fxlrd.moments import Moments, channel_axis, moments
+from fxlrd.group_latency import time_group
+from fxlrd.layers import LAYERS, channels, kernel_area, layer, resized
+from fxlrd.moments import LARGEST, Moments, channel_axis, moments
 from fxlrd.passes.result import PassResult, Site, Skip, names
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio, tucker2_rank
+from fxlrd.search import best_share, grid
 
 MODES = ("interpolative", "exact", "relocate")
 
@@ -84,6 +89,9 @@ class Merge:
     paper's eq. (7); elsewhere (depthwise, linear, 1×1) r = C/α. ``ranks`` overrides that: one int, or a mapping
     from the names or globs of producers to r, in which case only those are merged. ``skip`` takes names and
     globs; a group is left alone if any layer of it fits. ``norms`` lets mode exact fold conv–BN pairs.
+
+    ``snap`` moves r down to a hardware multiple (not below ``floor``·r) where timing the group's layers says that
+    it pays, as `snap` does; ``compile`` times under Inductor, ``seconds`` bounds the timing of one group.
     """
 
     mode: str = "interpolative"
@@ -91,6 +99,10 @@ class Merge:
     ranks: int | Mapping[str, int] | None = None
     skip: tuple[str, ...] = ()
     norms: bool = False
+    snap: bool = False
+    floor: float = 0.75
+    compile: bool = False
+    seconds: float = 1.5
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -99,7 +111,7 @@ class Merge:
         object.__setattr__(self, "skip", names(self.skip))
         given = self.ranks.values() if isinstance(self.ranks, Mapping) else [self.ranks]
         for rank in given:
-            if rank is not None and (not isinstance(rank, int) or rank < 1):
+            if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
                 raise FxlrdError(f"merge: ranks={rank}: a rank is a whole number of at least 1")
 
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
@@ -109,7 +121,7 @@ class Merge:
         """
         gm = fork(gm)
         annotate(gm)
-        check_names(gm, [*self.skip, *(self.ranks if isinstance(self.ranks, Mapping) else ())])
+        self._check_named(gm)
         run = {"interpolative": self._interpolative, "exact": self._exact, "relocate": self._relocate}[self.mode]
         sites: list[Site] = []
         skipped: list[Skip] = []
@@ -121,6 +133,26 @@ class Merge:
             refresh_shapes(gm)
         return PassResult(gm, tuple(sites), tuple(skipped))
 
+    def _check_named(self, gm: fx.GraphModule) -> None:
+        named = [*self.ranks] if isinstance(self.ranks, Mapping) else []
+        check_names(gm, [*self.skip, *named])
+        whole = captured(gm)
+        for name in named:
+            if whole is not None and name in whole.unreached:
+                raise FxlrdError(f"merge: {name} cannot be merged: {whole.unreached[name].reason}")
+
+    def _asked(self, name: str) -> bool:
+        """Whether the user asked for exactly this layer."""
+        return isinstance(self.ranks, Mapping) and name in self.ranks
+
+    def _left_alone(self, name: str) -> str | None:
+        """Return why the options leave a layer alone, if they do."""
+        if (pattern := matches(name, self.skip)) is not None:
+            return f"skip={pattern}"
+        if isinstance(self.ranks, Mapping) and matches(name, list(self.ranks)) is None:
+            return "ranks= does not name it"
+        return None
+
     # -- interpolative
 
     def _interpolative(self, gm: fx.GraphModule, progress: Progress) -> Iterator[Site | Skip]:
@@ -130,14 +162,11 @@ class Merge:
             node = calls(gm, name)[0]
             if node in cut:
                 continue
-            if _depthwise(module):
-                if (known := provenance(node)) is None or known.role != "merged":
-                    yield Skip(_origin(node), "a depthwise conv is cut with the layer that feeds it, which stays")
+            if _depthwise(module) and (known := provenance(node)) is not None and known.role == "merged":
                 continue
-            asked = isinstance(self.ranks, Mapping) and matches(name, [k for k in self.ranks if k == name]) is not None
             found = self._plan(gm, name, node, reasons)
             if isinstance(found, str):
-                if asked:
+                if self._asked(name):
                     raise FxlrdError(f"merge: {name} cannot be merged: {found}")
                 yield Skip(_origin(node), found)
                 continue
@@ -155,35 +184,43 @@ class Merge:
         self, gm: fx.GraphModule, name: str, node: fx.Node, reasons: Mapping[str, str | None]
     ) -> tuple[Group, int] | str:
         """Return the group of a producer's channels and how many to keep, or why it is left alone."""
-        if (pattern := matches(name, self.skip)) is not None:
-            return f"skip={pattern}"
-        if isinstance(self.ranks, Mapping) and matches(name, list(self.ranks)) is None:
-            return "ranks= does not name it"
+        if _depthwise(gm.get_submodule(name)):
+            return "a depthwise conv is cut with the layer that feeds it, which stays"
+        if (reason := self._left_alone(name)) is not None:
+            return reason
         if is_stem(gm, name, gm.get_submodule(name)) and not isinstance(self.ranks, Mapping):
             return "the stem reads the model's input"
         whole = group(gm, node, reasons)
         if isinstance(whole, str):
             return whole
-        members = [*(str(n.target) for n in whole.producers), *(str(c.node.target) for c in whole.consumers)]
-        for member in members:
-            if (pattern := matches(member, self.skip)) is not None:
-                return f"skip={pattern} keeps {member}"
+        for member in [*whole.producers, *(c.node for c in whole.consumers)]:
+            if (pattern := matches(str(member.target), self.skip)) is not None:
+                return f"skip={pattern} keeps {member.target}"
+            if (known := provenance(member)) is not None and known.role in FACTORS:
+                return f"{member.target} is a low-rank factor already: merge before decomposing"
         rank = self._rank(gm, name, whole)
         if rank < 1:
             return f"ratio={self.ratio:g} leaves none of its {whole.channels} channels"
         if rank >= whole.channels:
             return f"keeping {rank} of {whole.channels} channels saves nothing"
-        if any(_seen(gm, c) is None for c in whole.consumers):
+        if whole.channels > LARGEST:
+            return f"calibrate measures no tensor of more than {LARGEST} channels; it makes {whole.channels}"
+        if any(_seen(gm, c, whole.channels) is None for c in whole.consumers):
             return "its output's moments are not known: run calibrate first, on calibration inputs"
-        return whole, rank
+        return whole, self._snapped(gm, whole, rank) if self.snap else rank
+
+    def _snapped(self, gm: fx.GraphModule, whole: Group, rank: int) -> int:
+        """Return r or the hardware multiple below it that pays, by timing the group's layers."""
+        candidates = grid((rank,), (math.ceil(self.floor * rank),), 1)
+        if len(candidates) == 1:
+            return rank
+        timings = time_group(gm, whole, [r for (r,) in candidates if r], self.compile, self.seconds)
+        (best,) = best_share(candidates, timings, lambda ranks: float(ranks[0] or 0), trade=0.5)
+        return best or rank
 
     def _rank(self, gm: fx.GraphModule, name: str, whole: Group) -> int:
-        if isinstance(self.ranks, Mapping):
-            pattern = matches(name, list(self.ranks))
-            assert pattern is not None
-            return self.ranks[pattern]
         if self.ranks is not None:
-            return self.ranks
+            return self._explicit(name)
         spatial = [m for n in (*(c.node for c in whole.consumers), *whole.producers) if (m := _spatial(gm, n))]
         if not spatial:
             return math.floor(whole.channels / self.ratio)
@@ -193,30 +230,32 @@ class Merge:
     # -- exact
 
     def _exact(self, gm: fx.GraphModule, progress: Progress) -> Iterator[Site | Skip]:
-        for name in progress(list(layers(gm)), "merge"):
-            while name in layers(gm):  # a merged layer may compose with the next one too
-                found = self._compose(gm, name)
-                if found is None:
-                    break
-                yield found
-                if isinstance(found, Skip):
-                    break
+        again, skipped = True, dict[str, Skip]()
+        while again:  # a merged layer may compose with its neighbours too
+            reasons = replaceable(gm, norms=True)
+            again, skipped = False, {}
+            for name in progress(list(layers(gm)), "merge"):
+                found = self._compose(gm, name, reasons)
+                if isinstance(found, Site):
+                    again = True
+                    yield found
+                elif found is not None:
+                    skipped[name] = found
+        yield from skipped.values()
 
-    def _compose(self, gm: fx.GraphModule, name: str) -> Site | Skip | None:
+    def _compose(self, gm: fx.GraphModule, name: str, reasons: Mapping[str, str | None]) -> Site | Skip | None:
         """Compose layer ``name`` with what follows it; None where nothing affine does."""
         first = calls(gm, name)[0]
-        between, end = _affine_chain(gm, first)
-        second = end if end is not None and str(end.target) in layers(gm) else None
+        between, second = _affine_chain(gm, first)
         norms = [n for n in between if type(gm.get_submodule(str(n.target))) in BATCH_NORMS]
         if second is None and not (self.norms and norms):
             return None
-        involved = [first, *norms, *([second] if second is not None else [])]
-        for node in involved:
-            reason = replaceable(gm, norms=True)[str(node.target)]
+        for node in [first, *between, *([second] if second is not None else [])]:
+            reason = reasons[str(node.target)]
             pattern = matches(str(node.target), self.skip)
             if reason is not None or pattern is not None:
                 return Skip(_origin(first), f"{node.target}: {reason or f'skip={pattern}'}")
-            if len(calls(gm, str(node.target))) > 1:
+            if _shared(gm, node):
                 return Skip(_origin(first), f"{node.target} is called more than once")
         module = gm.get_submodule(name)
         for norm in norms:
@@ -229,20 +268,22 @@ class Merge:
         if reason is None and not _cheaper(first, module, second, other, both := composed(module, other)):
             reason = f"one layer in the place of it and {second.target} would cost more"
         if reason is not None:
-            return Skip(_origin(first), reason) if not (self.norms and norms) else self._absorb(gm, first, norms, module)
+            return (
+                Skip(_origin(first), reason) if not (self.norms and norms) else self._absorb(gm, first, norms, module)
+            )
         name = _origin(first)
         start = source(first)
         assert start is not None
         second.replace_input_with(second.all_input_nodes[0], start)
         for node in reversed([first, *between]):
-            gm.graph.erase_node(node)
+            _remove(gm, node)
         _swap(gm, second, both)
         return Site(name, True, f"composed into {second.target}")
 
     def _absorb(self, gm: fx.GraphModule, first: fx.Node, norms: list[fx.Node], module: nn.Module) -> Site:
         for norm in norms:
             norm.replace_all_uses_with(norm.all_input_nodes[0])
-            gm.graph.erase_node(norm)
+            _remove(gm, norm)
         _swap(gm, first, module)
         return Site(_origin(first), True, f"took in {', '.join(str(n.target) for n in norms)}")
 
@@ -251,25 +292,53 @@ class Merge:
     def _relocate(self, gm: fx.GraphModule, progress: Progress) -> Iterator[Site | Skip]:
         reasons = replaceable(gm, norms=True)
         for name, module in progress(list(layers(gm).items()), "merge"):
-            if kernel_area(module) == 1 or channels(module)[2] > 1:
-                continue
             node = calls(gm, name)[0]
-            before, after = _one_by_one_before(gm, node), _one_by_one_after(gm, node)
-            pattern = matches(name, self.skip)
-            if pattern is not None:
-                yield Skip(_origin(node), f"skip={pattern}")
-            elif before is None or after is None:
-                yield Skip(_origin(node), "no 1×1 conv with only BatchNorm and activation between on both sides")
-            elif (reason := _first_reason([node, *before, *after], gm, reasons)) is not None:
-                yield Skip(_origin(node), reason)
-            else:
-                c_in, c_out, _ = channels(module)
-                given = self.ranks if isinstance(self.ranks, int) else None
-                rank = given or tucker2_rank(c_in, c_out, layer(module).weight.shape[2:], self.ratio)
-                rank = min(rank, c_in, c_out)
-                error = _move_into_rank_space(gm, before, node, after, rank)
-                note = f"BN and activation moved into rank space {rank}: not the same function, fine-tune it"
-                yield Site(_origin(node), False, f"{note} (weight error {error:.2g})")
+            found = self._between(gm, name, node, reasons)
+            if isinstance(found, str):
+                if self._asked(name):
+                    raise FxlrdError(f"merge: {name} cannot be merged: {found}")
+                if kernel_area(module) > 1:
+                    yield Skip(_origin(node), found)
+                continue
+            before, after, rank = found
+            error = _move_into_rank_space(gm, before, node, after, rank)
+            note = f"BN and activation moved into rank space {rank}: not the same function, fine-tune it"
+            yield Site(_origin(node), False, f"{note} (weight error {error:.2g})")
+
+    def _between(
+        self, gm: fx.GraphModule, name: str, node: fx.Node, reasons: Mapping[str, str | None]
+    ) -> tuple[Chain, Chain, int] | str:
+        """Return the chains before and after a k×k conv and its rank, or why it is left alone."""
+        module = gm.get_submodule(name)
+        c_in, c_out, groups = channels(module)
+        if (reason := self._left_alone(name)) is not None:
+            return reason
+        if kernel_area(module) == 1 or groups > 1:
+            return f"groups={groups}: only groups=1 has a Tucker form" if groups > 1 else "it is no k×k conv"
+        before, after = _one_by_one_before(gm, node), _one_by_one_after(gm, node)
+        if before is None or after is None:
+            return "no 1×1 conv with only BatchNorm, then activation between on both sides"
+        for member in (before[0], after[-1]):
+            if (pattern := matches(str(member.target), self.skip)) is not None:
+                return f"skip={pattern} keeps {member.target}"
+        if (reason := _first_reason([node, *before, *after], gm, reasons)) is not None:
+            return reason
+        if self.ranks is not None:
+            return before, after, min(self._explicit(name), c_in, c_out)
+        rank = tucker2_rank(c_in, c_out, layer(module).weight.shape[2:], self.ratio)
+        if rank < 1:
+            return f"ratio={self.ratio:g} leaves none of its {c_in} channels"
+        if rank >= min(c_in, c_out):
+            return f"rank {rank} of {c_in}→{c_out} saves nothing"
+        return before, after, rank
+
+    def _explicit(self, name: str) -> int:
+        if isinstance(self.ranks, int):
+            return self.ranks
+        assert self.ranks is not None
+        pattern = matches(name, list(self.ranks))
+        assert pattern is not None
+        return self.ranks[pattern]
 
 
 def _depthwise(module: nn.Module) -> bool:
@@ -289,21 +358,12 @@ def _origin(node: fx.Node) -> str:
     return known.name if known is not None else str(node.target)
 
 
-def _seen(gm: fx.GraphModule, consumer: Consumer) -> Moments | None:
-    """Return the moments of the channels where the consumer reads them (before a flatten, if there is one)."""
-    if consumer.block > 1:
-        node = consumer.seen
-        while (found := moments(node, 1)) is None or len(found.total) * consumer.block != _features(gm, consumer):
-            if not node.all_input_nodes:
-                return None
-            node = node.all_input_nodes[0]
-        return found
-    meta = consumer.seen.meta["tensor_meta"]
-    return moments(consumer.seen, channel_axis(gm.get_submodule(str(consumer.node.target)), len(meta.shape)))
-
-
-def _features(gm: fx.GraphModule, consumer: Consumer) -> int:
-    return layer(gm.get_submodule(str(consumer.node.target))).weight.shape[1]
+def _seen(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments | None:
+    """Return the moments of the ``count`` channels where the consumer reads them; none that an earlier cut outdated."""
+    dims = len(consumer.seen.meta["tensor_meta"].shape)
+    axis = channel_axis(gm.get_submodule(str(consumer.node.target)), dims)
+    found = moments(consumer.seen, axis, consumer.block)
+    return found if found is not None and len(found.total) == count else None
 
 
 def _cut(gm: fx.GraphModule, whole: Group, rank: int) -> float:
@@ -311,7 +371,7 @@ def _cut(gm: fx.GraphModule, whole: Group, rank: int) -> float:
     readers = []
     for consumer in whole.consumers:
         module = gm.get_submodule(str(consumer.node.target))
-        seen = _seen(gm, consumer)
+        seen = _seen(gm, consumer, whole.channels)
         assert seen is not None
         readers.append(Reader(consumer, module, seen.second, importance(module, consumer.block), seen.ridge))
     kept, matrices, errors = _choose(readers, rank)
@@ -368,18 +428,38 @@ def _swap(
 
 
 def _affine_chain(gm: fx.GraphModule, node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
-    """Return the identities, dropouts and BatchNorms after ``node``, each the only user, and what follows them."""
+    """Return the identities, dropouts and BatchNorms after ``node``, each the only user, and a layer that follows."""
+    linear = isinstance(gm.get_submodule(str(node.target)), nn.Linear)
     between: list[fx.Node] = []
     while len(node.users) == 1:
         (user,) = node.users
         module = gm.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if module is None or not isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d, *BATCH_NORMS)):
+        if isinstance(module, LAYERS):
             return between, user
-        if isinstance(module, BATCH_NORMS) and module.running_mean is None:
-            return between, user
+        if not isinstance(module, nn.Module) or not (type(module) in _PASSING or _affine_norm(module, node, linear)):
+            break
         between.append(user)
         node = user
     return between, None
+
+
+_PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+
+
+def _affine_norm(module: nn.Module, node: fx.Node, linear: bool) -> bool:
+    """Whether the module is a BatchNorm of fixed statistics over the channels that the layer before it makes."""
+    if not isinstance(module, BATCH_NORMS) or type(module) not in BATCH_NORMS or module.running_mean is None:
+        return False
+    meta = node.meta.get("tensor_meta")
+    # On (N, L, C) a BatchNorm1d counts L as channels.
+    return not linear or (meta is not None and len(meta.shape) == 2)
+
+
+def _remove(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Erase a call, and the module if nothing else calls it."""
+    gm.graph.erase_node(node)
+    if not calls(gm, str(node.target)):
+        gm.delete_submodule(str(node.target))
 
 
 def _cheaper(first: fx.Node, a: nn.Module, second: fx.Node, b: nn.Module, both: nn.Module) -> bool:
@@ -406,9 +486,7 @@ def _one_by_one_before(gm: fx.GraphModule, node: fx.Node) -> Chain | None:
         chain.insert(0, current)
         module = gm.get_submodule(str(current.target))
         if isinstance(module, nn.Conv2d):
-            return tuple(chain) if _plain_one_by_one(module) else None
-        if type(module) not in (*ELEMENTWISE_MODULES, nn.BatchNorm2d):
-            return None
+            return tuple(chain) if _plain_one_by_one(module) and _ordered(gm, chain[1:]) else None
         current = current.all_input_nodes[0]
     return None
 
@@ -423,10 +501,16 @@ def _one_by_one_after(gm: fx.GraphModule, node: fx.Node) -> Chain | None:
         chain.append(node)
         module = gm.get_submodule(str(node.target))
         if isinstance(module, nn.Conv2d):
-            return tuple(chain) if _plain_one_by_one(module) else None
-        if type(module) not in (*ELEMENTWISE_MODULES, nn.BatchNorm2d):
-            return None
+            return tuple(chain) if _plain_one_by_one(module) and _ordered(gm, chain[:-1]) else None
     return None
+
+
+def _ordered(gm: fx.GraphModule, between: list[fx.Node]) -> bool:
+    """Whether there are BatchNorms of fixed statistics, then activations, and nothing else."""
+    modules = [gm.get_submodule(str(n.target)) for n in between]
+    while modules and type(modules[0]) is nn.BatchNorm2d and modules[0].running_mean is not None:
+        modules.pop(0)
+    return all(type(m) in ELEMENTWISE_MODULES for m in modules)
 
 
 def _plain_one_by_one(module: nn.Conv2d) -> bool:
@@ -436,11 +520,17 @@ def _plain_one_by_one(module: nn.Conv2d) -> bool:
 def _first_reason(nodes: list[fx.Node], gm: fx.GraphModule, reasons: Mapping[str, str | None]) -> str | None:
     for node in nodes:
         reason = reasons.get(str(node.target))
-        if reason is None and len(calls(gm, str(node.target))) > 1:
+        if reason is None and _shared(gm, node):
             reason = "it is called more than once"
         if reason is not None:
             return f"{node.target}: {reason}"
     return None
+
+
+def _shared(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a module with parameters or buffers is called from elsewhere as well."""
+    target = str(node.target)
+    return len(calls(gm, target)) > 1 and bool(gm.get_submodule(target).state_dict())
 
 
 def _move_into_rank_space(gm: fx.GraphModule, before: Chain, node: fx.Node, after: Chain, rank: int) -> float:
