@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     compress = commands.add_parser("compress", parents=[common], help="compress a model and report on it")
     compress.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: lrd)")
     compress.add_argument("--passes", metavar="SPEC", help="passes in text form: decompose{ratio=2},snap")
+    compress.add_argument("--calibration", metavar="DATA", help=".npy or .pt file of inputs, or random (for merge)")
     compress.set_defaults(run=_compress)
 
     ranks = commands.add_parser("ranks", parents=[common], help="show each layer's rank by ratio and by timing")
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compress(arguments: argparse.Namespace) -> None:
-    report = _run(arguments, preset=arguments.preset, pipeline=arguments.passes)
+    report = _run(arguments, arguments.calibration, preset=arguments.preset, pipeline=arguments.passes)
     print(report.to_table())
 
 
@@ -92,12 +93,12 @@ def _ranks(arguments: argparse.Namespace) -> None:
     print(report.ranks_table())
 
 
-def _run(arguments: argparse.Namespace, **options: Any) -> Report:
+def _run(arguments: argparse.Namespace, calibration: str | None = None, **options: Any) -> Report:
     import torch
 
     from fxlrd.compress import compress
     from fxlrd.files import write_whole
-    from fxlrd.models import DTYPES, example_for, load_model
+    from fxlrd.models import DTYPES, calibration_for, example_for, load_model
 
     if arguments.threads is not None:
         if arguments.threads < 1:
@@ -118,6 +119,7 @@ def _run(arguments: argparse.Namespace, **options: Any) -> Report:
         x,
         ratio=arguments.ratio,
         skip=arguments.skip,
+        calibration=None if calibration is None else calibration_for(calibration, arguments.batch, x),
         compile=arguments.compile,
         progress=True,
         inplace=False,

@@ -72,6 +72,35 @@ def _factory(package: str, attribute: str, weights: str | None) -> Callable[[], 
     return found if callable(found) and not isinstance(found, nn.Module) else lambda: found
 
 
+def calibration_for(text: str, batch: int, like: Tensor) -> list[Tensor]:
+    """Return calibration batches: ``random``, or those of a file of inputs (.npy, or .pt with one tensor).
+
+    ``random`` is seeded noise shaped as ``like``: enough to judge speed, not accuracy. Batches have the size,
+    dtype and device of ``like``. Raises FxlrdError for a file that is none or holds inputs of another shape.
+    """
+    if text == "random":
+        generator = torch.Generator().manual_seed(1)
+        return [torch.randn(like.shape, generator=generator).to(like) for _ in range(4)]
+    try:
+        if text.endswith(".npy"):
+            import numpy as np
+
+            found = torch.from_numpy(np.load(text, allow_pickle=False))
+        else:
+            found = torch.load(text, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise FxlrdError(
+            f"--calibration {text}: {one_line(error)}; give a .npy or .pt file of inputs, or random"
+        ) from error
+    if not isinstance(found, Tensor) or found.shape[1:] != like.shape[1:]:
+        have = f"inputs of shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise FxlrdError(
+            f"--calibration {text}: holds {have}, the model takes [N, {', '.join(map(str, like.shape[1:]))}]"
+        )
+    layout = torch.channels_last if like.dim() == 4 and not like.is_contiguous() else torch.contiguous_format
+    return [part.to(like.device, like.dtype).contiguous(memory_format=layout) for part in found.split(batch)]
+
+
 def example_for(shape: str, batch: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
     """Return a seeded random batch of ``shape`` (text such as 3x224x224, without the batch)."""
     try:

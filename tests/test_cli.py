@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from fxlrd.cli import main
@@ -22,6 +23,21 @@ def test_compress_prints_tables_and_writes_json(tmp_path, capsys):
     assert data["after"]["params"] < data["before"]["params"]
     assert len(data["layers"]) == 21
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_merge_with_calibration_inputs_from_a_file(tmp_path, capsys):
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).normal(size=(6, 3, 64, 64)).astype("float32"))
+    command = ["compress", "torchvision:resnet18", *SMALL, "--batch", "2", "--passes", "calibrate,merge"]
+    assert main([*command, "--calibration", str(tmp_path / "images.npy")]) == 0
+    assert "channels kept" in capsys.readouterr().out
+    assert main([*command, "--calibration", "random"]) == 0
+    capsys.readouterr()
+    np.save(tmp_path / "small.npy", np.zeros((6, 3, 32, 32), "float32"))
+    for name, message in [("small.npy", "the model takes [N, 3, 64, 64]"), ("none.npy", "give a .npy or .pt file")]:
+        assert main([*command, "--calibration", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+    assert main(command) == 2
+    assert "no calibration inputs" in capsys.readouterr().err
 
 
 def test_ranks_prints_the_papers_table(capsys):
