@@ -89,14 +89,12 @@ def calibration_for(text: str, batch: int, like: Tensor) -> list[Tensor]:
         else:
             found = torch.load(text, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise FxlrdError(
-            f"--calibration {text}: {one_line(error)}; give a .npy or .pt file of inputs, or random"
-        ) from error
+        remedy = "give a .npy or .pt file of inputs, or random"
+        raise FxlrdError(f"--calibration {text}: {one_line(error)}; {remedy}") from error
     if not isinstance(found, Tensor) or found.shape[1:] != like.shape[1:]:
         have = f"inputs of shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-        raise FxlrdError(
-            f"--calibration {text}: holds {have}, the model takes [N, {', '.join(map(str, like.shape[1:]))}]"
-        )
+        wanted = ", ".join(map(str, like.shape[1:]))
+        raise FxlrdError(f"--calibration {text}: holds {have}, the model takes [N, {wanted}]")
     layout = torch.channels_last if like.dim() == 4 and not like.is_contiguous() else torch.contiguous_format
     return [part.to(like.device, like.dtype).contiguous(memory_format=layout) for part in found.split(batch)]
 
