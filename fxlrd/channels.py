@@ -19,7 +19,6 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.graph import calls, layers
-from fxlrd.moments import is_flatten
 
 ELEMENTWISE_MODULES: tuple[type[nn.Module], ...] = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
@@ -44,6 +43,7 @@ ELEMENTWISE_METHODS = {
 POOLING_FUNCTIONS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate}
 PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply}
 SUMS = {operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub}
+ARITHMETIC = PRODUCTS | SUMS | {operator.truediv, operator.itruediv, torch.div}
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,58 @@ class Group:
     producers: list[fx.Node] = field(default_factory=list)
     through: list[fx.Node] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
+
+
+def is_flatten(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node flattens everything but the batch, so that each channel becomes a run of features."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+    if node.target is torch.flatten or (node.op == "call_method" and node.target == "flatten"):
+        return (*node.args[1:], *node.kwargs.values()) in ((1,), (1, -1))
+    if node.op == "call_method" and node.target in ("view", "reshape") and len(node.args) == 3:
+        batch, rest = node.args[1:]  # x.view(x.size(0), -1)
+        return bool(rest == -1) and isinstance(batch, fx.Node) and _is_batch_size(batch)
+    return False
+
+
+def flattened(gm: fx.GraphModule, node: fx.Node) -> int:
+    """Return how many features of the node's value make up one channel of the tensor that was flattened into it.
+
+    1 where nothing was flattened. Elementwise operations may lie between.
+    """
+    while is_elementwise(gm, node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    if not is_flatten(gm, node):
+        return 1
+    meta = node.all_input_nodes[0].meta.get("tensor_meta")
+    return math.prod(meta.shape[2:]) if isinstance(meta, TensorMetadata) and len(meta.shape) == 4 else 1
+
+
+def is_elementwise(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the operation computes each entry of its output from the same entry of one input."""
+    if len(node.all_input_nodes) != 1:
+        return False
+    if node.op == "call_module":
+        return type(gm.get_submodule(str(node.target))) in ELEMENTWISE_MODULES
+    if node.op == "call_function":
+        return node.target in ELEMENTWISE_FUNCTIONS or (node.target in ARITHMETIC and not _two_tensors(node))
+    return node.op == "call_method" and node.target in ELEMENTWISE_METHODS
+
+
+def _is_batch_size(node: fx.Node) -> bool:
+    """Whether the node is ``x.size(0)`` or ``x.shape[0]``."""
+    if node.op == "call_method":
+        return node.target == "size" and (*node.args[1:], *node.kwargs.values()) == (0,)
+    return node.target is operator.getitem and node.args[1:] == (0,) and _is_shape(node.args[0])
+
+
+def _is_shape(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is getattr and node.args[1:] == ("shape",)
+
+
+def _reads_only_batch(node: fx.Node) -> bool:
+    return _is_batch_size(node) or (_is_shape(node) and all(_is_batch_size(user) for user in node.users))
 
 
 class _Mixes(Exception):
@@ -113,7 +165,7 @@ class _Walk:
             return
         self.visited.add(node)
         for user in node.users:
-            if user in self.visited:
+            if user in self.visited or _reads_only_batch(user):
                 continue
             if user.op == "output":
                 raise _Mixes("its output is an output of the model")
@@ -133,7 +185,7 @@ class _Walk:
             elif user.target in SUMS and _two_tensors(user):
                 raise _Mixes(f"its output joins a residual at {_name(user)}")
             elif self._alone(user, block):
-                if module is not None and any(True for _ in module.parameters()):
+                if module is not None and module.state_dict():
                     self._take_through(user)
                 self.forward(user, block)
             else:
@@ -141,31 +193,21 @@ class _Walk:
 
     def _alone(self, node: fx.Node, block: int) -> bool:
         """Whether the operation acts on each channel by itself."""
+        if is_elementwise(self.gm, node):
+            return True
+        if block > 1:
+            return False
         if node.op == "call_module":
             module = self.gm.get_submodule(str(node.target))
-            if type(module) in ELEMENTWISE_MODULES:
-                return True
-            if block > 1:
-                return False
             if isinstance(module, nn.PReLU):
                 return module.num_parameters in (1, self.found.channels) and not (self.linear and self._dims(node) > 2)
             if type(module) in BATCH_NORMS:
                 # On (N, L, C) a BatchNorm1d counts L as channels.
                 return not (self.linear and self._dims(node) > 2)
             return not self.linear and (type(module) in POOLING_MODULES or self._depthwise(module))
-        if node.op == "call_function":
-            if node.target in ELEMENTWISE_FUNCTIONS:
-                return len(node.all_input_nodes) == 1
-            if node.target in PRODUCTS | SUMS | {operator.truediv, torch.div}:
-                return not _two_tensors(node) and len(node.all_input_nodes) == 1
-            if node.target is torch.mean:
-                return block == 1 and self._spatial_mean(node)
-            return block == 1 and not self.linear and node.target in POOLING_FUNCTIONS
-        if node.op == "call_method":
-            if node.target == "mean":
-                return block == 1 and self._spatial_mean(node)
-            return node.target in ELEMENTWISE_METHODS and len(node.all_input_nodes) == 1
-        return False
+        if node.target in (torch.mean, "mean"):
+            return self._spatial_mean(node)
+        return not self.linear and node.target in POOLING_FUNCTIONS
 
     def _spatial_mean(self, node: fx.Node) -> bool:
         dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
@@ -184,11 +226,11 @@ class _Walk:
             self.found.producers.append(node)
 
     def _take_consumer(self, node: fx.Node, seen: fx.Node, module: nn.Module, block: int) -> None:
-        if isinstance(module, nn.Conv2d):
-            if module.groups > 1:
-                raise _Mixes(f"{node.target} reads it with groups={module.groups}")
-        elif not self.linear and self._dims(seen) > 2:
-            raise _Mixes(f"{node.target} is linear over another axis than the channels")
+        conv = isinstance(module, nn.Conv2d)
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            raise _Mixes(f"{node.target} reads it with groups={module.groups}")
+        if (conv and self.linear) or (not self.linear and self._dims(seen) != (4 if conv else 2)):
+            raise _Mixes(f"{node.target} reads it along another axis than the channels")
         self._check(node)
         self.found.consumers.append(Consumer(node, seen, block))
 

@@ -38,16 +38,23 @@ def why_not_composable(first: nn.Module, second: nn.Module, shift: bool) -> str 
         return "a conv and a linear layer do not compose"
     if first.groups > 1 or second.groups > 1:
         return "grouped convs do not compose into one of fewer operations"
-    padded = second.padding == "same" or any(p for p in second.padding if not isinstance(p, str))
     if kernel_area(second) == 1:
-        return "the second, a 1×1 conv, pads between the two" if padded else None
+        if first.padding == "same" and second.stride != (1, 1):
+            return "a conv with padding='same' takes no stride"
+        return "the second, a 1×1 conv, pads between the two" if _pads(second) else None
     if kernel_area(first) > 1:
         return "two k×k convs compose into one of a larger kernel"
-    if first.stride != (1, 1) or any(p for p in first.padding if not isinstance(p, str)):
+    if first.stride != (1, 1) or _pads(first):
         return "the 1×1 conv has a stride or padding of its own"
-    if shift and padded and second.padding_mode == "zeros":
+    if shift and _pads(second) and second.padding_mode == "zeros":
         return "a bias before a zero-padded conv is not exact at the border"
     return None
+
+
+def _pads(conv: nn.Conv2d) -> bool:
+    if isinstance(conv.padding, str):
+        return conv.padding == "same" and kernel_area(conv) > 1
+    return any(conv.padding)
 
 
 def composed(first: nn.Module, second: nn.Module) -> nn.Module:

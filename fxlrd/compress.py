@@ -16,6 +16,7 @@ from fxlrd.capture import capture
 from fxlrd.errors import FxlrdError, VerificationError
 from fxlrd.graph import (
     KEY,
+    MOMENTS,
     Inputs,
     called,
     captured,
@@ -227,6 +228,7 @@ def _independent(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     result = copy.deepcopy(gm)
     result.meta.pop(KEY, None)  # the example inputs have no business in a model that is saved
     for node in result.graph.nodes:
+        node.meta.pop(MOMENTS, None)
         if (known := provenance(node)) is not None:
             node.meta[KEY] = replace(known, original=None)
     _restore_modes(result, model)

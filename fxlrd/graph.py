@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
 KEY = "fxlrd"
+MOMENTS = "fxlrd.moments"
+"""The key of a node's second moments, see fxlrd/moments.py."""
 FACTORS = ("first", "core", "branch", "last")
 """The roles of the parts of a layer that stands decomposed."""
 NEVER_CALLED = "it is never called in eval mode and is no part of the captured model"
@@ -301,7 +303,7 @@ def replace(
         with gm.graph.inserting_before(node):
             for role, part in module.named_children():
                 value = gm.graph.call_module(f"{target}.{role}", (value,))
-                value.meta = {k: v for k, v in kept.items() if k not in ("tensor_meta", "flops")}
+                value.meta = {k: v for k, v in kept.items() if k not in ("tensor_meta", "flops", MOMENTS)}
                 value.meta[KEY] = Provenance(
                     old.name if old else target,
                     role,
@@ -310,6 +312,8 @@ def replace(
                     **known,
                 )
                 infer_shape(value, part)
+        if MOMENTS in kept:  # those of the layer's output, which the last factor makes now
+            value.meta[MOMENTS] = kept[MOMENTS]
         node.replace_all_uses_with(value)
         gm.graph.erase_node(node)
 

@@ -5,24 +5,31 @@
 over orthogonal P (r1×r1) and Q (r2×r2) with N row blocks Pⱼ, Qⱼ of equal height. Cutting the rotated core to its
 diagonal blocks then loses 1 − f/‖core‖² of its energy; for orthogonal P and Q the blocks are also the best ones.
 
-Start: the core's own higher-order singular bases. If the core is block-diagonal in some hidden bases, each of
-their vectors lies in one block (for distinct singular values), and what is left to find is which: a balanced
-assignment of channels by the energies ‖core[i, j]‖². From there, alternating steps in P and Q. For fixed P, f is
-convex in Q, so that the orthogonal factor of its gradient [Qⱼ·Mⱼ], Mⱼ = core·PⱼᵀPⱼ·coreᵀ, never lowers it.
+Starts: higher-order singular bases of the core with its K positions weighted at random. If the core is
+block-diagonal in some hidden bases, each of their vectors lies in one block (random weights tell equal singular
+values apart), and what is left to find is which: a balanced assignment of channels by the energies ‖core[i, j]‖².
+From the best starts, alternating steps in P and Q. For fixed P, f is convex in Q, so that the orthogonal factor of
+its gradient [Qⱼ·Mⱼ], Mⱼ = core·PⱼᵀPⱼ·coreᵀ, never lowers it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 STEPS = 200
-"""Most alternating steps from each start."""
+"""Most alternating steps to the end of the search."""
 
-_SETTLED = 1e-5
-"""A step that wins less than this share of the energy ends the search."""
+_STARTS = 8
+_CLIMBED, _FIRST_STEPS = 3, 10
+"""So many of the starts are followed for so many steps; then the best of them alone."""
+_SETTLED = 1e-5, 1e-2
+"""A step that wins less than these shares of the energy and of what is still lost ends the search."""
+_ROUNDING = 1e-13
 
 
 class Blocks(NamedTuple):
@@ -37,23 +44,47 @@ class Blocks(NamedTuple):
     plain: float
 
 
+class _Point(NamedTuple):
+    energy: float
+    p: Tensor
+    q: Tensor
+
+
 def block_term(core: Tensor, groups: int, steps: int = STEPS) -> Blocks:
-    """Rotate ``core`` (r2, r1, K) and cut it to ``groups`` diagonal blocks. Both ranks are multiples of it."""
+    """Rotate ``core`` (r2, r1, K) and cut it to ``groups`` diagonal blocks. Both ranks are multiples of it.
+
+    With no ``steps`` it is cut as it is. Runs in float64; the same core gives the same blocks every time.
+    """
     core = core.double()
     total = core.square().sum().item()
-    plain = _energy(core, groups)
-    identity = torch.eye(core.shape[1], dtype=core.dtype), torch.eye(core.shape[0], dtype=core.dtype)
-    best = (plain, *identity)
-    if groups > 1 and total > 0:
-        p0, q0 = _singular(core.transpose(0, 1)), _singular(core)
-        energies = torch.einsum("ai,ijk,bj->abk", q0, core, p0).square().sum(-1)
+    eye = partial(torch.eye, dtype=core.dtype, device=core.device)
+    plain = _Point(_energy(core, groups), eye(core.shape[1]), eye(core.shape[0]))
+    best = plain
+    if plain.energy < (1 - _ROUNDING) * total and steps > 0:
+        starts = sorted(_starts(core, groups), key=lambda s: -s.energy)[:_CLIMBED]
+        climbed = [_climb(core, s, groups, min(steps, _FIRST_STEPS)) for s in (plain, *starts)]
+        last = _climb(core, max(climbed, key=lambda s: s.energy), groups, steps)
+        best = max(plain, last, key=lambda s: s.energy)
+    cores = _diagonal(_rotated(core, best.p, best.q), groups)
+    kept, cut = (min(s.energy / total, 1.0) if total else 1.0 for s in (best, plain))
+    return Blocks(best.p, best.q, cores, kept, cut)
+
+
+def _starts(core: Tensor, groups: int) -> Iterator[_Point]:
+    random = torch.Generator().manual_seed(0)
+    for i in range(_STARTS):
+        weights = torch.rand(core.shape[2], generator=random, dtype=core.dtype) if i else torch.ones(core.shape[2])
+        weighted = core * weights.to(core)
+        p, q = _singular(weighted.transpose(0, 1)), _singular(weighted)
+        energies = _rotated(core, p, q).square().sum(-1)
         rows, columns = _assign(energies, groups)
-        for p, q in ((p0[columns], q0[rows]), (p0, q0), identity):
-            found = _climb(core, p, q, groups, steps)
-            best = max(best, found, key=lambda b: b[0])
-    kept, p, q = best
-    cores = _diagonal(torch.einsum("ai,ijk,bj->abk", q, core, p), groups)
-    return Blocks(p, q, cores, kept / total if total else 1.0, plain / total if total else 1.0)
+        p, q = p[columns], q[rows]
+        yield _Point(_energy(_rotated(core, p, q), groups), p, q)
+
+
+def _rotated(core: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """Return Q·core·Pᵀ."""
+    return torch.einsum("ai,ijk,bj->abk", q, core, p)
 
 
 def _singular(unfolded: Tensor) -> Tensor:
@@ -62,28 +93,28 @@ def _singular(unfolded: Tensor) -> Tensor:
     return torch.linalg.eigh(m @ m.mT)[1].flip(-1).mT
 
 
-def _climb(core: Tensor, p: Tensor, q: Tensor, groups: int, steps: int) -> tuple[float, Tensor, Tensor]:
-    """Alternate steps in Q and P while they pay; returns (energy, p, q)."""
+def _climb(core: Tensor, start: _Point, groups: int, steps: int) -> _Point:
+    """Alternate steps in Q and P while they pay."""
     total = core.square().sum().item()
-    energy = -1.0
+    by_row = core.transpose(1, 2).contiguous()  # r2, K, r1
+    by_column = core.permute(1, 2, 0).contiguous()  # r1, K, r2
+    energy, p, q = start
     for _ in range(steps):
-        q = _step(torch.einsum("ijk,bj->ibk", core, p), q, groups)
-        p = _step(torch.einsum("ijk,ai->jak", core, q), p, groups)
-        now = _energy(torch.einsum("ai,ijk,bj->abk", q, core, p), groups)
-        if now - energy < _SETTLED * total:
-            energy = now
+        q, _ = _step(by_row @ p.mT, q, groups)
+        p, now = _step(by_column @ q.mT, p, groups)
+        if now - energy < max(min(_SETTLED[0] * total, _SETTLED[1] * (total - now)), _ROUNDING * total):
             break
         energy = now
-    return energy, p, q
+    return _Point(_energy(_rotated(core, p, q), groups), p, q)
 
 
-def _step(projected: Tensor, q: Tensor, groups: int) -> Tensor:
-    """Return the orthogonal factor of the gradient of f in Q; ``projected`` (r2, r1, K) is core·Pᵀ."""
-    a = projected.unflatten(1, (groups, -1)).movedim(1, 0).flatten(2)  # N, r2, R1·K
+def _step(projected: Tensor, q: Tensor, groups: int) -> tuple[Tensor, float]:
+    """Return the orthogonal factor of the gradient of f in Q, and f before; ``projected`` (r2, K, r1) is core·Pᵀ."""
+    a = projected.unflatten(2, (groups, -1)).permute(2, 0, 1, 3).flatten(2)  # N, r2, K·R1
     blocks = q.unflatten(0, (groups, -1))  # N, R2, r2
     gradient = ((blocks @ a) @ a.mT).flatten(0, 1)
     u, _, vh = torch.linalg.svd(gradient)
-    return u @ vh
+    return u @ vh, (gradient * q).sum().item()
 
 
 def _assign(energies: Tensor, groups: int) -> tuple[Tensor, Tensor]:

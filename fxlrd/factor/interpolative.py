@@ -21,6 +21,8 @@ _ONE_BY_ONE = 1024
 """Up to this many channels each pivot is chosen after the last one's update, in float64; beyond, a block of
 pivots at a time, in float32."""
 
+_TINY = 1e-300
+
 
 class Interpolation(NamedTuple):
     """The kept channels (ascending), T (C×r) with ``x ≈ T @ x[kept]``, and the predicted relative error."""
@@ -47,10 +49,12 @@ def select(second: Tensor, rank: int, importance: Tensor) -> Tensor:
     """Return ``rank`` channel indices, ascending, picked greedily (module docstring)."""
     count = len(second)
     wide = count > _ONE_BY_ONE
-    r = (second.float() if wide else second.double()).clone()
-    q = importance.to(r.dtype) @ r  # A·R; then (R·A·R)ⱼⱼ is the sum of column j of R∘Q
+    # Scale matters to neither the order of the gains nor the weights; products stay within range.
+    r, a = (m.double() / m.diagonal().max().clamp_min(_TINY) for m in (second, importance))
+    r, a = (r.float(), a.float()) if wide else (r, a)
+    q = a @ r  # A·R; then (R·A·R)ⱼⱼ is the sum of column j of R∘Q
     block = count // 64 if wide else 1
-    negligible = r.diagonal().max() * (1e-6 if wide else 1e-12)
+    negligible = 1e-6 if wide else 1e-12
     free = torch.ones(count, dtype=torch.bool, device=r.device)
     picked: list[int] = []
     while len(picked) < rank:
@@ -76,14 +80,15 @@ def _pivots(gain: Tensor, r: Tensor, count: int) -> Tensor:
     if count == 1:
         return gain.argmax().view(1)
     candidates = gain.topk(min(4 * count, int((gain >= 0).sum()))).indices
-    local, gains = r[candidates][:, candidates].clone(), gain[candidates].clone()
+    local, gains = r[candidates][:, candidates], gain[candidates]
     variance = local.diagonal().clone()
-    chosen = []
+    chosen: list[int] = []
     for _ in range(count):
-        j = int((gains * (local.diagonal() / variance).clamp_min(0)).argmax())
+        left = gains * (local.diagonal() / variance).clamp_min(0)
+        left[chosen] = -1.0
+        j = int(left.argmax())
         chosen.append(j)
-        gains[j] = -1.0
-        local -= torch.outer(local[:, j], local[j]) / local[j, j].clamp_min(1e-30)
+        local -= torch.outer(local[:, j], local[j]) / local[j, j].clamp_min(1e-6 * variance[j])
     return candidates[chosen]
 
 
@@ -95,15 +100,18 @@ def least_squares(second: Tensor, kept: Tensor, ridge: float = 0.0) -> Tensor:
     g = second.double()
     inner = g[kept][:, kept]
     inner = inner + torch.eye(len(kept), dtype=g.dtype, device=g.device) * (ridge * inner.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(inner)
     scale = inner.diagonal().sqrt()
-    if not failed.item() and bool((factor.diagonal() > 1e-5 * scale).all()):
-        matrix = torch.cholesky_solve(g[kept], factor).mT
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of a dead channel
+    inner = inner / torch.outer(scale, scale)
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    if not failed.item() and bool((factor.diagonal() > 1e-5).all()):
+        matrix = torch.cholesky_solve(g[kept] / scale[:, None], factor).mT
     else:
         values, vectors = torch.linalg.eigh(inner)
         # A relative cut-off: directions that the calibration inputs never showed get no say.
-        inverse = torch.where(values > values[-1].clamp_min(1e-300) * 1e-10, 1 / values.clamp_min(1e-300), 0.0)
-        matrix = ((g[:, kept] @ vectors) * inverse) @ vectors.mT
+        inverse = torch.where(values > values[-1] * 1e-10, 1 / values.clamp_min(_TINY), 0.0)
+        matrix = ((g[:, kept] / scale @ vectors) * inverse) @ vectors.mT
+    matrix = matrix / scale
     matrix[kept] = torch.eye(len(kept), dtype=g.dtype, device=g.device)
     return matrix
 

@@ -8,6 +8,13 @@ from fxlrd.passes.merge import Merge
 from fxlrd.passes.result import PassResult, Site, Skip
 from fxlrd.passes.snap import Snap
 
-PASSES = {"calibrate": Calibrate, "decompose": Decompose, "snap": Snap, "merge": Merge, "branch": Branch, "freeze": Freeze}
+PASSES = {
+    "calibrate": Calibrate,
+    "decompose": Decompose,
+    "snap": Snap,
+    "merge": Merge,
+    "branch": Branch,
+    "freeze": Freeze,
+}
 
 __all__ = ["PASSES", "Branch", "Calibrate", "Decompose", "Freeze", "Merge", "PassResult", "Site", "Skip", "Snap"]

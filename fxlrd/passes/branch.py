@@ -13,7 +13,8 @@ without the rotation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace as changed
+from dataclasses import dataclass
+from dataclasses import replace as changed
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +23,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxlrd.errors import FxlrdError
 from fxlrd.factor.block_term import STEPS, Blocks, block_term
 from fxlrd.factor.tucker import tucker2
-from fxlrd.graph import KEY, annotate, calls, fork, infer_shape, matches, provenance, source
+from fxlrd.graph import KEY, annotate, calls, check_names, fork, infer_shape, matches, provenance, source
 from fxlrd.latency import compare, compiled, example
 from fxlrd.layers import layer, resized
 from fxlrd.passes.result import PassResult, Site, Skip, names
@@ -56,6 +57,7 @@ class Branch:
         """Return a copy of ``gm`` with branched cores. Raises FxlrdError for a name that fits no layer."""
         gm = fork(gm)
         annotate(gm)
+        check_names(gm, self.skip)
         sites: list[Site] = []
         skipped: list[Skip] = []
         for name in progress(_decomposed(gm), "branch"):
@@ -74,6 +76,8 @@ class Branch:
             return Skip(name, "no Tucker-2 form with both outer factors: there is no core to split")
         core = parts["core"]
         assert isinstance(core, nn.Conv2d)
+        if any(layer(parts[role]).bias is not None for role in ("first", "core")):
+            return Skip(name, "a layer was composed into its first factor or core, which has a bias now")
         if core.groups > 1:
             return Skip(name, f"its core has groups={core.groups} already")
         limit = min(core.in_channels, core.out_channels)
@@ -82,14 +86,14 @@ class Branch:
             return Skip(name, f"groups={groups} is more than its rank {limit}")
         if groups == 1:
             return Skip(name, "one branch is the core itself")
-        blocks, first, last, rounded = _split(parts, groups, self.steps if self.rotate else 0)
-        branched = _install(gm, name, blocks, first, last, groups, rounded)
+        blocks, first, last = _split(parts, groups, self.steps if self.rotate else 0)
+        error = _install(gm, name, blocks, first, last, groups)
         return Site(
             name,
             False,
             f"core {core.in_channels}→{core.out_channels} in {groups} branches: "
-            f"{100 * blocks.kept:.1f} % of its energy kept ({100 * blocks.plain:.1f} % without rotation), "
-            f"weight error {branched:.2g}",
+            f"{100 * blocks.kept:.1f} % of its energy kept ({100 * blocks.plain:.1f} % without rotation)"
+            + (f", weight error {error:.2g}" if error is not None else ""),
         )
 
     def _fastest(self, gm: fx.GraphModule, name: str, core: nn.Conv2d) -> int:
@@ -103,7 +107,9 @@ class Branch:
         variants = {}
         for n in GROUPS:
             if n <= min(core.in_channels, core.out_channels):
-                x = example((meta.shape[0], core.in_channels // n * n, *meta.shape[2:]), meta.dtype, layout, core.weight.device)
+                x = example(
+                    (meta.shape[0], core.in_channels // n * n, *meta.shape[2:]), meta.dtype, layout, core.weight.device
+                )
                 cut = core.weight.detach()[: core.out_channels // n * n, : core.in_channels // n]
                 module: nn.Module = nn.Sequential(resized(core, cut, None, groups=n)).eval()
                 called = compiled(module) if self.compile else module
@@ -124,57 +130,56 @@ def _decomposed(gm: fx.GraphModule) -> list[str]:
     return list(found)
 
 
-def _split(
-    parts: dict[str, nn.Module], groups: int, steps: int
-) -> tuple[Blocks, Tensor, Tensor, float]:
-    """Return the blocks, the rotated outer factors (r1×C, S×r2), and the error of rounding the ranks."""
+def _split(parts: dict[str, nn.Module], groups: int, steps: int) -> tuple[Blocks, Tensor, Tensor]:
+    """Return the blocks of the core and the outer factors (r1×C, S×r2) in their bases."""
     core = layer(parts["core"]).weight.detach().double().flatten(2)
-    first = layer(parts["first"]).weight.detach().double().flatten(1)
-    last = layer(parts["last"]).weight.detach().double().flatten(1)
+    # Orthonormal outer factors, as training may have left them otherwise: the core's energy is then the weight's.
+    rows, mix_in = torch.linalg.qr(layer(parts["first"]).weight.detach().double().flatten(1).mT)
+    columns, mix_out = torch.linalg.qr(layer(parts["last"]).weight.detach().double().flatten(1))
+    core = torch.einsum("ai,ijk,bj->abk", mix_out, core, mix_in)
+    first, last = rows.mT, columns
     r2, r1 = core.shape[0] // groups * groups, core.shape[1] // groups * groups
-    rounding = 0.0
     if (r2, r1) != core.shape[:2]:
         triple = tucker2(core[None], r1, r2)
         assert triple.first is not None
         assert triple.last is not None
-        core, first, last, rounding = triple.core[0], triple.first[0] @ first, last @ triple.last[0], triple.error
-    blocks = block_term(core.cpu(), groups, steps) if steps else _cut(core.cpu(), groups)
-    p, q = blocks.p.to(first), blocks.q.to(first)
-    return blocks, p @ first, last @ q.mT, rounding
+        core, first, last = triple.core[0], triple.first[0] @ first, last @ triple.last[0]
+    blocks = block_term(core.cpu(), groups, steps)
+    return blocks, blocks.p.to(first) @ first, last @ blocks.q.to(last).mT
 
 
-def _cut(core: Tensor, groups: int) -> Blocks:
-    blocks = block_term(core, groups, 0)
-    identity = torch.eye(core.shape[1], dtype=core.dtype), torch.eye(core.shape[0], dtype=core.dtype)
-    n, r2, r1 = groups, core.shape[0] // groups, core.shape[1] // groups
-    cores = torch.stack([core[i * r2 : (i + 1) * r2, i * r1 : (i + 1) * r1] for i in range(n)])
-    return Blocks(*identity, cores, blocks.plain, blocks.plain)
-
-
-def _install(
-    gm: fx.GraphModule, name: str, blocks: Blocks, first: Tensor, last: Tensor, groups: int, rounding: float
-) -> float:
-    """Put the branched form where the Tucker-2 form was, and return the layer's weight error."""
+def _install(gm: fx.GraphModule, name: str, blocks: Blocks, first: Tensor, last: Tensor, groups: int) -> float | None:
+    """Put the branched form where the Tucker-2 form was, and return the layer's weight error if it is known."""
     old = dict(gm.get_submodule(name).named_children())
     core = layer(old["core"])
-    weight = blocks.cores.flatten(0, 1).unflatten(2, core.weight.shape[2:])
-    form = nn.Sequential()
+    cores = blocks.cores.to(first)
     bias = layer(old["last"]).bias
+    form = nn.Sequential()
     form.add_module("first", resized(old["first"], first.view(*first.shape, 1, 1), None))
-    form.add_module("core", resized(core, weight.to(core.weight.device), None, groups=groups))
+    weight = cores.flatten(0, 1).unflatten(2, core.weight.shape[2:])
+    form.add_module("core", resized(core, weight, None, groups=groups))
     form.add_module("last", resized(old["last"], last.view(*last.shape, 1, 1), None if bias is None else bias.detach()))
     gm.set_submodule(name, form.train(core.training))
-    error = 0.0
+    error = None
     for node in gm.graph.nodes:
         p = provenance(node)
         if p is None or p.name != name:
             continue
-        # Orthonormal outer factors: what each cut loses adds up in squares, each from what the last one left.
-        left = (1 - (p.error or 0.0) ** 2) * (1 - rounding**2) * blocks.kept
-        error = max(0.0, 1 - left) ** 0.5
-        ranks = (first.shape[0], last.shape[1])
+        error = _weight_error(p.original, cores, first, last)
         role = "branch" if p.role == "core" else p.role
+        ranks = (first.shape[0], last.shape[1])
         node.meta[KEY] = changed(p, role=role, ranks=ranks, error=error, latency=None)
         infer_shape(node, gm.get_submodule(str(node.target)))
     return error
 
+
+def _weight_error(original: nn.Module | None, cores: Tensor, first: Tensor, last: Tensor) -> float | None:
+    """Return ‖W − Σⱼ lastⱼ·coreⱼ·firstⱼ‖ / ‖W‖ for the original layer's weight W."""
+    if original is None:
+        return None
+    weight = layer(original).weight.detach().double().flatten(2)
+    n = len(cores)
+    inner = torch.einsum("nabk,nbc->nack", cores, first.unflatten(0, (n, -1)))
+    kernel = torch.einsum("sna,nack->sck", last.unflatten(1, (n, -1)), inner)
+    norm = weight.norm().item()
+    return ((weight - kernel).norm().item() / norm) if norm else 0.0

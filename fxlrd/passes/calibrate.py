@@ -16,7 +16,7 @@ from torch import fx
 
 from fxlrd.errors import FxlrdError
 from fxlrd.graph import annotate, fork
-from fxlrd.moments import sweep
+from fxlrd.moments import as_batches, sweep
 from fxlrd.passes.result import PassResult
 from fxlrd.progress import Progress, quiet
 
@@ -36,10 +36,10 @@ class Calibrate:
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with moments on its nodes."""
         if self.calibration is None:
-            raise FxlrdError("calibrate: no calibration inputs; give calibration=, such as a DataLoader or a list of batches")
+            raise FxlrdError(
+                "calibrate: no calibration inputs; give calibration=, such as a DataLoader or a list of batches"
+            )
         gm = fork(gm)
         annotate(gm)
-        batches = self.calibration
-        single = hasattr(batches, "shape") or hasattr(batches, "keys")
-        sweep(gm, batches if single else progress(batches, "calibrate"), self.outputs)
+        sweep(gm, progress(as_batches(self.calibration), "calibrate"), self.outputs)
         return PassResult(gm)

@@ -25,6 +25,7 @@ from fxlrd.passes.result import PassResult, Site, Skip, names
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
 
+
 @dataclass(frozen=True)
 class Decompose:
     """Replace conv and linear layers by their low-rank factors.

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxlrd.errors import unknown
-from fxlrd.graph import annotate, fork
+from fxlrd.graph import FACTORS, annotate, fork, provenance
+from fxlrd.layers import LAYERS, layer
 from fxlrd.passes.result import PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
 
@@ -57,9 +58,7 @@ def freeze_factors(model: nn.Module, schedule: str = "paper", epoch: int = 0) ->
     Training loops call it at the start of each epoch. Raises FxlrdError for an unknown schedule.
     """
     check_schedule(schedule)
-    return [
-        f"{name}.{role}.weight" for name, form in forms(model).items() for role in _set(form, schedule, epoch)
-    ]
+    return [f"{name}.{role}.weight" for name, form in forms(model).items() for role in _set(form, schedule, epoch)]
 
 
 def check_schedule(schedule: str) -> None:
@@ -69,12 +68,28 @@ def check_schedule(schedule: str) -> None:
 
 
 def forms(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules whose children are the factors of one layer, by name."""
+    """Return the modules that are the factors of one layer, by name.
+
+    The nodes of a graph tell which those are. Elsewhere (in the user's own model, or unpickled) it is any bare
+    container of conv and linear layers that are called as factors are, with a bias in the last at most.
+    """
+    known = [p for n in model.graph.nodes if (p := provenance(n))] if isinstance(model, fx.GraphModule) else []
+    names = {p.name for p in known if p.role in FACTORS}
     return {
         name: module
         for name, module in model.named_modules()
-        if name and tuple(child for child, _ in module.named_children()) in FORMS
+        if name and _is_form(module) and (name in names or not known)
     }
+
+
+def _is_form(module: nn.Module) -> bool:
+    parts = list(module.children())
+    return (
+        type(module) in (nn.Sequential, nn.Module)
+        and tuple(name for name, _ in module.named_children()) in FORMS
+        and all(isinstance(part, LAYERS) for part in parts)
+        and all(part.bias is None for part in parts[:-1])
+    )
 
 
 def _set(form: nn.Module, schedule: str, epoch: int) -> list[str]:
@@ -83,7 +98,7 @@ def _set(form: nn.Module, schedule: str, epoch: int) -> list[str]:
     turn = schedule == "sequential" and epoch % 2 == 1
     trained = [role for role in roles if (role in main) != turn]
     for role, part in form.named_children():
-        part.weight.requires_grad_(role in trained)
+        layer(part).weight.requires_grad_(role in trained)
     return trained
 
 

@@ -278,6 +278,7 @@ class Merge:
         for node in reversed([first, *between]):
             _remove(gm, node)
         _swap(gm, second, both)
+        _no_form(gm, {name, _origin(second)})
         return Site(name, True, f"composed into {second.target}")
 
     def _absorb(self, gm: fx.GraphModule, first: fx.Node, norms: list[fx.Node], module: nn.Module) -> Site:
@@ -423,6 +424,8 @@ def _swap(
     known = provenance(node) or Provenance(target)
     before = known.ranks if known.role == "merged" and len(known.ranks) == 2 else (None, None)
     both = tuple(new if new is not None else old for new, old in zip(ranks, before, strict=True))
+    if known.role in FACTORS:
+        both = known.ranks
     worst = max((e for e in (error, known.error) if e is not None), default=None)
     node.meta[KEY] = changed(known, role="merged", ranks=both, error=worst)
 
@@ -453,6 +456,14 @@ def _affine_norm(module: nn.Module, node: fx.Node, linear: bool) -> bool:
     meta = node.meta.get("tensor_meta")
     # On (N, L, C) a BatchNorm1d counts L as channels.
     return not linear or (meta is not None and len(meta.shape) == 2)
+
+
+def _no_form(gm: fx.GraphModule, names: set[str]) -> None:
+    """Mark what is left of the factors of these layers as merged: they are no low-rank form of one layer any more."""
+    for node in gm.graph.nodes:
+        known = provenance(node)
+        if known is not None and known.name in names and known.role in FACTORS:
+            node.meta[KEY] = changed(known, role="merged")
 
 
 def _remove(gm: fx.GraphModule, node: fx.Node) -> None:
