@@ -1,7 +1,7 @@
 """Fidelity on a trained network: the bottleneck ResNet of bench/fashion.py, without any fine-tuning.
 
-``python -m bench.trained CHECKPOINT``: the energy that `branch` keeps in the cores of its Tucker forms, with and without
-rotation, and seconds a layer; and the accuracy on the 10,000 test images after each preset, with BatchNorm
+``python -m bench.trained CHECKPOINT``: the energy that `branch` keeps in the cores of its Tucker forms, with and
+without rotation, and seconds a layer; and the accuracy on the 10,000 test images after each pass, with BatchNorm
 statistics as trained.
 """
 
