@@ -37,7 +37,8 @@ class Calibrate:
         """Return a copy of ``gm`` with moments on its nodes."""
         if self.calibration is None:
             raise FxlrdError(
-                "calibrate: no calibration inputs; give calibration=, such as a DataLoader or a list of batches"
+                "calibrate: no calibration inputs; give calibration= (on the command line --calibration), "
+                "such as a list of batches"
             )
         gm = fork(gm)
         annotate(gm)
