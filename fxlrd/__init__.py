@@ -1,6 +1,7 @@
 """fxlrd: trained PyTorch models, faster by low-rank decomposition, verified at every step."""
 
 from fxlrd import ranks
+from fxlrd.budget import Budget
 from fxlrd.capture import capture
 from fxlrd.compress import Result, compress
 from fxlrd.errors import CaptureError, FxlrdError, VerificationError
@@ -8,6 +9,7 @@ from fxlrd.finetune import finetune
 from fxlrd.pipeline import Pipeline
 
 __all__ = [
+    "Budget",
     "CaptureError",
     "FxlrdError",
     "Pipeline",

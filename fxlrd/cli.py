@@ -7,13 +7,14 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fxlrd.errors import FxlrdError, one_line
+from fxlrd.errors import FxlrdError, one_line, unknown
 
 if TYPE_CHECKING:
+    from fxlrd.budget import Budget
     from fxlrd.report import Report
 
 
@@ -68,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     compress = commands.add_parser("compress", parents=[common], help="compress a model and report on it")
     compress.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: lrd)")
     compress.add_argument("--passes", metavar="SPEC", help="passes in text form: decompose{ratio=2},snap")
-    compress.add_argument("--calibration", metavar="DATA", help=".npy or .pt file of inputs, or random (for merge)")
+    compress.add_argument("--budget", metavar="M=SHARE", help="latency=0.5, params=0.5 or flops=0.5 of the original's")
+    compress.add_argument("--calibration", metavar="DATA", help=".npy or .pt file of inputs, or random (merge, auto)")
     compress.set_defaults(run=_compress)
 
     ranks = commands.add_parser("ranks", parents=[common], help="show each layer's rank by ratio and by timing")
@@ -78,8 +80,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compress(arguments: argparse.Namespace) -> None:
-    report = _run(arguments, arguments.calibration, preset=arguments.preset, pipeline=arguments.passes)
+    budget = None if arguments.budget is None else _budget(arguments.budget)
+    report = _run(arguments, arguments.calibration, preset=arguments.preset, pipeline=arguments.passes, budget=budget)
     print(report.to_table())
+
+
+def _budget(text: str) -> Budget:
+    from fxlrd.budget import Budget
+
+    measure, _, share = text.partition("=")
+    known = [f.name for f in fields(Budget)]
+    if measure not in known:
+        raise unknown("budget", measure, known)
+    try:
+        return Budget(**{measure: float(share)})
+    except ValueError as error:
+        said = str(error) if isinstance(error, FxlrdError) else f"{share!r} is no number"
+        raise FxlrdError(f"--budget {text}: {said.removeprefix('budget: ')}") from error
 
 
 def _ranks(arguments: argparse.Namespace) -> None:

@@ -113,11 +113,15 @@ def fold_inputs(module: nn.Module, matrix: Tensor, block: int = 1) -> nn.Module:
     return resized(module, folded, None if bias is None else bias.detach())
 
 
-def importance(module: nn.Module, block: int = 1) -> Tensor:
-    """Return A = WᵀW (C×C) of a layer's weight over its outputs, kernel positions and block, in float64."""
+def importance(module: nn.Module, block: int = 1, matters: Tensor | None = None) -> Tensor:
+    """Return A = WᵀΓW (C×C) of a layer's weight, summed over kernel positions and block, in float64.
+
+    ``matters`` is Γ (S×S); without it every output counts alike.
+    """
     weight, _ = _double(module)
-    rows = weight.unflatten(1, (-1, block)).movedim(1, -1).flatten(0, -2)
-    return rows.mT @ rows
+    by_channel = weight.unflatten(1, (-1, block)).movedim(1, -1)  # S … C
+    weighted = by_channel if matters is None else torch.tensordot(matters, by_channel, 1)
+    return by_channel.flatten(0, -2).mT @ weighted.flatten(0, -2)
 
 
 def _double(module: nn.Module) -> tuple[Tensor, Tensor]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxlrd import cost
+from fxlrd.budget import Budget
+from fxlrd.calibration import as_batches, let_go
 from fxlrd.capture import capture
 from fxlrd.errors import FxlrdError, VerificationError
 from fxlrd.graph import (
     KEY,
     MOMENTS,
+    SEEN,
     Inputs,
     called,
     captured,
@@ -30,6 +33,7 @@ from fxlrd.graph import (
 )
 from fxlrd.latency import Setting, Timing, compare, compiled
 from fxlrd.layers import LAYERS
+from fxlrd.passes import Allocate
 from fxlrd.pipeline import EXACT, Pass, Pipeline, Record
 from fxlrd.progress import Progress, bar, quiet
 from fxlrd.report import Report, figures, layer_rows
@@ -50,6 +54,7 @@ def compress(
     ratio: float | None = None,
     preset: str | None = None,
     pipeline: Pipeline | Sequence[Pass] | str | None = None,
+    budget: Budget | None = None,
     skip: str | Sequence[str] = (),
     calibration: Any = None,
     compile: bool = False,
@@ -65,11 +70,14 @@ def compress(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, as the model
             will get them: shapes, dtype, memory format and batch are those that are timed.
         ratio: compression ratio of each layer (parameters before / after), for the passes that take one.
-        preset: lrd (the default), ranks or merge, see `fxlrd.pipeline.PRESETS`.
+        preset: lrd (the default), ranks, merge, branch, freeze or auto, see `fxlrd.pipeline.PRESETS`.
         pipeline: passes to run instead of a preset, as a `Pipeline`, a list of passes or in text form.
+        budget: what the result may cost, as a share of the original: ``Budget(latency=0.5)``, or params or flops.
+            Preset auto, which it stands for, chooses the form of each layer under it; it needs ``calibration``.
         skip: names or globs of layers to leave alone.
-        calibration: inputs like the real ones for the passes that fit to data (merge): a tensor, or an iterable
-            of batches, such as a DataLoader; of (x, y) pairs x is taken.
+        calibration: inputs like the real ones for the passes that fit to data (merge, auto): a tensor, or an
+            iterable of batches, such as a DataLoader; of (x, y) pairs x is taken. No labels are needed. Where several
+            passes read them (auto), all are held in memory; otherwise they are read one batch at a time.
         compile: time layers and model under Inductor with frozen weights, instead of eagerly.
         measure: time the whole model before and after, side by side.
         verify: compare the outputs after each pass with those before.
@@ -89,7 +97,7 @@ def compress(
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise FxlrdError("compress under autocast: call it outside, with model and example inputs in one dtype")
     _check_model(model, inplace)
-    steps = _pipeline(ratio, preset, pipeline, skip, calibration, compile)
+    steps = _pipeline(ratio, preset, pipeline, budget, skip, calibration, compile)
     inputs = Inputs.of(example_inputs)
     show: Progress[Any] = bar if progress else quiet
     original = capture(model, inputs)
@@ -136,6 +144,7 @@ def _pipeline(
     ratio: float | None,
     preset: str | None,
     pipeline: Pipeline | Sequence[Pass] | str | None,
+    budget: Budget | None,
     skip: str | Sequence[str],
     calibration: Any,
     under_inductor: bool,
@@ -143,20 +152,36 @@ def _pipeline(
     if pipeline is not None and preset is not None:
         raise FxlrdError("preset and pipeline: give one of the two")
     if pipeline is None:
-        steps = Pipeline.preset(preset or "lrd")
+        steps = Pipeline.preset(preset or ("lrd" if budget is None else "auto"))
     else:
         steps = Pipeline.parse(pipeline) if isinstance(pipeline, str) else Pipeline(pipeline)
         if ratio is not None:
             raise FxlrdError("ratio goes into the pipeline, as in decompose{ratio=2}, or with a preset")
-    if ratio is not None:
+    if budget is not None:
+        steps = _with_budget(steps, budget, ratio)
+    elif ratio is not None:
         steps = steps.with_options(ratio=ratio)
     if skip:
         steps = steps.with_options(skip=(skip,) if isinstance(skip, str) else tuple(skip))
     if calibration is not None:
+        readers = sum("calibration" in {f.name for f in fields(p)} for p in steps.passes)  # type: ignore[arg-type]
+        if readers > 1 and not isinstance(calibration, (torch.Tensor, list, tuple, Mapping, Inputs)):
+            calibration = list(as_batches(calibration))  # once for all: a generator ends, a loader shuffles
         steps = steps.with_options(calibration=calibration)
     if under_inductor and any(hasattr(p, "compile") for p in steps.passes):
         steps = steps.with_options(compile=True)
     return steps
+
+
+def _with_budget(steps: Pipeline, budget: Budget, ratio: float | None) -> Pipeline:
+    if not isinstance(budget, Budget):
+        raise FxlrdError(f"budget: give fxlrd.Budget(latency=0.5), or params or flops, not {budget!r}")
+    if ratio is not None:
+        raise FxlrdError("ratio and budget: give one of the two; a budget sets every layer's ranks by itself")
+    if not any(isinstance(p, Allocate) for p in steps.passes):
+        raise FxlrdError(f"budget: only allocate spends one, and {steps} has none; use preset auto")
+    shares = {"params": 0.0, "flops": 0.0, "latency": 0.0, budget.measure: budget.share}
+    return steps.with_options(**shares)
 
 
 def _device(model: nn.Module, inputs: Inputs) -> torch.device:
@@ -220,15 +245,18 @@ def _pass_row(record: Record) -> dict[str, Any]:
         "params": record.params,
         "flops": record.flops,
         "depth": record.depth,
+        "note": record.note,
     }
 
 
 def _independent(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     """Return a copy that shares no tensor with ``model`` and does not keep it alive."""
+    let_go(gm)
     result = copy.deepcopy(gm)
     result.meta.pop(KEY, None)  # the example inputs have no business in a model that is saved
     for node in result.graph.nodes:
-        node.meta.pop(MOMENTS, None)
+        for key in (MOMENTS, SEEN):
+            node.meta.pop(key, None)
         if (known := provenance(node)) is not None:
             node.meta[KEY] = replace(known, original=None)
     _restore_modes(result, model)

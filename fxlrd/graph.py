@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 KEY = "fxlrd"
 MOMENTS = "fxlrd.moments"
 """The key of a node's second moments, see fxlrd/moments.py."""
+SEEN = "fxlrd.seen"
+"""The key of what calibration saw of a layer, on its call and on those of its factors; see fxlrd/moments.py."""
 FACTORS = ("first", "core", "branch", "last")
 """The roles of the parts of a layer that stands decomposed."""
 NEVER_CALLED = "it is never called in eval mode and is no part of the captured model"
@@ -42,7 +44,8 @@ class Provenance:
     """Where a node comes from.
 
     ``name`` is the module's name in the captured model, ``role`` one of original, first, core, last, merged,
-    branch; ``ranks`` are those of the layer's low-rank form and ``error`` its relative weight error. The
+    branch; ``ranks`` are those of the layer's low-rank form and ``error`` its relative error: of the weight, or of
+    the layer's output on calibration inputs if it is ``fitted`` to those. The
     ``original`` module is held by reference, never copied. ``latency`` is the measured time of the layer as
     it now stands, in seconds, where a pass has measured it.
     """
@@ -52,6 +55,7 @@ class Provenance:
     ranks: tuple[int | None, ...] = ()
     error: float | None = None
     latency: float | None = None
+    fitted: bool = False
     original: nn.Module | None = field(default=None, compare=False, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Provenance:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fxlrd.errors import FxlrdError
 from fxlrd.factor.svd import svd
 from fxlrd.factor.tucker import tucker2
+from fxlrd.factor.whiten import Root, root, whitened_svd, whitened_tucker2
 from fxlrd.ranks import svd_rank, tucker1_rank, tucker2_rank
 
 LAYERS = (nn.Conv2d, nn.Linear)
@@ -62,10 +63,11 @@ def channels(module: nn.Module) -> tuple[int, int, int]:
     return module.in_channels // module.groups, module.out_channels // module.groups, module.groups
 
 
-def ranks_for_ratio(module: nn.Module, ratio: float, beta: float = 1.0) -> Ranks | str:
+def ranks_for_ratio(module: nn.Module, ratio: float, beta: float = 1.0, strict: bool = True) -> Ranks | str:
     """Return the ranks at which the layer's factors have 1/ratio of its parameters, or why there are none.
 
-    Raises FxlrdError where the layer is wide enough to be cut but ``ratio`` leaves it less than rank 1.
+    Raises FxlrdError where the layer is wide enough to be cut but ``ratio`` leaves it less than rank 1, unless it
+    is not to be ``strict``.
     """
     c_in, c_out, groups = channels(module)
     if groups > 1 and min(c_in, c_out) == 1:
@@ -83,7 +85,7 @@ def ranks_for_ratio(module: nn.Module, ratio: float, beta: float = 1.0) -> Ranks
         elif ranks[1] >= c_out and ranks[0] < c_in:
             ranks = (tucker1_rank(c_out, c_in, kernel, ratio), None)
     if min(r for r in ranks if r is not None) < 1:
-        if min(c_in, c_out) < _NARROW:
+        if min(c_in, c_out) < _NARROW or not strict:
             return f"{where} {TOO_NARROW}: ratio={ratio:g} leaves no rank"
         raise FxlrdError(
             f"ratio={ratio:g} leaves less than rank 1 for {where}, kernel {kernel_text(module)}: use a ratio of at "
@@ -111,15 +113,14 @@ def explicit_ranks(module: nn.Module, ranks: int | Ranks) -> Ranks:
 
     An int serves both modes of a Tucker-2 form. Raises FxlrdError for a rank under 1 or a wrong number of them.
     """
-    c_in, c_out, _ = channels(module)
-    full: tuple[int, ...] = (min(c_in, c_out),) if form(module) == "svd" else (c_in, c_out)
+    full = full_ranks(module)
     given = tuple(ranks) if isinstance(ranks, (tuple, list)) else (ranks,) * len(full)
     if len(given) != len(full):
         raise FxlrdError(f"ranks={ranks}: a {form(module)} form takes {len(full)}, got {len(given)}")
     whole = [r for r in given if r is not None]
     if not whole or any(not isinstance(r, int) or isinstance(r, bool) or r < 1 for r in whole):
         raise FxlrdError(f"ranks={ranks}: a rank is a whole number of at least 1")
-    return tuple(None if r is None else min(r, top) for r, top in zip(given, full, strict=True))
+    return tuple(None if r is None or top is None else min(r, top) for r, top in zip(given, full, strict=True))
 
 
 def parameters(module: nn.Module, ranks: Ranks) -> int:
@@ -134,8 +135,50 @@ def parameters(module: nn.Module, ranks: Ranks) -> int:
     return groups * (core + (c_in * r1 if r1 else 0) + (c_out * r2 if r2 else 0))
 
 
-def decomposed(module: nn.Module, ranks: Ranks, sweeps: int = 1) -> tuple[nn.Sequential, float]:
-    """Return the layer's form at ``ranks``, its factors computed from its weight, and their relative error."""
+class Fit(NamedTuple):
+    """What a layer's factors are fitted to (float64), for C input and S output channels.
+
+    ``second`` (C×C) are the centred second moments of the input and ``mean`` (C) its mean; ``ridge`` says how much
+    more variance, relative to the mean one, few samples call for. The same of the patches that the kernel sees
+    (C·K, channel-major), where known. ``matters`` (S×S) is Γ (`fxlrd.effect`), where known.
+    """
+
+    second: Tensor
+    mean: Tensor
+    ridge: float = 0.0
+    patches: Tensor | None = None
+    patch_mean: Tensor | None = None
+    patch_ridge: float = 0.0
+    matters: Tensor | None = None
+
+
+MATTERS_RIDGE = 1e-2
+"""Share of the mean that is added to every direction of Γ: it is an estimate, and no direction matters nothing."""
+
+
+def roots(module: nn.Module, fit: Fit) -> tuple[Root, Root | None]:
+    """Return the roots of the input's moments (G, C/G, C/G) and of Γ (G, S/G, S/G), group by group."""
+    groups = channels(module)[2]
+    reads = root(_diagonal_blocks(fit.second, groups), fit.ridge)
+    if fit.matters is None or not bool(fit.matters.count_nonzero()):
+        return reads, None
+    return reads, root(_diagonal_blocks(fit.matters, groups), MATTERS_RIDGE)
+
+
+def _diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
+    blocks = matrix.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+def decomposed(module: nn.Module, ranks: Ranks, sweeps: int = 1, fit: Fit | None = None) -> tuple[nn.Sequential, float]:
+    """Return the layer's form at ``ranks`` and its relative error, of the weight.
+
+    With ``fit`` the factors are those of the least error of the layer's output for these moments (fxlrd/factor/
+    whiten.py), a bias makes up for what they change of its mean, and the error is that of the output, weighted by
+    how much it matters, about the mean. At full rank that is the weight's form.
+    """
+    if fit is not None and ranks != full_ranks(module):
+        return _fitted(layer(module), ranks, fit)
     weight = _blocks(layer(module))
     if form(module) == "svd":
         (rank,) = ranks
@@ -146,6 +189,40 @@ def decomposed(module: nn.Module, ranks: Ranks, sweeps: int = 1) -> tuple[nn.Seq
     triple = tucker2(weight, r1, r2, sweeps)
     factors = [f for f in (triple.first, triple.core, triple.last) if f is not None]
     return _assemble(layer(module), ranks, factors), triple.error
+
+
+def _fitted(module: nn.Conv2d | nn.Linear, ranks: Ranks, fit: Fit) -> tuple[nn.Sequential, float]:
+    weight = _blocks(module)
+    reads, matters = roots(module, fit)
+    if form(module) == "svd":
+        (rank,) = ranks
+        assert rank is not None
+        pair = whitened_svd(weight.flatten(2), rank, reads, matters)
+        factors, error = [pair.first, pair.last], pair.error
+        product = torch.einsum("gsr,grc->gsc", pair.last, pair.first).unflatten(2, weight.shape[2:])
+    else:
+        r1, r2 = ranks
+        triple = whitened_tucker2(weight, r1, r2, reads, matters, fit.patches, fit.patch_ridge)
+        factors, error = [f for f in triple[:3] if f is not None], triple.error
+        product = triple.core
+        if triple.first is not None:
+            product = torch.einsum("gor...,grc->goc...", product, triple.first)
+        if triple.last is not None:
+            product = torch.einsum("gso,goc...->gsc...", triple.last, product)
+    # What is lost of the mean output: each output channel's own constant.
+    lost = weight.double() - product
+    if fit.patch_mean is not None:
+        bias = lost.flatten(2) @ fit.patch_mean
+    else:
+        bias = (lost.flatten(3).sum(3) @ fit.mean.unflatten(0, (len(weight), -1))[..., None])[..., 0]
+    bias = bias.flatten() if module.bias is None else bias.flatten() + module.bias.detach().double()
+    return _assemble(module, ranks, factors, bias), error
+
+
+def full_ranks(module: nn.Module) -> Ranks:
+    """Return the ranks at which the layer's form loses nothing."""
+    c_in, c_out, _ = channels(module)
+    return (min(c_in, c_out),) if form(module) == "svd" else (c_in, c_out)
 
 
 def skeleton(module: nn.Module, ranks: Ranks) -> nn.Sequential:
@@ -200,12 +277,19 @@ def _blocks(module: nn.Conv2d | nn.Linear) -> Tensor:
     return module.weight.detach().unflatten(0, (groups, -1))
 
 
-def _assemble(module: nn.Conv2d | nn.Linear, ranks: Ranks, factors: list[Tensor]) -> nn.Sequential:
-    """Wrap factors, each (groups, out, in[, k…]), into modules that do what the layer did."""
+def _assemble(
+    module: nn.Conv2d | nn.Linear, ranks: Ranks, factors: list[Tensor], bias: Tensor | None = None
+) -> nn.Sequential:
+    """Wrap factors, each (groups, out, in[, k…]), into modules that do what the layer did.
+
+    ``bias`` takes the place of the layer's own.
+    """
+    like = module.weight if module.bias is None else module.bias
+    given = module.bias.detach().clone() if bias is None and module.bias is not None else bias
     if isinstance(module, nn.Linear):
         roles = ["first", "last"]
         parts: list[nn.Conv2d | nn.Linear] = [
-            nn.Linear(f.shape[2], f.shape[1], bias=i == 1 and module.bias is not None, device="meta")
+            nn.Linear(f.shape[2], f.shape[1], bias=i == 1 and given is not None, device="meta")
             for i, f in enumerate(factors)
         ]
     else:
@@ -224,12 +308,11 @@ def _assemble(module: nn.Conv2d | nn.Linear, ranks: Ranks, factors: list[Tensor]
         for role, f in zip(roles, factors, strict=True):
             options: dict[str, Any] = where if role == spatial else {}
             kernel = module.kernel_size if role == spatial else (1, 1)
-            bias = role == roles[-1] and module.bias is not None
-            parts.append(_conv(f, kernel, module.groups, bias, options))
+            parts.append(_conv(f, kernel, module.groups, role == roles[-1] and given is not None, options))
     for part, f in zip(parts, factors, strict=True):
         _fill(part, f, like=module)
-    if module.bias is not None:
-        parts[-1].bias = nn.Parameter(module.bias.detach().clone(), module.bias.requires_grad)
+    if given is not None:
+        parts[-1].bias = nn.Parameter(given.to(like.dtype), like.requires_grad)
     named: OrderedDict[str, nn.Module] = OrderedDict(zip(roles, parts, strict=True))
     return nn.Sequential(named).train(module.training)
 

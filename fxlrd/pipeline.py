@@ -27,8 +27,10 @@ PRESETS = {
     "freeze": "decompose,freeze",
     "merge": "calibrate{outputs=false},merge{snap=true}",
     "branch": "decompose,branch",
+    "auto": "calibrate{outputs=false,patches=1152,effects=256,holdout=true},allocate{latency=0.5},"
+    "merge,decompose,refit,recalibrate",
 }
-"""The presets in text form: the paper's rows."""
+"""The presets in text form: the paper's rows, and the best that we know."""
 
 EXACT = 1e3
 """An exact pass may change the outputs by this multiple of the dtype's epsilon, relative."""
@@ -65,6 +67,7 @@ class Record:
     params: int
     flops: int
     depth: int
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,7 @@ def _record(step: Pass, result: PassResult, errors: Errors, seconds: float) -> R
         cost.params(gm),
         cost.flops(gm),
         cost.depth(gm),
+        result.note,
     )
 
 

@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxlrd import FxlrdError, capture
-from fxlrd.moments import LARGEST, MOMENTS, Moments, as_batches, channel_axis, moments, sweep
+from fxlrd.calibration import as_batches, as_inputs
+from fxlrd.moments import LARGEST, MOMENTS, Moments, channel_axis, moments, sweep
 
 
 def rows(x: torch.Tensor, axis: int) -> torch.Tensor:
@@ -71,7 +72,7 @@ class Shared(nn.Module):
 def test_each_tensor_has_its_moments_once_for_each_axis():
     model, batches = Shared().eval(), [torch.randn(2, 3, 10, 10) for _ in range(3)]
     gm = capture(model, batches[0])
-    sweep(gm, batches)
+    sweep(gm, as_inputs(gm, batches))
     y = torch.cat([model.stem(x).relu() for x in batches]).detach()
     relu = node(gm, "relu")
     assert set(relu.meta[MOMENTS]) == {(1, 1), (3, 1)}
@@ -85,7 +86,7 @@ def test_each_tensor_has_its_moments_once_for_each_axis():
 
 def test_outputs_may_be_left_out():
     gm = capture(Shared().eval(), torch.randn(2, 3, 10, 10))
-    sweep(gm, [torch.randn(2, 3, 10, 10)], outputs=False)
+    sweep(gm, as_inputs(gm, [torch.randn(2, 3, 10, 10)]), outputs=False)
     assert {n.name for n in gm.graph.nodes if MOMENTS in n.meta} == {"x", "relu"}
 
 
@@ -93,7 +94,7 @@ def test_memory_does_not_grow_with_the_batches():
     gm = capture(Shared().eval(), torch.randn(2, 3, 10, 10))
 
     def kept(count: int) -> list[tuple]:
-        sweep(gm, (torch.randn(2, 3, 10, 10) for _ in range(count)))
+        sweep(gm, as_inputs(gm, (torch.randn(2, 3, 10, 10) for _ in range(count))))
         every = [m for n in gm.graph.nodes for m in n.meta.get(MOMENTS, {}).values()]
         return [(m.products.shape, m.total.shape) for m in every]
 
@@ -124,7 +125,7 @@ class Flattened(nn.Module):
 def test_a_linear_on_a_flattened_tensor_also_sees_its_channels(name):
     model, x = Flattened(FLATTENED[name]).eval(), torch.randn(7, 3, 5, 5)
     gm = capture(model, x)
-    sweep(gm, [x])
+    sweep(gm, as_inputs(gm, [x]))
     flat = model.flatten(model.conv(x).relu()).detach()
     check(moments(node(gm, "drop"), 1, 9), rows(flat.unflatten(1, (4, 9)), 1))
     check(moments(node(gm, "drop"), 1), rows(flat, 1))
@@ -137,13 +138,13 @@ def test_a_linear_on_a_flattened_tensor_also_sees_its_channels(name):
 )
 def test_what_does_not_flatten_channels_has_none(flatten):
     gm = capture(Flattened(flatten).eval(), torch.randn(7, 3, 5, 5))
-    sweep(gm, [torch.randn(7, 3, 5, 5)])
+    sweep(gm, as_inputs(gm, [torch.randn(7, 3, 5, 5)]))
     assert set(node(gm, "drop").meta[MOMENTS]) == {(1, 1)}
 
 
 def test_the_widest_tensors_are_passed_over():
     gm = capture(nn.Sequential(nn.Linear(LARGEST + 1, 4), nn.Linear(4, 2)), torch.randn(2, LARGEST + 1))
-    sweep(gm, [torch.randn(2, LARGEST + 1)])
+    sweep(gm, as_inputs(gm, [torch.randn(2, LARGEST + 1)]))
     assert moments(node(gm, "input_1"), 1) is None
     assert moments(node(gm, "0"), 1).count == 2
 
@@ -170,7 +171,7 @@ X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.ara
 )
 def test_batches_come_in_many_forms(data):
     gm = capture(nn.Sequential(nn.Linear(6, 3)), X)
-    sweep(gm, as_batches(data))
+    sweep(gm, as_inputs(gm, as_batches(data)))
     check(moments(node(gm, "input_1"), 1), X.double())
 
 
@@ -185,7 +186,7 @@ class Two(nn.Module):
 
 def test_several_arguments_and_surplus():
     gm = capture(Two(), (X, X))
-    sweep(gm, [(X, X + 1, Y), (X, X)])
+    sweep(gm, as_inputs(gm, [(X, X + 1, Y), (X, X)]))
     check(moments(node(gm, "add"), 1), torch.cat([X * 2.0 + (X + 1), X * 2.0 + X]).double())
 
 
@@ -212,16 +213,16 @@ def test_batches_that_are_none(data, message):
     gm = capture(nn.Sequential(nn.Linear(6, 300), nn.Linear(300, 2)), X)
     gm.get_submodule("0").weight.data.fill_(10.0)
     with pytest.raises(FxlrdError, match=message) as error:
-        sweep(gm, as_batches(data))
+        sweep(gm, as_inputs(gm, as_batches(data)))
     assert "\n" not in str(error.value)
     assert not any(MOMENTS in n.meta for n in gm.graph.nodes), "nothing is half-written"
 
 
 def test_a_generator_is_read_only_once():
     gm, data = capture(nn.Sequential(nn.Linear(6, 3)), X), (x for x in [X])
-    sweep(gm, data)
+    sweep(gm, as_inputs(gm, data))
     with pytest.raises(FxlrdError, match="a generator can be read only once"):
-        sweep(gm, data)
+        sweep(gm, as_inputs(gm, data))
 
 
 def test_the_sweep_runs_in_eval_mode_and_without_gradients():
@@ -230,7 +231,7 @@ def test_the_sweep_runs_in_eval_mode_and_without_gradients():
     model[2].eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     modes = [m.training for m in model]
-    sweep(gm, [X])
+    sweep(gm, as_inputs(gm, [X]))
     assert [m.training for m in model] == modes
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not moments(node(gm, "_2"), 1).products.requires_grad

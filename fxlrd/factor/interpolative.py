@@ -47,6 +47,11 @@ def interpolate(second: Tensor, rank: int, importance: Tensor | None = None) -> 
 
 def select(second: Tensor, rank: int, importance: Tensor) -> Tensor:
     """Return ``rank`` channel indices, ascending, picked greedily (module docstring)."""
+    return torch.tensor(sorted(greedy(second, rank, importance)), device=second.device)
+
+
+def greedy(second: Tensor, rank: int, importance: Tensor) -> list[int]:
+    """Return ``rank`` channel indices in the order that they are picked in: fewer would be the first of them."""
     count = len(second)
     wide = count > _ONE_BY_ONE
     # Scale matters to neither the order of the gains nor the weights; products stay within range.
@@ -72,7 +77,7 @@ def select(second: Tensor, rank: int, importance: Tensor) -> Tensor:
         weights = torch.linalg.pinv(rows[:, pivots], hermitian=True) @ rows
         q -= q[:, pivots] @ weights
         r -= rows.mT @ weights
-    return torch.tensor(sorted(picked), device=second.device)
+    return picked
 
 
 def _pivots(gain: Tensor, r: Tensor, count: int) -> Tensor:
@@ -118,8 +123,13 @@ def least_squares(second: Tensor, kept: Tensor, ridge: float = 0.0) -> Tensor:
 
 def residual(second: Tensor, kept: Tensor, matrix: Tensor, importance: Tensor) -> float:
     """Return sqrt(tr(A·R) / tr(A·G)), R the second moments of x − T·x[S]."""
+    total = (importance * second.double()).sum().item()
+    return (lost(second, kept, matrix, importance) / total) ** 0.5 if total > 0 else 0.0
+
+
+def lost(second: Tensor, kept: Tensor, matrix: Tensor, importance: Tensor) -> float:
+    """Return tr(A·R), R the second moments of x − T·x[S]."""
     g = second.double()
     cross = matrix @ g[kept]
     r = g - cross - cross.mT + matrix @ g[kept][:, kept] @ matrix.mT
-    total = (importance * g).sum().item()
-    return (max((importance * r).sum().item(), 0.0) / total) ** 0.5 if total > 0 else 0.0
+    return max((importance * r).sum().item(), 0.0)

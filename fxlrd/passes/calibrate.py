@@ -4,7 +4,9 @@ For the tensor x that a layer reads, and the one it makes, over every position o
 
     second = E[x·xᵀ]  (C×C),   mean = E[x]  (C)
 
-Exact: the graph is not changed, so nothing counts as modified. Later passes read what is on the nodes.
+With ``patches``, also those of what the kernel of a small conv sees; with ``effects``, how much each layer's output
+matters to the model's (fxlrd/effect.py). Exact: the graph is not changed, so nothing counts as modified. Later
+passes read what is on the nodes.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from typing import Any
 
 from torch import fx
 
+from fxlrd.calibration import as_batches, as_inputs, hold, split
 from fxlrd.errors import FxlrdError
-from fxlrd.graph import annotate, fork
-from fxlrd.moments import as_batches, sweep
+from fxlrd.graph import Inputs, annotate, fork
+from fxlrd.moments import sweep
 from fxlrd.passes.result import PassResult
 from fxlrd.progress import Progress, quiet
 
@@ -27,11 +30,18 @@ class Calibrate:
 
     ``calibration`` is a tensor (one batch), or an iterable of batches: tensors, (x, y) pairs of which x is
     taken, tuples of positional arguments, or dicts. It is read once. ``outputs=False`` leaves the layers' outputs
-    out. Raises FxlrdError for data that is empty, does not fit the model or is not finite.
+    out. ``patches`` is the largest number of inputs to a kernel (channels × positions) for which moments are taken
+    of whole patches. ``effects`` is the number of inputs on which the layers' effects on the model's output are
+    measured, by two backward passes. ``holdout`` keeps every fifth batch from the fit, with the model's outputs
+    for it, so that later passes can check what they do. Raises FxlrdError for data that is empty, does not fit
+    the model or is not finite.
     """
 
     calibration: Any = field(default=None, compare=False, repr=False)
     outputs: bool = True
+    patches: int = 0
+    effects: int = 0
+    holdout: bool = False
 
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with moments on its nodes."""
@@ -42,5 +52,8 @@ class Calibrate:
             )
         gm = fork(gm)
         annotate(gm)
-        sweep(gm, progress(as_batches(self.calibration), "calibrate"), self.outputs)
+        batches = as_inputs(gm, progress(as_batches(self.calibration), "calibrate"))
+        aside: list[Inputs] = []
+        sweep(gm, split(batches, aside) if self.holdout else batches, self.outputs, self.patches, self.effects)
+        hold(gm, aside)
         return PassResult(gm)

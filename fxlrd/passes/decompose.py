@@ -3,8 +3,12 @@
     Linear, 1×1 conv:   W ≈ last · first                    (truncated SVD, balanced)
     k×k conv:           W ≈ core ×_C first ×_S last         (Tucker-2, orthonormal outer factors)
 
-Approximate: the weight's relative error is recorded at each site. At full rank it is exact. Everything but
-the weight is carried over exactly (fxlrd/layers.py). Left alone: the stem (a conv that reads the model's
+Where `calibrate` has left moments, the factors are those of the least error of the layer's *output* on the
+calibration inputs (fxlrd/factor/whiten.py), and a bias keeps the mean of that. Where `allocate` has left ranks, those
+are taken.
+
+Approximate: the weight's relative error, or the output's where it was fitted, is recorded at each site. At full rank
+it is exact. Everything but the weight is carried over exactly (fxlrd/layers.py). Left alone: the stem (a conv that reads the model's
 input, of at most four channels), what ``skip`` names, and whatever cannot be cut, each with the reason.
 
     x ─ conv2 ─ y     →     x ─ conv2.first ─ conv2.core ─ conv2.last ─ y
@@ -21,7 +25,9 @@ from torch import fx, nn
 from fxlrd.errors import FxlrdError
 from fxlrd.graph import annotate, calls, check_names, fork, is_stem, layers, matches, provenance, replace, replaceable
 from fxlrd.layers import TOO_NARROW, Ranks, decomposed, explicit_ranks, form, ranks_for_ratio, ranks_text
+from fxlrd.moments import seen
 from fxlrd.passes.result import PassResult, Site, Skip, names
+from fxlrd.plan import planned
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
 
@@ -33,7 +39,7 @@ class Decompose:
     ``ratio`` is the compression ratio of each layer (parameters before / after). ``ranks`` overrides it: one
     int or tuple for all layers, or a mapping from names or globs to those, in which case only the layers it
     names are decomposed. A Tucker-2 form takes (r1, r2), an int stands for both; ranks are clipped to full
-    rank. ``skip`` takes names and globs of layers or of modules around them. ``beta`` is r2/r1. ``sweeps`` of
+    rank. Without ``ranks``, those that `allocate` left come before ``ratio``. ``skip`` takes names and globs of layers or of modules around them. ``beta`` is r2/r1. ``sweeps`` of
     orthogonal iteration refine a Tucker-2 form.
     """
 
@@ -42,6 +48,7 @@ class Decompose:
     skip: tuple[str, ...] = ()
     beta: float = 1.0
     sweeps: int = 1
+    fit: bool = True
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -72,9 +79,12 @@ class Decompose:
             if isinstance(ranks, str):
                 skipped.append(Skip(_origin(gm, name), ranks))
                 continue
-            factors, error = decomposed(module, ranks, self.sweeps)
-            replace(gm, name, factors, ranks, error=error)
-            sites.append(Site(name, False, f"{form(module)} at rank {ranks_text(ranks)}"))
+            found = seen(calls(gm, name)) if self.fit else None
+            fit = found.fit(module) if found is not None else None
+            factors, error = decomposed(module, ranks, self.sweeps, fit)
+            replace(gm, name, factors, ranks, error=error, fitted=fit is not None)
+            fitted = "" if fit is None else ", fitted to data"
+            sites.append(Site(name, False, f"{form(module)} at rank {ranks_text(ranks)}{fitted}"))
         self._check_reach(sites, skipped)
         gm.graph.lint()
         gm.recompile()
@@ -91,6 +101,9 @@ class Decompose:
         if (pattern := matches(name, self.skip)) is not None:
             return f"skip={pattern}"
         try:
+            plan = planned(gm) if self.ranks is None else None
+            if plan is not None:
+                return plan.ranks.get(name, "allocate keeps it as it is")
             if isinstance(self.ranks, Mapping):
                 pattern = matches(name, list(self.ranks))
                 return "ranks= does not name it" if pattern is None else explicit_ranks(module, self.ranks[pattern])

@@ -34,24 +34,21 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxlrd.channels import BATCH_NORMS, ELEMENTWISE_MODULES, Consumer, Group, group
+from fxlrd.channels import BATCH_NORMS, ELEMENTWISE_MODULES, Group
 from fxlrd.compose import (
     affine,
     composed,
     fold_inputs,
-    importance,
     keep_channels,
     keep_outputs,
     scaled,
     why_not_composable,
 )
 from fxlrd.errors import FxlrdError, unknown
-from fxlrd.factor.interpolative import least_squares, residual, select
 from fxlrd.factor.tucker import tucker2
 from fxlrd.graph import (
     FACTORS,
@@ -62,7 +59,6 @@ from fxlrd.graph import (
     captured,
     check_names,
     fork,
-    is_stem,
     layers,
     matches,
     provenance,
@@ -71,9 +67,10 @@ from fxlrd.graph import (
     source,
 )
 from fxlrd.group_latency import time_group
+from fxlrd.interpolation import choose, depthwise, mergeable, readers
 from fxlrd.layers import LAYERS, channels, kernel_area, layer, resized
-from fxlrd.moments import LARGEST, Moments, channel_axis, moments
 from fxlrd.passes.result import PassResult, Site, Skip, names
+from fxlrd.plan import planned
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio, tucker2_rank
 from fxlrd.search import best_share, grid
@@ -119,6 +116,9 @@ class Merge:
 
         Raises FxlrdError for a name that fits no layer, and for a producer named in ``ranks`` that cannot be cut.
         """
+        plan = planned(gm) if self.ranks is None and self.mode == "interpolative" else None
+        if plan is not None:
+            return changed(self, ranks=dict(plan.kept), snap=False)(gm, progress)
         gm = fork(gm)
         annotate(gm)
         self._check_named(gm)
@@ -150,7 +150,7 @@ class Merge:
         if (pattern := matches(name, self.skip)) is not None:
             return f"skip={pattern}"
         if isinstance(self.ranks, Mapping) and matches(name, list(self.ranks)) is None:
-            return "ranks= does not name it"
+            return "neither ranks= nor allocate names it"
         return None
 
     # -- interpolative
@@ -162,7 +162,7 @@ class Merge:
             node = calls(gm, name)[0]
             if node in cut:
                 continue
-            if _depthwise(module) and (known := provenance(node)) is not None and known.role == "merged":
+            if depthwise(module) and (known := provenance(node)) is not None and known.role == "merged":
                 continue
             found = self._plan(gm, name, node, reasons)
             if isinstance(found, str):
@@ -184,29 +184,18 @@ class Merge:
         self, gm: fx.GraphModule, name: str, node: fx.Node, reasons: Mapping[str, str | None]
     ) -> tuple[Group, int] | str:
         """Return the group of a producer's channels and how many to keep, or why it is left alone."""
-        if _depthwise(gm.get_submodule(name)):
-            return "a depthwise conv is cut with the layer that feeds it, which stays"
-        if (reason := self._left_alone(name)) is not None:
+        if (reason := self._left_alone(name)) is not None and not depthwise(gm.get_submodule(name)):
             return reason
-        if is_stem(gm, name, gm.get_submodule(name)) and not isinstance(self.ranks, Mapping):
-            return "the stem reads the model's input"
-        whole = group(gm, node, reasons)
+        whole = mergeable(gm, node, reasons, self.skip, stem=isinstance(self.ranks, Mapping))
         if isinstance(whole, str):
             return whole
-        for member in [*whole.producers, *(c.node for c in whole.consumers)]:
-            if (pattern := matches(str(member.target), self.skip)) is not None:
-                return f"skip={pattern} keeps {member.target}"
-            if (known := provenance(member)) is not None and known.role in FACTORS:
-                return f"{member.target} is a low-rank factor already: merge before decomposing"
         rank = self._rank(gm, name, whole)
         if rank < 1:
             return f"ratio={self.ratio:g} leaves none of its {whole.channels} channels"
         if rank >= whole.channels:
             return f"keeping {rank} of {whole.channels} channels saves nothing"
-        if whole.channels > LARGEST:
-            return f"calibrate measures no tensor of more than {LARGEST} channels; it makes {whole.channels}"
-        if any(_seen(gm, c, whole.channels) is None for c in whole.consumers):
-            return "its output's moments are not known: run calibrate first, on calibration inputs"
+        if isinstance(known := readers(gm, whole), str):
+            return known
         return whole, self._snapped(gm, whole, rank) if self.snap else rank
 
     def _snapped(self, gm: fx.GraphModule, whole: Group, rank: int) -> int:
@@ -342,10 +331,6 @@ class Merge:
         return self.ranks[pattern]
 
 
-def _depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
-
-
 def _spatial(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """Return the layer as it was before any merging, if it is a k×k conv: its shape is what eq. (7) goes by."""
     known = provenance(node)
@@ -359,24 +344,12 @@ def _origin(node: fx.Node) -> str:
     return known.name if known is not None else str(node.target)
 
 
-def _seen(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments | None:
-    """Return the moments of the ``count`` channels where the consumer reads them; none that an earlier cut outdated."""
-    dims = len(consumer.seen.meta["tensor_meta"].shape)
-    axis = channel_axis(gm.get_submodule(str(consumer.node.target)), dims)
-    found = moments(consumer.seen, axis, consumer.block)
-    return found if found is not None and len(found.total) == count else None
-
-
 def _cut(gm: fx.GraphModule, whole: Group, rank: int) -> float:
     """Keep ``rank`` channels of a group and return the largest predicted relative error of a consumer's output."""
-    readers = []
-    for consumer in whole.consumers:
-        module = gm.get_submodule(str(consumer.node.target))
-        seen = _seen(gm, consumer, whole.channels)
-        assert seen is not None
-        readers.append(Reader(consumer, module, seen.second, importance(module, consumer.block), seen.ridge))
-    kept, matrices, errors = _choose(readers, rank)
-    for reader, matrix, error in zip(readers, matrices, errors, strict=True):
+    known = readers(gm, whole)
+    assert not isinstance(known, str)
+    kept, matrices, errors = choose(known, rank)
+    for reader, matrix, error in zip(known, matrices, errors, strict=True):
         folded = fold_inputs(reader.module, matrix, reader.consumer.block)
         _swap(gm, reader.consumer.node, folded, (rank, None), error)
     for node in whole.through:
@@ -384,31 +357,6 @@ def _cut(gm: fx.GraphModule, whole: Group, rank: int) -> float:
     for node in whole.producers:
         _swap(gm, node, keep_outputs(gm.get_submodule(str(node.target)), kept), (None, rank), max(errors))
     return max(errors)
-
-
-class Reader(NamedTuple):
-    """A consumer with the second moments G of what it reads and its importance A = WᵀW."""
-
-    consumer: Consumer
-    module: nn.Module
-    second: Tensor
-    weight: Tensor
-    ridge: float
-
-
-def _choose(readers: list[Reader], rank: int) -> tuple[Tensor, list[Tensor], list[float]]:
-    """Return the channels to keep, each consumer's interpolation and its predicted relative error.
-
-    All consumers have to read the same channels: each one proposes its best, and the proposal with the least
-    sum of squared errors is taken.
-    """
-    proposals = []
-    for proposer in readers:
-        kept = select(proposer.second, rank, proposer.weight)
-        matrices = [least_squares(r.second, kept, r.ridge) for r in readers]
-        errors = [residual(r.second, kept, t, r.weight) for r, t in zip(readers, matrices, strict=True)]
-        proposals.append((kept, matrices, errors))
-    return min(proposals, key=lambda found: sum(e * e for e in found[2]))
 
 
 def _swap(

@@ -33,11 +33,15 @@ class Skip:
 
 @dataclass(frozen=True)
 class PassResult:
-    """The rewritten graph module, and what was rewritten and skipped. The pass's input is not changed."""
+    """The rewritten graph module, and what was rewritten and skipped. The pass's input is not changed.
+
+    ``note`` is what there is to say of the whole, in words.
+    """
 
     graph_module: fx.GraphModule
     sites: tuple[Site, ...] = ()
     skipped: tuple[Skip, ...] = ()
+    note: str = ""
 
     @property
     def modified(self) -> bool:

@@ -17,26 +17,24 @@ input, also where an original comes back (towards the original model's). At a mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from itertools import pairwise
 
-import torch
-from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata
+from torch import fx, nn
 
 from fxlrd.errors import FxlrdError, unknown
-from fxlrd.graph import KEY, calls, evaluating, fork, infer_shape, provenance, restore, source
-from fxlrd.latency import Cache, Setting, Timing, compare, compiled, example, signature
-from fxlrd.layers import Ranks, channels, decomposed, parameters, ranks_text, skeleton
+from fxlrd.graph import KEY, Provenance, calls, fork, infer_shape, provenance, restore
+from fxlrd.latency import Timing
+from fxlrd.layer_latency import ORIGINAL, Place, placed, time_ranks
+from fxlrd.layers import Fit, Ranks, channels, decomposed, parameters, ranks_text
+from fxlrd.moments import seen
 from fxlrd.passes.result import PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
 from fxlrd.search import best_share, grid, reaches
 
 SEARCHES = ("grid", "algorithm1")
-ORIGINAL = "original"
-_GROUP = 8
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,9 @@ class Snap:
             if isinstance(place, str):
                 skipped.append(Skip(name, place))
                 continue
-            shared = known.setdefault(place.signature, {}) if self.search == "grid" else {}
-            timings = self._measure(place, shared)
+            shared = known.setdefault(place.where.signature, {}) if self.search == "grid" else {}
+            candidates = self._candidates(place)
+            timings = time_ranks(place.where, candidates, self.compile, self.seconds, self.cache, shared)
             chosen = self._choose(place, timings)
             _apply(gm, name, place, chosen, timings)
             if chosen == place.ranks:
@@ -89,32 +88,14 @@ class Snap:
         gm.recompile()
         return PassResult(gm, tuple(sites), tuple(skipped))
 
-    def _measure(self, place: Place, known: dict[str, Timing]) -> dict[str, Timing]:
-        """Return the time of the original and of each candidate; what ``known`` or the cache holds is not timed."""
-        setting = Setting.here(place.device, self.compile)
-        cache = Cache() if self.cache else None
-        if cache is not None and not known:
-            known.update(cache.load(setting, place.signature))
-        wanted = self._candidates(place)
-        if ORIGINAL not in known:  # what the others' ratios are to
-            known.clear()
-        missing = [r for r in wanted if ranks_text(r) not in known]
-        for start in range(0, len(missing), _GROUP):
-            group = missing[start : start + _GROUP]
-            found = _time(place, group, self.compile, self.seconds)
-            known.update({k: t for k, t in found.items() if k != ORIGINAL or k not in known})
-            if cache is not None:
-                cache.store(setting, place.signature, known)
-        return {key: known[key] for key in [ORIGINAL, *map(ranks_text, wanted)]}
-
-    def _candidates(self, place: Place) -> list[Ranks]:
+    def _candidates(self, place: Decomposed) -> list[Ranks]:
         """Return the ranks to time, from the present one downward."""
         lowest: Ranks = tuple(None if r is None else math.ceil(self.floor * r) for r in place.ranks)
         if self.search == "grid":
-            return grid(place.ranks, lowest, place.groups)
+            return grid(place.ranks, lowest, channels(place.original)[2])
         return [r for r in _scan(place.ranks) if reaches(r, lowest)]
 
-    def _choose(self, place: Place, timings: dict[str, Timing]) -> Ranks | None:
+    def _choose(self, place: Decomposed, timings: dict[str, Timing]) -> Ranks | None:
         """Return the ranks to take; None is the original layer."""
         candidates = self._candidates(place)
         if self.search == "algorithm1":
@@ -128,49 +109,40 @@ class Snap:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A decomposed layer: its original, its present ranks, and the input that it sees."""
+class Decomposed:
+    """A decomposed layer: its original and the input that it sees, its present ranks, and what those were fitted to."""
 
-    original: nn.Module
+    where: Place
     ranks: Ranks
-    groups: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    layout: str
-    device: torch.device
+    fit: Fit | None
 
     @property
-    def signature(self) -> str:
-        """What the layer's time depends on, as text."""
-        return signature(self.original, self.shape, self.dtype, self.layout)
+    def original(self) -> nn.Module:
+        """The original layer."""
+        return self.where.original
 
 
-def _places(gm: fx.GraphModule) -> dict[str, Place | str]:
+def _places(gm: fx.GraphModule) -> dict[str, Decomposed | str]:
     """Return the decomposed layers by name, or why one cannot be timed."""
-    places: dict[str, Place | str] = {}
+    places: dict[str, Decomposed | str] = {}
     for node in gm.graph.nodes:
         known = provenance(node)
         if known is None or known.role not in ("first", "core", "last") or known.name in places:
             continue
-        given = source(node)
-        meta = given.meta.get("tensor_meta") if given is not None else None
         if known.original is None:
             places[known.name] = "its original layer is not known any more: snap before the model is handed out"
-        elif not isinstance(meta, TensorMetadata):
-            places[known.name] = "its input's shape is not known: give example inputs"
-        else:
-            weight = next(known.original.parameters())
-            layout = "channels_last" if meta.memory_format == torch.channels_last else "contiguous"
-            places[known.name] = Place(
-                known.original,
-                known.ranks,
-                channels(known.original)[2],
-                tuple(meta.shape),
-                meta.dtype,
-                layout,
-                weight.device,
-            )
+            continue
+        where = placed(node, known.original)
+        places[known.name] = where if isinstance(where, str) else Decomposed(where, known.ranks, _fit(gm, known))
     return places
+
+
+def _fit(gm: fx.GraphModule, known: Provenance) -> Fit | None:
+    """Return what the layer's present factors were fitted to, if they were."""
+    if not known.fitted or known.original is None:
+        return None
+    found = seen(n for n in gm.graph.nodes if (p := provenance(n)) is not None and p.name == known.name)
+    return found.fit(known.original) if found is not None else None
 
 
 def _scan(ranks: Ranks) -> list[Ranks]:
@@ -192,28 +164,14 @@ def _largest_drop(candidates: Sequence[Ranks], timings: dict[str, Timing]) -> Ra
     return best
 
 
-def _time(place: Place, group: Sequence[Ranks], under_inductor: bool, seconds: float) -> dict[str, Timing]:
-    x = example(place.shape, place.dtype, place.layout, place.device)
-    variants = {ORIGINAL: place.original} | {ranks_text(r): skeleton(place.original, r) for r in group}
-    # The original is the user's own module: its mode comes back.
-    with torch.no_grad(), evaluating(nn.ModuleList(variants.values())):
-        calls = {key: _call(m, x, under_inductor) for key, m in variants.items()}
-        return compare(calls, place.device, seconds=seconds)
-
-
-def _call(module: nn.Module, x: Tensor, under_inductor: bool) -> Callable[[], object]:
-    called = compiled(nn.Sequential(module)) if under_inductor else module
-    return lambda: called(x)
-
-
-def _apply(gm: fx.GraphModule, name: str, place: Place, ranks: Ranks | None, timings: dict[str, Timing]) -> None:
+def _apply(gm: fx.GraphModule, name: str, place: Decomposed, ranks: Ranks | None, timings: dict[str, Timing]) -> None:
     if ranks is None:
         restore(gm, name, latency=timings[ORIGINAL].seconds)
         return
     seconds = timings[ranks_text(ranks)].seconds
     parts: nn.Sequential | None = None
     if ranks != place.ranks:
-        parts, error = decomposed(place.original, ranks)
+        parts, error = decomposed(place.original, ranks, fit=place.fit)
         gm.set_submodule(name, parts)
     for role, _ in gm.get_submodule(name).named_children():
         for node in calls(gm, f"{name}.{role}"):
@@ -225,7 +183,7 @@ def _apply(gm: fx.GraphModule, name: str, place: Place, ranks: Ranks | None, tim
                 infer_shape(node, parts.get_submodule(p.role))
 
 
-def _note(place: Place, chosen: Ranks | None, timings: dict[str, Timing]) -> str:
+def _note(place: Decomposed, chosen: Ranks | None, timings: dict[str, Timing]) -> str:
     before = timings[ranks_text(place.ranks)]
     if chosen is None:
         return f"original back: rank {ranks_text(place.ranks)} takes {before.ratio:.2f} of its time"

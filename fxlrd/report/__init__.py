@@ -49,6 +49,7 @@ class Report:
 
 
 FOLDED = "it reads and makes the channels that its neighbours kept"
+ADJUSTING = ("refit", "recalibrate")
 UNSEEN = "no pass looks at it"
 
 
@@ -70,7 +71,12 @@ def layer_rows(
     ``dropped`` says that layers which are never called are no part of the result.
     """
     reasons = {skip.name: skip.reason for record in ledger for skip in record.skipped}
-    notes = {site.name: site.note for record in ledger for site in record.sites}
+    notes: dict[str, str] = {}
+    for record in ledger:
+        for site in record.sites:
+            # What made the layer what it is comes first; later fine-tuning of it is added.
+            added = record.name in ADJUSTING and site.name in notes
+            notes[site.name] = f"{notes[site.name]}, {site.note}" if added else site.note
     touched = {site.name for record in ledger for site in record.sites}
     nodes: dict[str, list[fx.Node]] = {}
     for node in after.graph.nodes:

@@ -51,7 +51,7 @@ def passes(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [
         [
             row["text"],
-            "exact" if row["exact"] else "approximate",
+            "-" if not row["sites"] else "exact" if row["exact"] else "approximate",
             len(row["sites"]),
             len(row["skipped"]),
             error(row["relative_error"]),
@@ -61,7 +61,9 @@ def passes(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     headers = ["pass", "kind", "sites", "left alone", "relative error", "largest error", "time"]
-    return tabulate(cells, headers=headers, tablefmt=_STYLE, disable_numparse=True)
+    text = tabulate(cells, headers=headers, tablefmt=_STYLE, disable_numparse=True)
+    notes = [f"{row['name']}: {row['note']}" for row in rows if row["note"]]
+    return "\n".join([text, "", *notes]) if notes else text
 
 
 def layers(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import fxlrd.passes.snap as snap_module
-from fxlrd import FxlrdError, capture, compress
+from fxlrd import FxlrdError, capture, compress, layer_latency
 from fxlrd.graph import Inputs, propagate, provenance
 from fxlrd.latency import Timing
 from fxlrd.layers import decomposed, ranks_text
@@ -24,11 +23,11 @@ class Clock:
     def __init__(self, monkeypatch, ratio):
         self.ratio = ratio
         self.timed: list[str] = []
-        monkeypatch.setattr(snap_module, "_time", self)
+        monkeypatch.setattr(layer_latency, "_time", self)
 
     def __call__(self, place, group, under_inductor, seconds):
         self.timed += [ranks_text(r) for r in group]
-        found = {snap_module.ORIGINAL: Timing(1.0)}
+        found = {layer_latency.ORIGINAL: Timing(1.0)}
         for ranks in group:
             ratio = self.ratio(next(r for r in ranks if r is not None))
             found[ranks_text(ranks)] = Timing(ratio, ratio, NOISE)
@@ -121,14 +120,14 @@ def test_a_second_search_and_an_interrupted_one_use_what_is_known(monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(snap_module, "_GROUP", 4)
+    monkeypatch.setattr(layer_latency, "_GROUP", 4)
     calls = iter([clock, clock, stop])
-    monkeypatch.setattr(snap_module, "_time", lambda *a: next(calls)(*a))
+    monkeypatch.setattr(layer_latency, "_time", lambda *a: next(calls)(*a))
     with pytest.raises(KeyboardInterrupt):
         Snap(search="algorithm1")(gm)
     done = list(clock.timed)
     assert len(done) == 8
-    monkeypatch.setattr(snap_module, "_time", clock)
+    monkeypatch.setattr(layer_latency, "_time", clock)
     Snap(search="algorithm1")(gm)
     assert len(clock.timed) == len(set(clock.timed)) == len(range(57, 76))
     Snap(search="algorithm1")(gm)

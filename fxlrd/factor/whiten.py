@@ -1,0 +1,230 @@
+"""Factors fitted to data: the least error of a layer's output, not of its weight.
+
+With G = E[x·xᵀ] of what the layer reads, and Γ that says how much each direction of its output matters:
+
+    E‖Γ^½·(W − W')·x‖² = ‖Γ^½·(W − W')·G^½‖²
+
+so the best W' of rank R is the truncated SVD of Γ^½·W·G^½, taken back through the inverse roots (for a plain
+matrix). A k×k conv has no such closed form. Its start is the Tucker-2 of the weight whitened channel by channel;
+with the moments G of whole patches (channels × kernel positions), alternating steps then lower the exact error:
+
+    given first   core and last are a reduced-rank regression, which has a closed form
+    given both    first is a linear least squares problem, solved by conjugate gradients
+
+Directions that the data never showed would be divided by zero: a little of the mean variance (``RIDGE``, and the
+caller's ``ridge`` where there were few samples) is added to G and Γ. Everything runs in float64. Factors come out
+balanced (SVD) or with orthonormal outer factors (Tucker-2), as the plain ones do.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxlrd.factor.basis import left_basis
+from fxlrd.factor.svd import Pair, svd
+from fxlrd.factor.tucker import Triple, tucker2
+
+RIDGE = 1e-5
+"""Share of the mean variance that is added to every direction."""
+
+_ENOUGH = 1e-3
+"""Alternating stops when a round lowers the error by less than this share."""
+
+_ROUNDS = 8
+_STEPS = 10
+
+
+class Root(NamedTuple):
+    """The symmetric square root of a matrix of moments, and its inverse (…, C, C)."""
+
+    root: Tensor
+    inverse: Tensor
+
+
+def root(second: Tensor, ridge: float = 0.0) -> Root:
+    """Return the root of ``second`` (…, C, C), symmetric and positive semidefinite, regularised."""
+    second = second.double()
+    mean = second.diagonal(dim1=-2, dim2=-1).mean(-1)
+    values, vectors = torch.linalg.eigh((second + second.mT) / 2)
+    floor = (mean * (RIDGE + ridge))[..., None]
+    values = values.clamp_min(0) + torch.where(floor > 0, floor, torch.ones_like(floor))
+    scaled = vectors * values.sqrt()[..., None, :]
+    unscaled = vectors / values.sqrt()[..., None, :]
+    return Root(scaled @ vectors.mT, unscaled @ vectors.mT)
+
+
+def whitened_svd(weight: Tensor, rank: int, reads: Root | None, matters: Root | None = None) -> Pair:
+    """Return first (G, R, C) and last (G, S, R) of ``weight`` (G, S, C), the best for the given moments.
+
+    ``reads`` is the root of G (G, C, C), ``matters`` that of Γ (G, S, S); None stands for the identity. The
+    error is relative, of the weighted output.
+    """
+    w = weight.detach().double()
+    if reads is not None:
+        w = w @ reads.root
+    if matters is not None:
+        w = matters.root @ w
+    pair = svd(w, rank)
+    first = pair.first if reads is None else pair.first @ reads.inverse
+    last = pair.last if matters is None else matters.inverse @ pair.last
+    return Pair(*_balanced(first, last), pair.error)
+
+
+def _balanced(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of the same product that share its singular values evenly."""
+    q_last, r_last = torch.linalg.qr(last)
+    q_first, r_first = torch.linalg.qr(first.mT)
+    u, s, v = torch.linalg.svd(r_last @ r_first.mT, full_matrices=False)
+    half = s.sqrt()
+    return half[..., :, None] * (v @ q_first.mT), (q_last @ u) * half[..., None, :]
+
+
+def whitened_tucker2(
+    weight: Tensor,
+    rank_in: int | None,
+    rank_out: int | None,
+    reads: Root | None,
+    matters: Root | None = None,
+    patches: Tensor | None = None,
+    ridge: float = 0.0,
+) -> Triple:
+    """Return the Tucker-2 factors of ``weight`` (G, S, C, k…) fitted to the given moments.
+
+    ``reads`` (G, C, C) is by channel. ``patches`` (C·K, C·K), for G = 1 only, are the moments of what the kernel
+    sees, channel-major: then factors are refined on them while that pays. Shapes are as of `tucker2`. The error is
+    relative, of the weighted output, exact with ``patches``, else as if kernel positions were uncorrelated.
+    """
+    w = weight.detach().double()
+    whitened = w
+    if reads is not None:
+        whitened = torch.einsum("gsc...,gcd->gsd...", whitened, reads.root)
+    if matters is not None:
+        whitened = torch.einsum("gts,gsc...->gtc...", matters.root, whitened)
+    triple = tucker2(whitened, rank_in, rank_out, sweeps=2)
+    first, core, last, error = triple
+    if first is not None and reads is not None:
+        first = first @ reads.inverse
+    if patches is not None:
+        scaled = w if matters is None else torch.einsum("gts,gsc...->gtc...", matters.root, w)
+        first, core, last, error = _refined(scaled, first, core, last, patches, ridge)
+    if last is not None and matters is not None:
+        last = matters.inverse @ last
+    elif matters is not None:
+        core = torch.einsum("gts,gsr...->gtr...", matters.inverse, core)
+    return Triple(*_orthonormal(first, core, last), error)
+
+
+def _orthonormal(
+    first: Tensor | None, core: Tensor, last: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Return factors of the same product whose outer ones have orthonormal rows and columns."""
+    if first is not None:
+        q, r = torch.linalg.qr(first.mT)
+        first, core = q.mT, torch.einsum("gor...,gqr->goq...", core, r)
+    if last is not None:
+        last, r = torch.linalg.qr(last)
+        core = torch.einsum("gpo,gor...->gpr...", r, core)
+    return first, core, last
+
+
+def _refined(
+    w: Tensor, first: Tensor | None, core: Tensor, last: Tensor | None, patches: Tensor, ridge: float
+) -> tuple[Tensor | None, Tensor, Tensor | None, float]:
+    """Alternate between (core, last) and first on the moments of patches while the error falls."""
+    (count, width), kernel = w.shape[1:3], w.shape[3:]
+    moments = patches.double()
+    moments = moments + torch.eye(len(moments), dtype=moments.dtype, device=moments.device) * (
+        moments.diagonal().mean() * (RIDGE + ridge)
+    )
+    target = w[0].flatten(1)  # S × C·K
+    total = _energy(target, moments)
+    u = first[0] if first is not None else None
+    best: tuple[float, Tensor | None, Tensor, Tensor | None] | None = None
+    for _ in range(_ROUNDS):
+        c, v = _regressed(target, u, moments, width, last.shape[2] if last is not None else None)
+        product = c if v is None else v @ c  # S × r1·K
+        error = _energy(target - _widened(product, u, width), moments)
+        done = best is not None and error > best[0] * (1 - _ENOUGH)
+        if best is None or error < best[0]:
+            best = error, u, c, v
+        if u is None or done:
+            break
+        u = _input_factor(target, u, c, v, moments)
+    assert best is not None
+    error, u, c, v = best
+    return (
+        None if u is None else u[None],
+        c.unflatten(1, (-1, *kernel))[None],
+        None if v is None else v[None],
+        max(error / total, 0.0) ** 0.5 if total > 0 else 0.0,
+    )
+
+
+def _energy(weight: Tensor, moments: Tensor) -> float:
+    return float((weight @ moments * weight).sum())
+
+
+def _widened(product: Tensor, u: Tensor | None, width: int) -> Tensor:
+    """Return B·(U⊗1): what the factors do to the patch, S × C·K."""
+    if u is None:
+        return product
+    return torch.einsum("srk,rc->sck", product.unflatten(1, (len(u), -1)), u).flatten(1)
+
+
+def _cut(moments: Tensor, u: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    """Return G·(U⊗1)ᵀ and (U⊗1)·G·(U⊗1)ᵀ."""
+    if u is None:
+        return moments, moments
+    cross = torch.einsum("nck,rc->nrk", moments.unflatten(1, (width, -1)), u).flatten(1)
+    return cross, torch.einsum("ckn,rc->rkn", cross.unflatten(0, (width, -1)), u).flatten(0, 1)
+
+
+def _regressed(
+    target: Tensor, u: Tensor | None, moments: Tensor, width: int, rank: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the best core (r2 × r1·K) and last (S × r2, orthonormal) given ``u``."""
+    cross, inner = _cut(moments, u, width)
+    scale = inner.diagonal().clamp_min(1e-300).rsqrt()
+    lower, failed = torch.linalg.cholesky_ex(inner * scale[:, None] * scale)
+    if failed.item():  # channels that are never on
+        lower = torch.linalg.cholesky(
+            inner * scale[:, None] * scale + 1e-8 * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+        )
+    fitted = torch.cholesky_solve((target @ cross * scale).mT, lower).mT  # M·scale⁻¹
+    if rank is None:
+        return fitted * scale, None
+    v = left_basis(fitted @ lower, rank)
+    return v.mT @ fitted * scale, v
+
+
+def _input_factor(target: Tensor, u: Tensor, core: Tensor, last: Tensor | None, moments: Tensor) -> Tensor:
+    """Return a better U (r1 × C) given core and last: some conjugate gradient steps on its normal equations."""
+    rank, width = u.shape
+    # With orthonormal columns, ‖T − V·c·U‖² = ‖Vᵀ·T − c·U‖² + const.
+    goal = target if last is None else last.mT @ target
+    blocks = core.unflatten(1, (rank, -1))  # r2 × r1 × K
+
+    def back(d: Tensor) -> Tensor:
+        return torch.einsum("srk,sck->rc", blocks, (d @ moments).unflatten(1, (width, -1)))
+
+    def apply(p: Tensor) -> Tensor:
+        return back(torch.einsum("srk,rc->sck", blocks, p).flatten(1))
+
+    residual = back(goal) - apply(u)
+    step = residual.clone()
+    size = (residual * residual).sum()
+    start = size
+    for _ in range(_STEPS):
+        if not bool(size > 1e-16 * start):
+            break
+        along = apply(step)
+        length = size / (step * along).sum()
+        u = u + length * step
+        residual = residual - length * along
+        after = (residual * residual).sum()
+        step = residual + after / size * step
+        size = after
+    return u

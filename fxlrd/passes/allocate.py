@@ -1,0 +1,443 @@
+"""allocate: one form for each layer, all at once, under a budget for the whole model.
+
+Each layer is to take one of its forms: the original, its factors at some ranks, or one of the interpolative merges that it
+takes part in. With the predicted error e of each form (fxlrd/choices.py, fxlrd/interpolation.py) and its cost c,
+
+    minimise Σ e   subject to   Σ c ≤ budget            (fxlrd/budget.py)
+
+A merge changes several layers, and a layer may be cut on both sides. Which channel groups to merge is found by
+coordinate descent on Σ e + λ·Σ c for a series of λ; for each outcome the other layers' forms are the exact solution of the
+knapsack, and the best outcome is taken. Parameters and FLOPs are computed. Latency is that of each layer's form, timed on
+this device as `snap` does, plus what is left of the whole model's; then the whole model is timed in that form, side by side
+with the original, and the budget moved until what is measured is what was asked for.
+
+The graph is not changed: `merge` and `decompose` carry the plan out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
+
+import torch
+from torch import fx, nn
+
+from fxlrd import cost
+from fxlrd.budget import Budget, spend
+from fxlrd.channels import Group
+from fxlrd.choices import Choice, Curve, candidate_ranks, flops, pareto
+from fxlrd.errors import FxlrdError
+from fxlrd.graph import (
+    FACTORS,
+    Captured,
+    annotate,
+    calls,
+    captured,
+    check_names,
+    evaluating,
+    fork,
+    is_stem,
+    layers,
+    matches,
+    provenance,
+    replaceable,
+)
+from fxlrd.group_latency import time_group
+from fxlrd.interpolation import curve, mergeable, readers
+from fxlrd.latency import Timing, compare, compiled
+from fxlrd.layer_latency import ORIGINAL, placed, time_ranks
+from fxlrd.layers import channels, layer, parameters, ranks_text
+from fxlrd.moments import seen
+from fxlrd.passes.result import PassResult, Skip, names
+from fxlrd.plan import Plan, leave, sketch
+from fxlrd.progress import Progress, quiet
+
+WITHIN = 0.02
+"""Share of a latency budget by which the measured latency may differ from it."""
+
+_TIMED = 8
+"""Forms of one layer that are timed."""
+
+_ROUNDS = 6
+_LAMBDAS = 25
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """Choose every layer's form under one budget: ``params``, ``flops`` or ``latency``, as a share of the original's.
+
+    ``skip`` takes names and globs of layers to leave alone. ``merge=False`` leaves interpolative merges out of the
+    choices. For latency: ``compile`` times under Inductor with frozen weights, ``seconds`` bounds the timing of one
+    layer signature, ``cache=False`` neither reads nor writes timings on disk. Predicted errors mean most after
+    ``calibrate{effects=256}``. Raises FxlrdError for a budget out of reach, saying what is within.
+    """
+
+    params: float = 0.0
+    flops: float = 0.0
+    latency: float = 0.0
+    skip: tuple[str, ...] = ()
+    merge: bool = True
+    compile: bool = False
+    seconds: float = 1.0
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skip", names(self.skip))
+        self.budget  # noqa: B018 - it checks itself
+        if not self.seconds > 0:
+            raise FxlrdError(f"allocate: seconds={self.seconds} leaves no time to measure")
+
+    @property
+    def budget(self) -> Budget:
+        """The budget asked for."""
+        given = {"params": self.params, "flops": self.flops, "latency": self.latency}
+        return Budget(**{name: value for name, value in given.items() if value != 0})
+
+    def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
+        """Return a copy of ``gm`` with a plan on it. Nodes need shapes: capture or propagate first."""
+        gm = fork(gm)
+        annotate(gm)
+        check_names(gm, self.skip)
+        problem = Problem()
+        skipped = self._add_layers(gm, problem, progress)
+        if self.merge:
+            self._add_groups(gm, problem, progress)
+        plan, note = self._within_latency(gm, problem, progress) if self.latency else self._within(gm, problem)
+        leave(gm, plan)
+        free = [n for n in problem.items if n not in plan.ranks and n not in problem.touched(plan.kept)]
+        reached = {s.name for s in skipped}
+        skipped += [Skip(n, "no cheaper form is worth its error") for n in free if n not in reached]
+        return PassResult(gm, (), tuple(skipped), note)
+
+    # -- the choices
+
+    def _add_layers(self, gm: fx.GraphModule, problem: Problem, progress: Progress) -> list[Skip]:
+        skipped = []
+        reasons = replaceable(gm)
+        known: dict[str, dict[str, Timing]] = {}
+        for name, module in progress(list(layers(gm).items()), "allocate"):
+            reason = self._left_alone(gm, name, module, reasons[name])
+            if reason is None or reason == _STEM:
+                found = self._item(gm, name, module, known, alone=reason is not None)
+                if isinstance(found, str):
+                    reason = found
+                else:
+                    problem.items[name] = found
+            if reason is not None:
+                skipped.append(Skip(name, reason))
+        return skipped
+
+    def _left_alone(self, gm: fx.GraphModule, name: str, module: nn.Module, guard: str | None) -> str | None:
+        p = provenance(calls(gm, name)[0])
+        if p is not None and p.role in FACTORS:
+            return "it is a low-rank factor already"
+        if guard is not None:
+            return guard
+        if (pattern := matches(name, self.skip)) is not None:
+            return f"skip={pattern}"
+        c_in, c_out, groups = channels(module)
+        if min(c_in, c_out) == 1 and groups > 1:
+            return f"groups={groups}: one channel a group (depthwise) leaves no rank to cut"
+        return _STEM if is_stem(gm, name, module) else None
+
+    def _item(
+        self, gm: fx.GraphModule, name: str, module: nn.Module, known: dict[str, dict[str, Timing]], alone: bool
+    ) -> list[Choice] | str:
+        """Return the layer's forms that no other beats, the original last, or why they cannot be told."""
+        nodes = calls(gm, name)
+        found = seen(nodes)
+        fit = found.fit(module) if found is not None else None
+        bias = len(layer(module).weight) * (layer(module).bias is not None)
+        if self.params:
+            original = Choice(None, 0.0, layer(module).weight.numel() + bias)
+        elif self.flops:
+            original = Choice(None, 0.0, sum(flops(n, module, None) for n in nodes))
+        else:
+            original = Choice(None, 0.0, 0.0)
+        candidates = [] if alone else candidate_ranks(module, multiple=_multiple(module) if self.latency else 1)
+        errors = Curve(module, fit) if candidates else None
+        priced = [Choice(r, errors.error(r), 0.0) for r in candidates if errors is not None]
+        if self.params:
+            added = max(bias, len(layer(module).weight)) if fit is not None else bias
+            priced = [changed(c, cost=parameters(module, c.ranks) + added) for c in priced if c.ranks]
+        elif self.flops:
+            priced = [changed(c, cost=sum(flops(n, module, c.ranks) for n in nodes)) for c in priced]
+        else:
+            where = placed(nodes[0], module)
+            if isinstance(where, str):
+                return where
+            few = [changed(c, cost=parameters(module, c.ranks)) for c in priced if c.ranks]
+            few = pareto(few, _TIMED)
+            shared = known.setdefault(where.signature, {})
+            timings = time_ranks(
+                where, [c.ranks for c in few if c.ranks], self.compile, self.seconds, self.cache, shared
+            )
+            whole = timings[ORIGINAL].seconds * len(nodes)
+            original = changed(original, cost=whole)
+            priced = [changed(c, cost=whole * timings[ranks_text(c.ranks)].ratio) for c in few if c.ranks]
+        return pareto([*priced, original])
+
+    def _add_groups(self, gm: fx.GraphModule, problem: Problem, progress: Progress) -> None:
+        reasons = replaceable(gm, norms=True)
+        done: set[fx.Node] = set()
+        for name in progress(list(problem.items), "allocate: merges"):
+            node = calls(gm, name)[0]
+            if node in done:
+                continue
+            whole = mergeable(gm, node, reasons, self.skip)
+            if isinstance(whole, str) or isinstance(known := readers(gm, whole), str):
+                continue
+            done.update(whole.producers)
+            if not all(str(n.target) in problem.items for n in (*whole.producers, *(c.node for c in whole.consumers))):
+                continue
+            kept = _kept(whole.channels)
+            if not kept:
+                continue
+            errors = curve(known, kept)
+            if any(r.consumer.node.meta.get("fxlrd.seen") is None for r in known):
+                continue
+            shares = {r: r / whole.channels for r in kept}
+            if self.latency:
+                ranks = [whole.channels, *kept]
+                timings = time_group(gm, whole, ranks, self.compile, self.seconds, self.cache)
+                shares = {r: timings[str(r)].ratio / timings[str(whole.channels)].ratio for r in kept}
+            options = {r: (error, shares[r]) for r, error in zip(kept, errors, strict=True)}
+            problem.groups[name] = Merging(whole, options)
+
+    # -- the budget
+
+    def _within(self, gm: fx.GraphModule, problem: Problem) -> tuple[Plan, str]:
+        """Return the best plan for a budget of parameters or FLOPs."""
+        total = cost.params(gm) if self.params else cost.flops(gm)
+        if not total:
+            raise FxlrdError("allocate: the model's FLOPs are not known: give example inputs")
+        fixed = total - problem.original()
+        plan = problem.best(self.budget.share * total - fixed)
+        if plan is None:
+            least = (problem.least() + fixed) / total
+            raise FxlrdError(
+                f"allocate: {self.budget.measure}={self.budget.share:g} is out of reach: the cheapest forms leave "
+                f"{_up(least)} of it; ask for that or more"
+            )
+        spent = (problem.cost(plan) + fixed) / total
+        return plan, f"{spent:.3f} of {self.budget.measure}; {problem.note(plan)}"
+
+    def _within_latency(self, gm: fx.GraphModule, problem: Problem, progress: Progress) -> tuple[Plan, str]:
+        """Return the best plan whose measured latency is the budget's share of the original's."""
+        known = captured(gm)
+        if known is None:
+            raise FxlrdError("allocate: a latency budget needs a captured model: fxlrd.capture(model, example_inputs)")
+        groups = {name: merging.whole for name, merging in problem.groups.items()}
+        share, least = self.latency, problem.least()
+        whole = _seconds(gm, known, self.compile)
+        fixed = whole - problem.original()  # norms, activations, additions, and what caches do
+        measured: list[tuple[float, float, Plan]] = []  # (budget for the layers, measured share, plan)
+        target = share * whole - fixed
+        for _ in progress(range(_ROUNDS), "allocate: timing the whole"):
+            plan = problem.best(max(target, least))
+            assert plan is not None
+            ratio = _ratio(gm, sketch(gm, plan, groups), known, self.compile)
+            measured.append((max(target, least), ratio, plan))
+            if abs(ratio / share - 1) <= WITHIN / 2 or (target <= least and ratio > share):
+                break
+            target = _next(measured, share, whole)
+        fits = [m for m in measured if m[1] <= share * (1 + WITHIN)]
+        if not fits:
+            reached = min(m[1] for m in measured)
+            raise FxlrdError(
+                f"allocate: latency={share:g} is out of reach: the fastest forms take {_up(reached)} of the original's "
+                "time here; ask for that or more, or another batch size"
+            )
+        _, ratio, plan = max(fits, key=lambda m: m[1])
+        return plan, f"{ratio:.3f} of latency, measured; {problem.note(plan)}"
+
+
+_STEM = "in_channels: the stem reads the model's input"
+
+
+@dataclass(frozen=True)
+class Merging:
+    """A channel group and, for each number of channels to keep, the predicted error and the share of its layers' cost
+    that is left.
+    """
+
+    whole: Group
+    options: Mapping[int, tuple[float, float]]
+
+    @property
+    def cut(self) -> list[str]:
+        """The layers that the group cuts."""
+        consumers = [c.node for c in self.whole.consumers]
+        return list(dict.fromkeys(str(n.target) for n in (*self.whole.producers, *consumers)))
+
+
+@dataclass
+class Problem:
+    """The layers' forms and the groups that may be merged."""
+
+    items: dict[str, list[Choice]] = field(default_factory=dict)
+    groups: dict[str, Merging] = field(default_factory=dict)
+
+    def original(self) -> float:
+        """Return what the layers cost as they are."""
+        return sum(self._whole(name) for name in self.items)
+
+    def touched(self, kept: Mapping[str, int]) -> dict[str, float]:
+        """Return the layers that merging cuts, each with the share of its cost that is left."""
+        shares: dict[str, float] = {}
+        for group, count in kept.items():
+            share = self.groups[group].options[count][1]
+            for name in self.groups[group].cut:
+                shares[name] = shares.get(name, 1.0) * share
+        return shares
+
+    def cost(self, plan: Plan) -> float:
+        """Return what the layers cost under a plan."""
+        return self._sum(plan)[0]
+
+    def error(self, plan: Plan) -> float:
+        """Return the predicted error of a plan."""
+        return self._sum(plan)[1]
+
+    def note(self, plan: Plan) -> str:
+        """Return what is predicted of a plan, in words."""
+        return f"predicted output error {math.sqrt(self.error(plan)):.2g}"
+
+    def least(self) -> float:
+        """Return the least that the layers can cost."""
+        bare = [sum(min(c.cost for c in item) for item in self.items.values())]
+        bare += [cost for state in self._states() if (cost := self._cheapest(state)) is not None]
+        return min(bare)
+
+    def best(self, budget: float) -> Plan | None:
+        """Return the plan of the least predicted error within the budget, or None if there is none."""
+        plans = [plan for state in self._states() if (plan := self._filled(state, budget)) is not None]
+        return min(plans, key=self.error, default=None)
+
+    def _whole(self, name: str) -> float:
+        return next(c.cost for c in self.items[name] if c.ranks is None) if self._has_original(name) else 0.0
+
+    def _has_original(self, name: str) -> bool:
+        return any(c.ranks is None for c in self.items[name])
+
+    def _sum(self, plan: Plan) -> tuple[float, float]:
+        touched = self.touched(plan.kept)
+        cost = sum(self._whole(name) * share for name, share in touched.items())
+        error = sum(self.groups[group].options[count][0] for group, count in plan.kept.items())
+        for name, item in self.items.items():
+            if name not in touched:
+                chosen = next(c for c in item if c.ranks == plan.ranks.get(name))
+                cost += chosen.cost
+                error += chosen.error
+        return cost, error
+
+    def _cheapest(self, kept: Mapping[str, int]) -> float:
+        touched = self.touched(kept)
+        return sum(self._whole(n) * s for n, s in touched.items()) + sum(
+            min(c.cost for c in item) for name, item in self.items.items() if name not in touched
+        )
+
+    def _filled(self, kept: Mapping[str, int], budget: float) -> Plan | None:
+        """Return the best plan with these merges."""
+        touched = self.touched(kept)
+        free = [name for name in self.items if name not in touched]
+        left = budget - sum(self._whole(name) * share for name, share in touched.items())
+        chosen = spend([[(c.cost, c.error) for c in self.items[name]] for name in free], left)
+        if chosen is None:
+            return None
+        forms = {name: self.items[name][i].ranks for name, i in zip(free, chosen, strict=True)}
+        return Plan({name: ranks for name, ranks in forms.items() if ranks is not None}, dict(kept))
+
+    def _states(self) -> list[dict[str, int]]:
+        """Return the sets of merges worth looking at: none, and the outcomes of coordinate descent for each λ."""
+        found: list[dict[str, int]] = [{}]
+        if not self.groups:
+            return found
+        for weight in self._lambdas():
+            state = self._descend(weight)
+            if state not in found:
+                found.append(state)
+        return found
+
+    def _lambdas(self) -> list[float]:
+        error = sum(max(c.error for c in item) for item in self.items.values())
+        cost = self.original()
+        if not error > 0 or not cost > 0:
+            return []
+        return [error / cost * 10 ** (1 - 8 * i / (_LAMBDAS - 1)) for i in range(_LAMBDAS)]
+
+    def _descend(self, weight: float) -> dict[str, int]:
+        """Return the merges of a local minimum of error + weight · cost."""
+        alone = {name: min(c.error + weight * c.cost for c in item) for name, item in self.items.items()}
+        readers: dict[str, list[str]] = {}
+        for group, merging in self.groups.items():
+            for name in merging.cut:
+                readers.setdefault(name, []).append(group)
+        state: dict[str, int] = {}
+
+        def value(group: str, count: int | None) -> float:
+            trial = {**state, group: count} if count is not None else {k: v for k, v in state.items() if k != group}
+            total = 0.0 if count is None else self.groups[group].options[count][0]
+            for name in self.groups[group].cut:
+                shares = [self.groups[g].options[trial[g]][1] for g in readers[name] if g in trial]
+                total += weight * self._whole(name) * math.prod(shares) if shares else alone[name]
+            return total
+
+        for _ in range(8):
+            before = dict(state)
+            for group, merging in self.groups.items():
+                best = min([None, *merging.options], key=lambda count: value(group, count))  # noqa: B023
+                state.pop(group, None)
+                if best is not None:
+                    state[group] = best
+            if state == before:
+                break
+        return state
+
+
+def _multiple(module: nn.Module) -> int:
+    """Return the multiple that the ranks of timed forms go in."""
+    c_in, c_out, groups = channels(module)
+    return 16 if min(c_in, c_out) * groups >= 256 else 8
+
+
+def _kept(count: int) -> list[int]:
+    """Return the numbers of channels that a group of ``count`` may keep, ascending."""
+    step = 16 if count >= 256 else 8 if count >= 64 else 4
+    found = [r for r in range(step, count, step)]
+    stride = max(1, math.ceil(len(found) / 10))
+    return found[::-1][::stride][::-1]
+
+
+def _up(share: float) -> str:
+    return f"{math.ceil(share * 1000) / 1000:.3f}"
+
+
+def _next(measured: Sequence[tuple[float, float, Plan]], share: float, whole: float) -> float:
+    """Return the budget to try next: between the closest ones on either side, or as far on as the last one missed."""
+    below = [(m[1], m[0]) for m in measured if m[1] <= share]
+    above = [(m[1], m[0]) for m in measured if m[1] > share]
+    if below and above:
+        (r0, b0), (r1, b1) = max(below), min(above)
+        return b0 + (b1 - b0) * (share - r0) / (r1 - r0) if r1 > r0 else (b0 + b1) / 2
+    budget, ratio, _ = measured[-1]
+    return budget + (share - ratio) * whole
+
+
+def _seconds(gm: fx.GraphModule, known: Captured, under_inductor: bool) -> float:
+    return _timed({"whole": gm}, known, under_inductor)["whole"].seconds
+
+
+def _ratio(gm: fx.GraphModule, new: fx.GraphModule, known: Captured, under_inductor: bool) -> float:
+    return _timed({"before": gm, "after": new}, known, under_inductor)["after"].ratio
+
+
+def _timed(models: Mapping[str, fx.GraphModule], known: Captured, under_inductor: bool) -> dict[str, Timing]:
+    inputs = known.inputs.fresh()
+    with torch.no_grad(), evaluating(nn.ModuleList(models.values())):
+        runs = {name: compiled(model) if under_inductor else model for name, model in models.items()}
+        calls_ = {name: (lambda run=run: run(*inputs.args, **inputs.kwargs)) for name, run in runs.items()}
+        device = next(next(iter(models.values())).parameters()).device
+        return compare(calls_, device, seconds=3.0)

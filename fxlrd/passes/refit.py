@@ -1,0 +1,216 @@
+"""refit: the last factor of each layer, by least squares, on what the compressed network feeds it.
+
+Factors are fitted to the inputs that the *original* network gives each layer. In the compressed one those have moved by
+the errors of all layers before. From the first layer to the last, with z what reaches the last factor there (or a merged
+layer), and y what the original layer makes of the same input in the original network:
+
+    min ‖y − (A + Δ)·z − b‖² + ρ·‖Δ‖²       over Δ and b
+
+so that each layer also makes up for the ones before (asymmetric reconstruction, Zhang et al. 2016). Both networks run in
+step, a node at a time for all inputs: one pass through each. Approximate. Where `calibrate` held inputs out, the result is
+kept only if it brings the outputs on those closer to the original's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxlrd.calibration import NOTHING, as_batches, as_inputs, failed, held, reference, split
+from fxlrd.errors import FxlrdError
+from fxlrd.graph import FACTORS, Inputs, annotate, calls, evaluating, fork, positional, provenance, source, tensors
+from fxlrd.layers import LAYERS, kernel_area, layer, resized
+from fxlrd.moments import Moments, channel_axis, patches
+from fxlrd.passes.result import PassResult, Site, Skip
+from fxlrd.progress import Progress, quiet
+
+RIDGE = 1e-3
+"""ρ, relative to the mean variance of z."""
+
+WIDEST = 2304
+"""Layers that read more numbers for each output than this are left alone: the fit would take too long."""
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Refit the last factor of each decomposed layer, and each merged layer, to the original's outputs.
+
+    ``calibration`` are batches as for `Calibrate`, of which the first ``inputs`` examples are used: their activations
+    are in memory all at once. ``guard`` keeps the result only where that lowers the error on the inputs held out, if
+    there are any. Needs `Calibrate` before the first pass that rewrites. Raises FxlrdError for data that is empty, does
+    not fit the model or is not finite.
+    """
+
+    calibration: Any = field(default=None, compare=False, repr=False)
+    inputs: int = 512
+    guard: bool = True
+
+    def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
+        """Return a copy of ``gm`` with refitted layers."""
+        if self.calibration is None:
+            raise FxlrdError("refit: no calibration inputs; give calibration= (on the command line --calibration)")
+        original = reference(gm)
+        if original is None:
+            raise FxlrdError(
+                "refit: the original network is not known: run calibrate before the passes that rewrite it"
+            )
+        before, gm = gm, fork(gm)
+        annotate(gm)
+        places, skipped = _places(gm, original)
+        if not places:
+            return PassResult(gm, (), tuple(skipped))
+        batches = _few(split(as_inputs(gm, as_batches(self.calibration)), []), self.inputs)
+        for name in _refit(gm, original, places, batches, progress):
+            places.pop(name)
+            skipped.append(Skip(name, "the calibration inputs give NaN or Inf there"))
+        note = ""
+        aside = held(gm) if self.guard else None
+        if aside is not None:
+            was, now = aside.error(before), aside.error(gm)
+            note = f"output error on held-out inputs {was:.3g} → {now:.3g}"
+            if not now < was:
+                note += ": not kept"
+                skipped += [Skip(name, "held-out inputs fit better as it was") for name in places]
+                gm, places = fork(before), {}
+        gm.recompile()
+        return PassResult(gm, tuple(Site(n, False, "refitted") for n in places), tuple(skipped), note)
+
+
+def _places(gm: fx.GraphModule, original: fx.GraphModule) -> tuple[dict[str, tuple[fx.Node, fx.Node]], list[Skip]]:
+    """Return for each layer to refit the node to refit and the original layer's call, in graph order."""
+    by_name: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        known = provenance(node)
+        if known is not None and (
+            known.role in FACTORS or (known.role == "merged" and known.ranks[:1] not in ((), (None,)))
+        ):
+            by_name.setdefault(known.name, []).append(node)
+    found, skipped = {}, []
+    for name, nodes in by_name.items():
+        last = [n for n in nodes if not any(user in nodes for user in n.users)]
+        there = calls(original, name)
+        reason = _why_not(gm, name, last, there)
+        if reason is None:
+            found[name] = (last[0], there[0])
+        else:
+            skipped.append(Skip(name, reason))
+    return found, skipped
+
+
+def _why_not(gm: fx.GraphModule, name: str, last: list[fx.Node], there: list[fx.Node]) -> str | None:
+    if len(last) != 1 or len(there) != 1:
+        return "it is called more than once"
+    module = gm.get_submodule(str(last[0].target))
+    if not isinstance(module, LAYERS):
+        return "it is no layer"
+    known = provenance(last[0])
+    if known is not None and known.role == "merged" and known.ranks[1:] not in ((), (None,)):
+        return "some of its output channels are gone"
+    if getattr(module, "groups", 1) > 1:
+        return f"groups={module.groups}: only groups=1 is refitted"
+    if (width := layer(module).weight[0].numel()) > WIDEST:
+        return f"it reads {width} numbers for each output, more than {WIDEST}"
+    return None
+
+
+def _few(batches: Iterable[Inputs], limit: int) -> list[Inputs]:
+    """Return the first batches, until they hold ``limit`` examples."""
+    found: list[Inputs] = []
+    seen = 0
+    for inputs in batches:
+        found.append(inputs)
+        seen += max((len(t) for t in tensors((inputs.args, inputs.kwargs)) if t.dim()), default=1)
+        if seen >= limit:
+            break
+    if not found:
+        raise FxlrdError(NOTHING)
+    return found
+
+
+class _InStep:
+    """Runs a graph on several inputs, a node at a time for all of them."""
+
+    def __init__(self, gm: fx.GraphModule, batches: list[Inputs]) -> None:
+        self.runs = []
+        self.left = list(gm.graph.nodes)
+        for inputs in batches:
+            run = fx.Interpreter(gm)
+            run.args_iter = iter(positional(gm, inputs))
+            self.runs.append((run, inputs))
+
+    def until(self, node: fx.Node, included: bool) -> None:
+        """Go on until just before ``node``, or just after."""
+        while self.left and (included or self.left[0] is not node):
+            current = self.left.pop(0)
+            for i, (run, inputs) in enumerate(self.runs):
+                try:
+                    run.env[current] = run.run_node(current)
+                except Exception as error:
+                    raise failed(i, inputs, error) from error
+                for dead in run.user_to_last_uses.get(current, ()):
+                    del run.env[dead]
+            if current is node:
+                return
+
+    def values(self, node: fx.Node) -> list[Tensor]:
+        """Return the node's value for each input."""
+        return [run.env[node] for run, _ in self.runs]
+
+
+def _refit(
+    gm: fx.GraphModule,
+    original: fx.GraphModule,
+    places: dict[str, tuple[fx.Node, fx.Node]],
+    batches: list[Inputs],
+    progress: Progress,
+) -> list[str]:
+    """Refit layer after layer; return the names of those that could not be."""
+    failures = []
+    with evaluating(gm), evaluating(original), torch.no_grad():
+        ours, theirs = _InStep(gm, batches), _InStep(original, batches)
+        for name, (node, there) in progress(list(places.items()), "refit"):
+            given = source(node)
+            assert given is not None
+            theirs.until(there, included=True)
+            ours.until(node, included=False)
+            module = gm.get_submodule(str(node.target))
+            new = _solved(module, zip(ours.values(given), theirs.values(there), strict=True))
+            if new is None:
+                failures.append(name)
+            else:
+                gm.set_submodule(str(node.target), new.eval())
+    return failures
+
+
+def _solved(module: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.Module | None:
+    """Return the layer with the weight and bias of the least squares fit, or None where values are not finite."""
+    weight = layer(module).weight.detach().double().flatten(1)
+    count, width = weight.shape
+    seen = Moments.empty(width + count, weight.device)
+    for z, y in pairs:
+        rows = y.movedim(channel_axis(module, y.dim()), -1).reshape(-1, count).double()
+        seen.add(torch.cat([_rows(module, z), rows], 1))
+    both = seen.covariance
+    if not bool(both.isfinite().all()):
+        return None
+    inner, cross = both[:width, :width], both[width:, :width]
+    scale = inner.diagonal().mean() * (RIDGE + seen.ridge)
+    if not scale > 0:
+        return None
+    regularised = inner + scale * torch.eye(width, dtype=inner.dtype, device=inner.device)
+    change = torch.linalg.solve(regularised, (cross - weight @ inner).mT).mT
+    weight = weight + change
+    bias = seen.mean[width:] - weight @ seen.mean[:width]
+    return resized(module, weight.view_as(layer(module).weight), bias)
+
+
+def _rows(module: nn.Module, x: Tensor) -> Tensor:
+    """Return what each output of the layer is computed from, one row a position."""
+    if isinstance(module, nn.Conv2d) and (kernel_area(module) > 1 or module.stride != (1, 1) or any(module.padding)):
+        return patches(module, x if x.dim() == 4 else x[None])
+    axis = channel_axis(module, x.dim())
+    return x.movedim(axis, -1).reshape(-1, x.shape[axis]).double()
