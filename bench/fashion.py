@@ -1,8 +1,8 @@
-"""Fashion-MNIST, and the small bottleneck ResNet that is trained on it.
+"""Fashion-MNIST, and the training of the embedded network (fxlrd/fashion.py).
 
-``python -m bench.fashion CHECKPOINT`` trains the network from seed 0 and writes its state_dict.
-Data: torchvision.datasets.FashionMNIST's files; Debian's package dataset-fashion-mnist puts them under
-/usr/share/datasets/fashion-mnist. MIT licence, Zalando SE.
+``python -m bench.fashion CHECKPOINT`` trains it from seed 0 and writes a safetensors file after each epoch;
+``--slice FILE`` writes the images that ship with it as .npz instead. Data: torchvision.datasets.FashionMNIST's files;
+Debian's package dataset-fashion-mnist puts them under /usr/share/datasets/fashion-mnist. MIT licence, Zalando SE.
 """
 
 from __future__ import annotations
@@ -14,38 +14,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
 from tqdm import tqdm
 
+from fxlrd.fashion import MEAN, STD, network, normalise
+
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
-MEAN, STD = 0.2860, 0.3530
 EPOCHS, BATCH, LR = 12, 128, 0.1
 
 
-def network() -> nn.Module:
-    """Return the untrained network: stem 3×3, bottlenecks of 32/64/128 planes, two each; about 0.9 M parameters."""
-    model = ResNet(Bottleneck, [2, 2, 2, 2], num_classes=10)
-    model.inplanes = 32
-    model.conv1 = nn.Conv2d(1, 32, 3, padding=1, bias=False)
-    model.bn1 = nn.BatchNorm2d(32)
-    model.maxpool = nn.Identity()
-    model.layer1 = model._make_layer(Bottleneck, 32, 2)
-    model.layer2 = model._make_layer(Bottleneck, 64, 2, stride=2)
-    model.layer3 = model._make_layer(Bottleneck, 128, 2, stride=2)
-    model.layer4 = nn.Identity()
-    model.fc = nn.Linear(512, 10)
-    return model
+def pixels(train: bool, folder: Path = FOLDER) -> Tensor:
+    """Return the images as grey values (N×28×28, uint8)."""
+    with gzip.open(folder / f"{'train' if train else 't10k'}-images-idx3-ubyte.gz") as file:
+        return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=16).copy()).view(-1, 28, 28)
 
 
-def load(train: bool, folder: Path = FOLDER) -> tuple[Tensor, Tensor]:
+def targets(train: bool, folder: Path = FOLDER) -> Tensor:
+    """Return the labels."""
+    with gzip.open(folder / f"{'train' if train else 't10k'}-labels-idx1-ubyte.gz") as file:
+        return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=8).copy()).long()
+
+
+def load(train: bool) -> tuple[Tensor, Tensor]:
     """Return (images N×1×28×28 normalised, labels)."""
-    prefix = "train" if train else "t10k"
-    with gzip.open(folder / f"{prefix}-images-idx3-ubyte.gz") as file:
-        images = torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=16).copy()).view(-1, 1, 28, 28)
-    with gzip.open(folder / f"{prefix}-labels-idx1-ubyte.gz") as file:
-        labels = torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=8).copy()).long()
-    return (images.float() / 255 - MEAN) / STD, labels
+    return normalise(pixels(train)), targets(train)
 
 
 def augmented(images: Tensor, labels: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -71,12 +64,24 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return right / len(labels)
 
 
+def write_slice(path: Path) -> None:
+    """Write 1,024 training images, chosen by seed 0, and the first 2,000 test images with labels."""
+    chosen = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))[:1024]
+    train, test, labels = pixels(True)[chosen], pixels(False)[:2000], targets(False)[:2000]
+    arrays = {"calibration": train, "test_images": test, "test_labels": labels.to(torch.uint8)}
+    np.savez_compressed(path, **{name: t.numpy() for name, t in arrays.items()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fashion")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--slice", action="store_true", help="write images for calibration and test, and stop")
     parser.add_argument("--bf16", action="store_true", help="autocast the forward: twice as fast where the CPU has AMX")
     arguments = parser.parse_args()
+    if arguments.slice:
+        write_slice(arguments.checkpoint)
+        return
     torch.manual_seed(0)
     model = network().to(memory_format=torch.channels_last)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
@@ -96,7 +101,7 @@ def main() -> None:
             schedule.step()
             total += loss.item() * len(y)
         print(f"epoch {epoch}: loss {total / len(images):.4f}, test {accuracy(model, *test):.4f}", flush=True)
-        torch.save(model.state_dict(), arguments.checkpoint)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, arguments.checkpoint)
 
 
 if __name__ == "__main__":

@@ -67,14 +67,20 @@ def spend(items: Sequence[Sequence[tuple[float, float]]], budget: float) -> list
     spare = budget - sum(cheapest)
     if spare < 0:
         return None
-    unit = spare / STEPS if spare > 0 else math.inf
+    unit = spare / STEPS
+
+    def steps_for(extra: float) -> int:
+        if unit == 0:
+            return STEPS + 1 if extra > 0 else 0
+        return math.ceil(extra / unit - 1e-9)
+
     best = np.zeros(STEPS + 1)  # the least error for what is left, by what has been spent
     taken = []
     for item, least in zip(items, cheapest, strict=True):
         found = np.full(STEPS + 1, np.inf)
         which = np.zeros(STEPS + 1, dtype=np.int32)
         for i, (cost, error) in enumerate(item):
-            steps = math.ceil((cost - least) / unit - 1e-9)
+            steps = steps_for(cost - least)
             if steps > STEPS:
                 continue
             new = best[: STEPS + 1 - steps] + error
@@ -88,7 +94,7 @@ def spend(items: Sequence[Sequence[tuple[float, float]]], budget: float) -> list
     for item, least, which in zip(reversed(items), reversed(cheapest), reversed(taken), strict=True):
         i = int(which[left])
         chosen.append(i)
-        left -= math.ceil((item[i][0] - least) / unit - 1e-9)
+        left -= steps_for(item[i][0] - least)
     return _topped_up(items, chosen[::-1], budget)
 
 

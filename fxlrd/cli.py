@@ -1,4 +1,4 @@
-"""The command line: fxlrd compress, fxlrd ranks."""
+"""The command line: fxlrd demo, fxlrd compress, fxlrd ranks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     ranks = commands.add_parser("ranks", parents=[common], help="show each layer's rank by ratio and by timing")
     ranks.add_argument("--search", choices=["grid", "algorithm1"], default="grid")
     ranks.set_defaults(run=_ranks)
+
+    demo = commands.add_parser("demo", help="compare the presets on an embedded trained network, in two minutes")
+    demo.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    demo.set_defaults(run=_demo)
     return parser
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from fxlrd.demo import run
+
+    _set_threads(arguments.threads)
+    print(run())
 
 
 def _compress(arguments: argparse.Namespace) -> None:
@@ -117,10 +128,7 @@ def _run(arguments: argparse.Namespace, calibration: str | None = None, **option
     from fxlrd.files import write_whole
     from fxlrd.models import DTYPES, calibration_for, example_for, load_model
 
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise FxlrdError(f"--threads {arguments.threads}: at least one is needed")
-        torch.set_num_threads(arguments.threads)
+    _set_threads(arguments.threads)
     _check_writable(arguments.json)
     dtype = DTYPES[arguments.dtype]
     model = load_model(arguments.model, arguments.weights, arguments.seed).to(dtype)
@@ -149,6 +157,15 @@ def _run(arguments: argparse.Namespace, calibration: str | None = None, **option
         except OSError as error:
             raise FxlrdError(f"--json {arguments.json}: {one_line(error)}") from error
     return report
+
+
+def _set_threads(count: int | None) -> None:
+    import torch
+
+    if count is not None:
+        if count < 1:
+            raise FxlrdError(f"--threads {count}: at least one is needed")
+        torch.set_num_threads(count)
 
 
 def _check_writable(path: Path | None) -> None:

@@ -44,7 +44,7 @@ class Effect:
             ]
             for i in range(PROBES if outputs else 0):
                 signs = [self._signs(t) for t in outputs]
-                torch.autograd.grad(outputs, watch.root, signs, retain_graph=i + 1 < PROBES)
+                torch.autograd.grad(outputs, watch.root, signs, retain_graph=i + 1 < PROBES, allow_unused=True)
                 self.rounds += 1
 
     def _signs(self, output: Tensor) -> Tensor:

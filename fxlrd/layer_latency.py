@@ -57,8 +57,11 @@ def time_ranks(
     if ORIGINAL not in known:  # what the others' ratios are to
         known.clear()
     missing = [r for r in ranks if ranks_text(r) not in known]
-    for start in range(0, len(missing), _GROUP):
-        found = _time(where, missing[start : start + _GROUP], under_inductor, seconds)
+    groups = [missing[start : start + _GROUP] for start in range(0, len(missing), _GROUP)]
+    if ORIGINAL not in known and not groups:
+        groups = [[]]  # no form to time, but the original
+    for group in groups:
+        found = _time(where, group, under_inductor, seconds)
         known.update({k: t for k, t in found.items() if k != ORIGINAL or k not in known})
         if cache is not None:
             cache.store(setting, where.signature, known)

@@ -160,9 +160,7 @@ def roots(module: nn.Module, fit: Fit) -> tuple[Root, Root | None]:
     """Return the roots of the input's moments (G, C/G, C/G) and of Γ (G, S/G, S/G), group by group."""
     groups = channels(module)[2]
     reads = root(_diagonal_blocks(fit.second, groups), fit.ridge)
-    if fit.matters is None or not bool(fit.matters.count_nonzero()):
-        return reads, None
-    return reads, root(_diagonal_blocks(fit.matters, groups), MATTERS_RIDGE)
+    return reads, None if fit.matters is None else root(_diagonal_blocks(fit.matters, groups), MATTERS_RIDGE)
 
 
 def _diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
@@ -214,7 +212,7 @@ def _fitted(module: nn.Conv2d | nn.Linear, ranks: Ranks, fit: Fit) -> tuple[nn.S
     if fit.patch_mean is not None:
         bias = lost.flatten(2) @ fit.patch_mean
     else:
-        bias = (lost.flatten(3).sum(3) @ fit.mean.unflatten(0, (len(weight), -1))[..., None])[..., 0]
+        bias = (lost.reshape(*lost.shape[:3], -1).sum(3) @ fit.mean.unflatten(0, (len(weight), -1))[..., None])[..., 0]
     bias = bias.flatten() if module.bias is None else bias.flatten() + module.bias.detach().double()
     return _assemble(module, ranks, factors, bias), error
 

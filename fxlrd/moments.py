@@ -22,7 +22,7 @@ from fxlrd.layers import Fit, channels, kernel_area, layer
 LARGEST = 8192
 """Tensors with more channels than this are passed over: their moments would take half a gigabyte each."""
 
-PATCHES = 64
+PATCHES = 8
 """About so many patches for each number in one are taken from a batch, evenly spread; more would tell little."""
 
 
@@ -66,8 +66,9 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """E[(x − mean)·(x − mean)ᵀ]."""
-        return self.second - torch.outer(self.mean, self.mean)
+        """E[(x − mean)·(x − mean)ᵀ], positive semidefinite in spite of rounding where channels hardly vary."""
+        rounding = 1e-12 * self.second.diagonal()
+        return self.second - torch.outer(self.mean, self.mean) + rounding.diag()
 
     @property
     def ridge(self) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxlrd.channels import Group
 from fxlrd.compose import keep_channels
-from fxlrd.graph import calls, fork, layers, refresh_shapes, replace
+from fxlrd.graph import fork, layers, refresh_shapes, replace
 from fxlrd.layers import Ranks, layer, resized, skeleton
 
 _KEY = "fxlrd.plan"

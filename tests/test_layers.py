@@ -12,7 +12,9 @@ from torch import nn
 from fxlrd import layers
 from fxlrd.errors import FxlrdError
 from fxlrd.factor.svd import relative_error
+from fxlrd.factor.whiten import RIDGE
 from fxlrd.graph import difference
+from fxlrd.moments import Moments, Seen, channel_axis, patches
 
 HEIGHT, WIDTH = 9, 7
 FORMATS = st.sampled_from([torch.contiguous_format, torch.channels_last])
@@ -335,3 +337,217 @@ def test_texts():
     assert layers.kernel_text(nn.Conv2d(2, 2, (3, 5))) == "3×5"
     assert layers.kernel_text(nn.Linear(2, 2)) == "1×1"
     assert (layers.op(nn.Conv2d(2, 2, 1)), layers.op(nn.Linear(2, 2))) == ("Conv2d", "Linear")
+
+
+# -- fitted to data
+
+
+def fitted_to(module, x, matters=None, by_patch=True):
+    """What calibration on ``x`` alone would have the layer's factors fitted to."""
+    read = x.movedim(channel_axis(module, x.dim()), -1).flatten(0, -2)
+    saw = Seen(Moments.empty(read.shape[1], x.device), None, matters)
+    saw.reads.add(read)
+    if by_patch and layers.kernel_area(module) > 1 and layers.channels(module)[2] == 1:
+        saw.patches = Moments.empty(module.weight[0].numel(), x.device)
+        saw.patches.add(patches(module, x))
+    return saw.fit(module)
+
+
+def regularised(g, share):
+    return g + torch.eye(len(g), dtype=g.dtype) * g.diagonal().mean() * share
+
+
+def data(module, count=8):
+    """Inputs whose channels depend on each other and have means."""
+    shape = (count, 9, 8) if isinstance(module, nn.Conv2d) else (20 * count,)
+    mixed = torch.randn(shape[0], *shape[1:], module.weight.shape[1] * getattr(module, "groups", 1)).double()
+    mixed = mixed @ torch.randn(mixed.shape[-1], mixed.shape[-1]).double() * torch.logspace(0, -1, mixed.shape[-1]) + 1
+    return mixed.movedim(-1, channel_axis(module, mixed.dim())).to(module.weight.dtype).contiguous()
+
+
+def double(make):
+    return make().double()
+
+
+def output_means(module, x):
+    y = module(x).detach()
+    return y.movedim(channel_axis(module, y.dim()), -1).flatten(0, -2).mean(0)
+
+
+FITTED = [
+    pytest.param(lambda: nn.Linear(8, 12), (4,), id="linear"),
+    pytest.param(lambda: nn.Linear(12, 8, bias=False), (3,), id="no bias"),
+    pytest.param(lambda: nn.Conv2d(8, 12, 1), (4,), id="conv1x1"),
+    pytest.param(lambda: nn.Conv2d(8, 12, 1, groups=2, bias=False), (2,), id="grouped conv1x1"),
+    pytest.param(lambda: nn.Conv2d(8, 12, 3, padding=1), (4, 5), id="padded"),
+    pytest.param(lambda: nn.Conv2d(8, 12, (3, 2), stride=2, padding=2, bias=False), (4, None), id="strided"),
+    pytest.param(lambda: nn.Conv2d(8, 12, 3, padding="same", padding_mode="reflect"), (None, 3), id="reflect"),
+    pytest.param(lambda: nn.Conv2d(8, 12, 3, padding=2, dilation=2, padding_mode="circular"), (2, 2), id="circular"),
+]
+
+
+@pytest.mark.parametrize(("make", "ranks"), FITTED)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_bias_keeps_the_mean_of_the_output(make, ranks, weighted):
+    module = double(make)
+    x = data(module)
+    matters = torch.randn(20, 12).double().mT.cov() if weighted else None
+    if matters is not None:
+        matters = matters[: len(module.weight), : len(module.weight)]
+    form, _ = layers.decomposed(module, ranks, fit=fitted_to(module, x, matters))
+    torch.testing.assert_close(output_means(form, x), output_means(module, x), rtol=0, atol=1e-10)
+    plain, _ = layers.decomposed(module, ranks)
+    assert (output_means(plain, x) - output_means(module, x)).abs().max() > 1e-3
+    assert form[-1].bias is not None
+    assert all(part.bias is None for part in form[:-1])
+
+
+def test_without_patches_the_mean_is_kept_where_there_is_no_padding():
+    conv = nn.Conv2d(6, 8, 3, groups=2).double()
+    x = data(conv)[..., :1, :1].expand(-1, -1, 9, 8)  # each image even, so that its border is like the rest
+    form, _ = layers.decomposed(conv, (2, 2), fit=fitted_to(conv, x, by_patch=False))
+    torch.testing.assert_close(output_means(form, x), output_means(conv, x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("make", "ranks"), FITTED)
+def test_the_error_is_that_of_the_output_about_its_mean(make, ranks):
+    module = double(make)
+    x = data(module)
+    fit = fitted_to(module, x)
+    form, error = layers.decomposed(module, ranks, fit=fit)
+    change = (module.weight - rebuilt(module, form)).detach()
+    # The ridge adds to each group its share of the mean variance of what that reads.
+    groups, positions = layers.channels(module)[2], module(x).numel() / len(module.weight)
+    if fit.patches is not None:
+        variance, share = fit.patches.diagonal().mean()[None], RIDGE + fit.patch_ridge
+    else:
+        variance, share = fit.second.diagonal().unflatten(0, (groups, -1)).mean(1), RIDGE + fit.ridge
+
+    def size(outputs, weight):
+        added = weight.detach().unflatten(0, (groups, -1)).flatten(1).square().sum(1) @ variance * share * positions
+        centred = outputs.movedim(channel_axis(module, outputs.dim()), -1).flatten(0, -2)
+        return (centred - centred.mean(0)).square().sum() + added
+
+    found = (size((form(x) - module(x)).detach(), change) / size(module(x).detach(), module.weight)).sqrt().item()
+    assert error == pytest.approx(found, rel=1e-8)
+    plain, _ = layers.decomposed(module, ranks)
+    lost = (module.weight - rebuilt(module, plain)).detach()
+    assert error < (size((plain(x) - module(x)).detach(), lost) / size(module(x).detach(), module.weight)).sqrt()
+
+
+@pytest.mark.parametrize(("make", "ranks"), [p for p in FITTED if len(p.values[1]) == 1])
+def test_the_error_is_weighted_by_what_matters(make, ranks):
+    module = double(make)
+    groups = layers.channels(module)[2]
+    matters = torch.randn(len(module.weight), 40).double().cov()
+    fit = fitted_to(module, data(module), matters)
+    form, error = layers.decomposed(module, ranks, fit=fit)
+
+    def size(weight):
+        w = weight.detach().flatten(1).unflatten(0, (groups, -1))
+        total = 0.0
+        for i in range(groups):
+            ins, outs = (slice(i * n, (i + 1) * n) for n in (w.shape[2], w.shape[1]))
+            g = regularised(fit.second[ins, ins], RIDGE + fit.ridge)
+            gamma = regularised(matters[outs, outs], RIDGE + layers.MATTERS_RIDGE)
+            total += torch.einsum("st,sc,cd,td->", gamma, w[i], g, w[i]).item()
+        return total
+
+    assert error == pytest.approx((size(module.weight - rebuilt(module, form)) / size(module.weight)) ** 0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize(("make", "ranks"), FITTED)
+def test_at_full_rank_a_fit_changes_nothing(make, ranks):
+    module = double(make)
+    full, x = layers.full_ranks(module), data(module)
+    fit = fitted_to(module, x, torch.eye(len(module.weight)).double())
+    form, error = layers.decomposed(module, full, fit=fit)
+    assert described(form) == described(layers.decomposed(module, full)[0])
+    assert error <= 1e-12
+    assert_same_outputs(form(x), module(x), 1e-9)
+
+
+@pytest.mark.parametrize("ranks", [(8, None), (None, 12)])
+def test_one_mode_alone_at_full_rank_loses_nothing(ranks):
+    conv = nn.Conv2d(8, 12, 3, padding=1).double()
+    x = data(conv)
+    form, error = layers.decomposed(conv, ranks, fit=fitted_to(conv, x))
+    assert error < 1e-7, "the square root of rounding"
+    assert_same_outputs(form(x), conv(x), 1e-7)
+
+
+@pytest.mark.parametrize(("kernel", "ranks"), [(1, (2,)), (3, (2, 3)), ((1, 3), (None, 2))])
+def test_each_group_is_fitted_alone(kernel, ranks):
+    conv = nn.Conv2d(8, 12, kernel, groups=2).double()
+    x, matters = data(conv), torch.randn(12, 40).double().cov()
+    form, _ = layers.decomposed(conv, ranks, fit=fitted_to(conv, x, matters))
+    for ins, outs in ((slice(4), slice(6)), (slice(4, 8), slice(6, 12))):
+        alone = nn.Conv2d(4, 6, kernel).double()
+        alone.weight.data, alone.bias.data = conv.weight[outs].detach(), conv.bias[outs].detach()
+        fit = fitted_to(alone, x[:, ins], matters[outs, outs], by_patch=False)
+        wanted, _ = layers.decomposed(alone, ranks, fit=fit)
+        assert_same_outputs(form(x)[:, outs], wanted(x[:, ins]), 1e-9)
+
+
+def test_the_roots_are_those_of_the_groups():
+    conv = nn.Conv2d(6, 4, 1, groups=2).double()
+    x, matters = data(conv), torch.randn(4, 40).double().cov()
+    fit = fitted_to(conv, x, matters)
+    reads, weights = layers.roots(conv, fit)
+    for i in range(2):
+        ins, outs = slice(3 * i, 3 * i + 3), slice(2 * i, 2 * i + 2)
+        wanted = regularised(fit.second[ins, ins], RIDGE + fit.ridge)
+        torch.testing.assert_close(reads.root[i] @ reads.root[i], wanted, rtol=1e-10, atol=1e-10)
+        wanted = regularised(matters[outs, outs], RIDGE + layers.MATTERS_RIDGE)
+        torch.testing.assert_close(weights.root[i] @ weights.root[i], wanted, rtol=1e-10, atol=1e-10)
+    assert layers.roots(conv, fit._replace(matters=None))[1] is None
+
+
+POOR = {
+    "zeros": torch.zeros_like,
+    "one": lambda x: x[:1].sum(tuple(range(2, x.dim())), keepdim=True).expand_as(x[:1]),
+    "a sample": lambda x: x[:1],
+    "constant": torch.ones_like,
+    "dead channels": lambda x: x * (torch.arange(x.shape[1]) % 3 > 0).view(-1, *[1] * (x.dim() - 2)).to(x),
+    "huge": lambda x: x * 1e6,
+}
+
+
+@pytest.mark.parametrize("poor", POOR)
+@pytest.mark.parametrize(("make", "ranks"), FITTED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("matters", [None, 0.0, 1.0])
+def test_poor_data_give_a_form_that_is_fit_for_use(poor, make, ranks, dtype, matters):
+    module = make().to(dtype)
+    x = data(module)
+    gamma = None if matters is None else matters * torch.eye(len(module.weight))
+    form, error = layers.decomposed(module, ranks, fit=fitted_to(module, POOR[poor](x), gamma))
+    assert 0 <= error <= 1
+    assert {p.dtype for p in form.parameters()} == {dtype}
+    assert all(p.isfinite().all() for p in form.parameters())
+    weight = rebuilt(module, form).double()
+    assert 0.05 * module.weight.double().norm() < weight.norm() < 20 * module.weight.double().norm()
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_new_bias_is_trained_if_the_weight_is(weight, bias):
+    linear = nn.Linear(8, 12, bias).requires_grad_(weight)
+    x = data(linear)
+    before = {name: p.detach().clone() for name, p in linear.named_parameters()}
+    form, _ = layers.decomposed(linear, (4,), fit=fitted_to(linear, x))
+    assert {p.requires_grad for p in form.parameters()} == {weight}
+    assert all(torch.equal(p, before[name]) for name, p in linear.named_parameters())
+    assert form.training
+
+
+def test_factors_that_are_fitted_share_their_size():
+    linear = nn.Linear(8, 12).double()
+    form, _ = layers.decomposed(linear, (4,), fit=fitted_to(linear, data(linear)))
+    first, last = (torch.linalg.svdvals(part.weight.detach()) for part in form)
+    torch.testing.assert_close(first, last, rtol=1e-9, atol=0)
+    conv = nn.Conv2d(8, 12, 3).double()
+    form, _ = layers.decomposed(conv, (4, 5), fit=fitted_to(conv, data(conv)))
+    for part, axis in ((form.first, 0), (form.last, 1)):
+        flat = part.weight.detach()[..., 0, 0].movedim(axis, 0)
+        torch.testing.assert_close(flat @ flat.mT, torch.eye(len(flat)).double(), rtol=0, atol=1e-12)

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from fxlrd import FxlrdError, capture
 from fxlrd.calibration import as_batches, as_inputs
-from fxlrd.moments import LARGEST, MOMENTS, Moments, channel_axis, moments, sweep
+from fxlrd.effect import Effect
+from fxlrd.graph import SEEN, Inputs
+from fxlrd.moments import LARGEST, MOMENTS, PATCHES, Moments, Seen, channel_axis, moments, patches, seen, sweep
 
 
 def rows(x: torch.Tensor, axis: int) -> torch.Tensor:
@@ -38,6 +41,24 @@ def test_moments_of_nothing_are_zeros():
     found = Moments.empty(3, torch.device("cpu"))
     assert not found.second.any()
     assert not found.mean.any()
+
+
+def test_the_covariance_is_about_the_mean():
+    x = torch.randn(50, 7).double() + 3
+    found = Moments.empty(7, x.device)
+    found.add(x)
+    torch.testing.assert_close(found.covariance, torch.cov(x.T, correction=0), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1e3])
+@pytest.mark.parametrize("count", [1, 3, 7, 1000])
+def test_what_never_varies_has_a_covariance_without_negative_directions(value, count):
+    found = Moments.empty(18, torch.device("cpu"))
+    for part in (torch.rand(18).double() * value).expand(count, 18).split(5):
+        found.add(part)
+    values = torch.linalg.eigvalsh(found.covariance)
+    assert values.min() >= 0
+    assert values.max() <= 2e-12 * value**2
 
 
 def test_a_fit_is_regularised_below_four_positions_a_channel():
@@ -152,29 +173,6 @@ def test_the_widest_tensors_are_passed_over():
 X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        X,
-        [X],
-        list(X.split(5)),
-        (part for part in X.split(5)),
-        [(X[:4], Y[:4]), (X[4:], Y[4:])],
-        [[X[:4], Y[:4]], [X[4:], Y[4:]]],
-        [(X,)],
-        {"input": X},
-        [{"input": X[:3], "labels": Y}, {"input": X[3:]}],
-        DataLoader(TensorDataset(X, Y), batch_size=5),
-        DataLoader(X, batch_size=5),
-    ],
-    ids=["tensor", "list", "split", "generator", "pairs", "lists", "tuple", "dict", "dicts", "loader", "bare loader"],
-)
-def test_batches_come_in_many_forms(data):
-    gm = capture(nn.Sequential(nn.Linear(6, 3)), X)
-    sweep(gm, as_inputs(gm, as_batches(data)))
-    check(moments(node(gm, "input_1"), 1), X.double())
-
-
 class Two(nn.Module):
     def __init__(self):
         super().__init__()
@@ -235,3 +233,178 @@ def test_the_sweep_runs_in_eval_mode_and_without_gradients():
     assert [m.training for m in model] == modes
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not moments(node(gm, "_2"), 1).products.requires_grad
+
+
+# -- patches
+
+
+@st.composite
+def convs(draw):
+    stride = draw(st.sampled_from([1, 2, 3, (2, 1)]))
+    return nn.Conv2d(
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([(1, 1), (3, 3), (1, 3), (3, 2), (2, 2), (4, 1)])),
+        stride=stride,
+        padding=draw(st.sampled_from([0, 1, 2, (0, 2), (1, 0), "valid"] + ["same"] * (3 if stride == 1 else 0))),
+        padding_mode=draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"])),
+        dilation=draw(st.sampled_from([1, 2, (1, 2), (3, 1)])),
+        bias=False,
+        dtype=torch.float64,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@settings(deadline=None, max_examples=200)
+@given(convs(), st.sampled_from([(10, 10), (11, 13)]), st.sampled_from([torch.contiguous_format, torch.channels_last]))
+def test_the_weight_times_the_patches_is_the_output(conv, size, memory_format):
+    x = torch.randn(2, conv.in_channels, *size, dtype=torch.float64).contiguous(memory_format=memory_format)
+    torch.testing.assert_close(patches(conv, x) @ conv.weight.flatten(1).mT, rows(conv(x), 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
+def test_patches_are_taken_in_float64(mode):
+    conv = nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode).bfloat16()
+    x = torch.randn(1, 2, 5, 5).bfloat16().requires_grad_()
+    found = patches(conv, x)
+    assert found.dtype == torch.float64
+    assert not found.requires_grad
+    assert torch.equal(found, patches(conv, x.double()))
+
+
+class Kernels(nn.Module):
+    """Convs of several kinds that read one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode="reflect")
+        self.b, self.c = nn.Conv2d(3, 4, (1, 3)), nn.Conv2d(3, 4, 5, padding=2)
+        self.point, self.grouped = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 3, groups=3)
+
+    def forward(self, x):
+        return self.a(x), self.b(x), self.c(x), self.point(x), self.grouped(x)
+
+
+def swept(model, batches, **options):
+    gm = capture(model, batches[0])
+    sweep(gm, as_inputs(gm, batches), **options)
+    return gm
+
+
+def test_moments_of_patches():
+    model, batches = Kernels(), [torch.randn(3, 3, 6, 8), torch.randn(9, 3, 6, 8)]
+    gm = swept(model, batches, patches=27)
+    for name in ("a", "b"):
+        found = node(gm, name).meta[SEEN]
+        check(found.patches, torch.cat([patches(model.get_submodule(name), x) for x in batches]))
+        check(found.reads, rows(torch.cat(batches), 1))
+    for name in ("c", "point", "grouped"):  # too large, nothing to it, and not of one kernel
+        assert node(gm, name).meta[SEEN].patches is None
+    assert all(node(swept(model, batches), name).meta[SEEN].patches is None for name in "ab")
+
+
+def test_an_image_without_a_batch_has_the_same_patches():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), torch.randn(3, 6, 8)
+    check(node(swept(model, [x], patches=27), "0").meta[SEEN].patches, patches(model[0], x[None]))
+
+
+def test_of_large_images_enough_patches_are_taken():
+    model, x = nn.Sequential(nn.Conv2d(1, 2, 2)), torch.randn(20, 1, 33, 33)
+    found = node(swept(model, [x], patches=4), "0").meta[SEEN].patches
+    assert PATCHES * 4 / 2 < found.count < PATCHES * 4 * 2
+    # Every place is as good as another: moments are near those of all patches, ±6 standard deviations.
+    assert (found.second - torch.eye(4)).abs().max() < 6 * (2 / found.count) ** 0.5
+    assert found.mean.abs().max() < 6 * found.count**-0.5
+
+
+# -- what is seen of a layer
+
+
+def test_what_a_layer_is_fitted_to():
+    model, x = Kernels().double(), torch.randn(3, 3, 6, 8).double() + 1
+    gm = swept(model, [x], patches=27, effects=1)
+    saw = node(gm, "a").meta[SEEN]
+    fit = saw.fit(model.a)
+    seen_there = patches(model.a, x)
+    torch.testing.assert_close(fit.second, torch.cov(rows(x, 1).T, correction=0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fit.mean, rows(x, 1).mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fit.patches, torch.cov(seen_there.T, correction=0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fit.patch_mean, seen_there.mean(0), rtol=1e-12, atol=1e-12)
+    assert (fit.ridge, fit.patch_ridge) == (0.0, saw.patches.ridge)
+    assert torch.equal(fit.matters, saw.matters)
+    assert node(gm, "grouped").meta[SEEN].fit(model.grouped).second.shape == (3, 3)
+    assert node(gm, "point").meta[SEEN].fit(model.point).patches is None
+
+
+def test_what_was_seen_of_another_layer_fits_none():
+    gm = swept(Kernels(), [torch.randn(3, 3, 6, 8)], patches=27)
+    saw = node(gm, "a").meta[SEEN]
+    assert saw.fit(nn.Conv2d(4, 4, 3)) is None
+    assert saw.fit(nn.Linear(4, 2)) is None
+    assert saw.fit(nn.Conv2d(3, 4, 5)).patches is None, "the patches are of another kernel"
+    assert Seen().fit(nn.Conv2d(3, 4, 3)) is None
+    assert Seen(Moments.empty(3, torch.device("cpu"))).fit(nn.Conv2d(3, 4, 3)) is None, "it has seen nothing"
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(self.conv(x).relu())
+
+
+def test_all_calls_of_a_layer_add_up():
+    model, x = Twice().double(), torch.randn(4, 3, 6, 8).double()
+    gm = swept(model, [x], patches=27, effects=4)
+    calls = [n for n in gm.graph.nodes if n.op == "call_module"]
+    both, y = seen(calls), model.conv(x).relu().detach()
+    check(both.reads, rows(torch.cat([x, y]), 1))
+    check(both.patches, torch.cat([patches(model.conv, x), patches(model.conv, y)]))
+    torch.testing.assert_close(both.matters, sum(n.meta[SEEN].matters for n in calls), rtol=1e-12, atol=0)
+    assert seen([calls[0], calls[0]]) is calls[0].meta[SEEN], "the factors of a layer share one"
+    assert seen([n for n in gm.graph.nodes if n.op != "call_module"]) is None
+
+
+def test_a_sum_knows_only_what_both_know():
+    a, b = Moments.empty(3, torch.device("cpu")), Moments.empty(3, torch.device("cpu"))
+    both = Seen(a, a, torch.eye(2)) + Seen(b)
+    assert both.reads is not None
+    assert both.patches is both.matters is None
+    assert (Seen() + Seen()).reads is None
+
+
+def test_a_layer_has_what_it_reads_along_its_own_axis():
+    gm = swept(Shared().eval(), [torch.randn(2, 3, 10, 10)])
+    assert len(node(gm, "a").meta[SEEN].reads.total) == 6
+    assert len(node(gm, "c").meta[SEEN].reads.total) == 8
+    assert node(gm, "a").meta[SEEN].reads is node(gm, "b").meta[SEEN].reads
+
+
+def test_effects_are_measured_on_so_many_inputs():
+    model, batches = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), list(torch.randn(6, 2, 3, 5, 5))
+    for count, used in ((0, 0), (1, 1), (2, 1), (3, 2), (100, 6)):
+        gm = swept(model, batches, effects=count)
+        effect = Effect(gm)
+        for x in batches[:used]:
+            effect.add(Inputs((x,)))
+        for name in "02":
+            found, wanted = node(gm, name).meta[SEEN].matters, effect.gamma(node(gm, name))
+            assert found is wanted is None if used == 0 else torch.equal(found, wanted)
+
+
+def test_a_second_sweep_leaves_nothing_of_the_first():
+    gm = swept(Kernels(), [torch.randn(3, 3, 6, 8)], patches=27, effects=3)
+    sweep(gm, as_inputs(gm, [torch.randn(5, 3, 6, 8)]))
+    saw = node(gm, "a").meta[SEEN]
+    assert saw.reads.count == 5 * 48
+    assert saw.patches is saw.matters is None
+
+
+def test_patches_of_zeros_are_like_any():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    fit = node(swept(model, [torch.zeros(2, 3, 5, 5)], patches=27, effects=2), "0").meta[SEEN].fit(model[0])
+    assert not fit.second.any()
+    assert not fit.patches.any()
+    assert fit.matters.isfinite().all()

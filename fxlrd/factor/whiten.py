@@ -30,6 +30,9 @@ from fxlrd.factor.tucker import Triple, tucker2
 RIDGE = 1e-5
 """Share of the mean variance that is added to every direction."""
 
+_NOTHING = 1e-30
+"""The variance of what never varies: next to nothing beside any other, and its root has an inverse."""
+
 _ENOUGH = 1e-3
 """Alternating stops when a round lowers the error by less than this share."""
 
@@ -49,8 +52,8 @@ def root(second: Tensor, ridge: float = 0.0) -> Root:
     second = second.double()
     mean = second.diagonal(dim1=-2, dim2=-1).mean(-1)
     values, vectors = torch.linalg.eigh((second + second.mT) / 2)
-    floor = (mean * (RIDGE + ridge))[..., None]
-    values = values.clamp_min(0) + torch.where(floor > 0, floor, torch.ones_like(floor))
+    floor = (mean * (RIDGE + ridge)).clamp_min(_NOTHING)[..., None]
+    values = values.clamp_min(0) + floor
     scaled = vectors * values.sqrt()[..., None, :]
     unscaled = vectors / values.sqrt()[..., None, :]
     return Root(scaled @ vectors.mT, unscaled @ vectors.mT)
@@ -107,7 +110,9 @@ def whitened_tucker2(
     first, core, last, error = triple
     if first is not None and reads is not None:
         first = first @ reads.inverse
-    if patches is not None:
+    elif reads is not None:
+        core = torch.einsum("gor...,grc->goc...", core, reads.inverse)
+    if patches is not None and bool(patches.count_nonzero()):
         scaled = w if matters is None else torch.einsum("gts,gsc...->gtc...", matters.root, w)
         first, core, last, error = _refined(scaled, first, core, last, patches, ridge)
     if last is not None and matters is not None:
@@ -134,7 +139,7 @@ def _refined(
     w: Tensor, first: Tensor | None, core: Tensor, last: Tensor | None, patches: Tensor, ridge: float
 ) -> tuple[Tensor | None, Tensor, Tensor | None, float]:
     """Alternate between (core, last) and first on the moments of patches while the error falls."""
-    (count, width), kernel = w.shape[1:3], w.shape[3:]
+    width, kernel = w.shape[2], w.shape[3:]
     moments = patches.double()
     moments = moments + torch.eye(len(moments), dtype=moments.dtype, device=moments.device) * (
         moments.diagonal().mean() * (RIDGE + ridge)

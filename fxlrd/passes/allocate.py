@@ -1,15 +1,15 @@
 """allocate: one form for each layer, all at once, under a budget for the whole model.
 
-Each layer is to take one of its forms: the original, its factors at some ranks, or one of the interpolative merges that it
-takes part in. With the predicted error e of each form (fxlrd/choices.py, fxlrd/interpolation.py) and its cost c,
+Each layer is to take one of its forms: the original, its factors at some ranks, or one of the interpolative merges
+that it takes part in. With the predicted error e of each (fxlrd/choices.py, fxlrd/interpolation.py) and its cost c,
 
     minimise Σ e   subject to   Σ c ≤ budget            (fxlrd/budget.py)
 
 A merge changes several layers, and a layer may be cut on both sides. Which channel groups to merge is found by
-coordinate descent on Σ e + λ·Σ c for a series of λ; for each outcome the other layers' forms are the exact solution of the
-knapsack, and the best outcome is taken. Parameters and FLOPs are computed. Latency is that of each layer's form, timed on
-this device as `snap` does, plus what is left of the whole model's; then the whole model is timed in that form, side by side
-with the original, and the budget moved until what is measured is what was asked for.
+coordinate descent on Σ e + λ·Σ c for a series of λ; for each outcome the other layers' forms are the exact solution of
+the knapsack, and the best outcome is taken. Parameters and FLOPs are computed. Latency is that of each layer's form,
+timed on this device as `snap` does, plus what is left of the whole model's; then the whole model is timed in that form,
+side by side with the original, and the budget moved until what is measured is what was asked for.
 
 The graph is not changed: `merge` and `decompose` carry the plan out.
 """
@@ -177,7 +177,7 @@ class Allocate:
             whole = timings[ORIGINAL].seconds * len(nodes)
             original = changed(original, cost=whole)
             priced = [changed(c, cost=whole * timings[ranks_text(c.ranks)].ratio) for c in few if c.ranks]
-        return pareto([*priced, original])
+        return [*pareto(c for c in priced if c.cost < original.cost), original]
 
     def _add_groups(self, gm: fx.GraphModule, problem: Problem, progress: Progress) -> None:
         reasons = replaceable(gm, norms=True)
@@ -211,12 +211,16 @@ class Allocate:
     def _within(self, gm: fx.GraphModule, problem: Problem) -> tuple[Plan, str]:
         """Return the best plan for a budget of parameters or FLOPs."""
         total = cost.params(gm) if self.params else cost.flops(gm)
+        if not problem.items:
+            raise FxlrdError(_NOTHING)
         if not total:
             raise FxlrdError("allocate: the model's FLOPs are not known: give example inputs")
         fixed = total - problem.original()
         plan = problem.best(self.budget.share * total - fixed)
         if plan is None:
             least = (problem.least() + fixed) / total
+            if least > 0.999:
+                raise FxlrdError(_NOTHING)
             raise FxlrdError(
                 f"allocate: {self.budget.measure}={self.budget.share:g} is out of reach: the cheapest forms leave "
                 f"{_up(least)} of it; ask for that or more"
@@ -230,7 +234,7 @@ class Allocate:
         if known is None:
             raise FxlrdError("allocate: a latency budget needs a captured model: fxlrd.capture(model, example_inputs)")
         groups = {name: merging.whole for name, merging in problem.groups.items()}
-        share, least = self.latency, problem.least()
+        share, least = self.latency, problem.least() * (1 + 1e-9)  # within reach whatever way it is summed up
         whole = _seconds(gm, known, self.compile)
         fixed = whole - problem.original()  # norms, activations, additions, and what caches do
         measured: list[tuple[float, float, Plan]] = []  # (budget for the layers, measured share, plan)
@@ -246,6 +250,11 @@ class Allocate:
         fits = [m for m in measured if m[1] <= share * (1 + WITHIN)]
         if not fits:
             reached = min(m[1] for m in measured)
+            if reached > 0.999:
+                raise FxlrdError(
+                    f"allocate: latency={share:g} is out of reach: no form of its layers is faster here; "
+                    "try a larger batch, or a budget of params or flops"
+                )
             raise FxlrdError(
                 f"allocate: latency={share:g} is out of reach: the fastest forms take {_up(reached)} of the original's "
                 "time here; ask for that or more, or another batch size"
@@ -254,6 +263,7 @@ class Allocate:
         return plan, f"{ratio:.3f} of latency, measured; {problem.note(plan)}"
 
 
+_NOTHING = "allocate: nothing in it can be made cheaper: no layer is left that has a smaller form"
 _STEM = "in_channels: the stem reads the model's input"
 
 
@@ -314,13 +324,24 @@ class Problem:
     def best(self, budget: float) -> Plan | None:
         """Return the plan of the least predicted error within the budget, or None if there is none."""
         plans = [plan for state in self._states() if (plan := self._filled(state, budget)) is not None]
-        return min(plans, key=self.error, default=None)
+        return min((self._topped_up(plan, budget) for plan in plans), key=self.error, default=None)
+
+    def _topped_up(self, plan: Plan, budget: float) -> Plan:
+        """Keep more channels of merged groups with what is left of the budget: between two λ there may be much."""
+        while True:
+            more = [
+                Plan(plan.ranks, {**plan.kept, group: count})
+                for group, now in plan.kept.items()
+                for count in self.groups[group].options
+                if count > now
+            ]
+            fits = [p for p in more if self.cost(p) <= budget and self.error(p) < self.error(plan)]
+            if not fits:
+                return plan
+            plan = min(fits, key=self.error)
 
     def _whole(self, name: str) -> float:
-        return next(c.cost for c in self.items[name] if c.ranks is None) if self._has_original(name) else 0.0
-
-    def _has_original(self, name: str) -> bool:
-        return any(c.ranks is None for c in self.items[name])
+        return self.items[name][-1].cost  # the original is last
 
     def _sum(self, plan: Plan) -> tuple[float, float]:
         touched = self.touched(plan.kept)
@@ -388,7 +409,7 @@ class Problem:
         for _ in range(8):
             before = dict(state)
             for group, merging in self.groups.items():
-                best = min([None, *merging.options], key=lambda count: value(group, count))  # noqa: B023
+                best = min([None, *merging.options], key=lambda count: value(group, count))
                 state.pop(group, None)
                 if best is not None:
                     state[group] = best
@@ -406,7 +427,7 @@ def _multiple(module: nn.Module) -> int:
 def _kept(count: int) -> list[int]:
     """Return the numbers of channels that a group of ``count`` may keep, ascending."""
     step = 16 if count >= 256 else 8 if count >= 64 else 4
-    found = [r for r in range(step, count, step)]
+    found = list(range(step, count, step))
     stride = max(1, math.ceil(len(found) / 10))
     return found[::-1][::stride][::-1]
 

@@ -3,13 +3,13 @@
     Linear, 1×1 conv:   W ≈ last · first                    (truncated SVD, balanced)
     k×k conv:           W ≈ core ×_C first ×_S last         (Tucker-2, orthonormal outer factors)
 
-Where `calibrate` has left moments, the factors are those of the least error of the layer's *output* on the
-calibration inputs (fxlrd/factor/whiten.py), and a bias keeps the mean of that. Where `allocate` has left ranks, those
-are taken.
+Where `calibrate` has left moments, the factors are those of the least error of the layer's *output* on the calibration
+inputs (fxlrd/factor/whiten.py), and a bias keeps the mean of that. Where `allocate` has left ranks, those are taken.
 
 Approximate: the weight's relative error, or the output's where it was fitted, is recorded at each site. At full rank
-it is exact. Everything but the weight is carried over exactly (fxlrd/layers.py). Left alone: the stem (a conv that reads the model's
-input, of at most four channels), what ``skip`` names, and whatever cannot be cut, each with the reason.
+it is exact. Everything but the weight is carried over exactly (fxlrd/layers.py). Left alone: the stem (a conv that
+reads the model's input, of at most four channels), what ``skip`` names, and whatever cannot be cut, each with the
+reason.
 
     x ─ conv2 ─ y     →     x ─ conv2.first ─ conv2.core ─ conv2.last ─ y
 """
@@ -39,8 +39,9 @@ class Decompose:
     ``ratio`` is the compression ratio of each layer (parameters before / after). ``ranks`` overrides it: one
     int or tuple for all layers, or a mapping from names or globs to those, in which case only the layers it
     names are decomposed. A Tucker-2 form takes (r1, r2), an int stands for both; ranks are clipped to full
-    rank. Without ``ranks``, those that `allocate` left come before ``ratio``. ``skip`` takes names and globs of layers or of modules around them. ``beta`` is r2/r1. ``sweeps`` of
-    orthogonal iteration refine a Tucker-2 form.
+    rank. Without ``ranks``, those that `allocate` left come before ``ratio``. ``skip`` takes names and globs of
+    layers or of modules around them. ``beta`` is r2/r1. ``sweeps`` of orthogonal iteration refine a Tucker-2 form of
+    the weights. ``fit=False`` approximates the weights alone, whatever was calibrated.
     """
 
     ratio: float = 2.0

@@ -53,6 +53,7 @@ from fxlrd.factor.tucker import tucker2
 from fxlrd.graph import (
     FACTORS,
     KEY,
+    SEEN,
     Provenance,
     annotate,
     calls,
@@ -75,6 +76,8 @@ from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio, tucker2_rank
 from fxlrd.search import best_share, grid
 
+UNNAMED = "ranks= does not name it"
+PLANNED = "allocate keeps all its channels"
 MODES = ("interpolative", "exact", "relocate")
 
 
@@ -118,7 +121,9 @@ class Merge:
         """
         plan = planned(gm) if self.ranks is None and self.mode == "interpolative" else None
         if plan is not None:
-            return changed(self, ranks=dict(plan.kept), snap=False)(gm, progress)
+            result = changed(self, ranks=dict(plan.kept), snap=False)(gm, progress)
+            skipped = (changed(s, reason=PLANNED if s.reason == UNNAMED else s.reason) for s in result.skipped)
+            return changed(result, skipped=tuple(skipped))
         gm = fork(gm)
         annotate(gm)
         self._check_named(gm)
@@ -150,7 +155,7 @@ class Merge:
         if (pattern := matches(name, self.skip)) is not None:
             return f"skip={pattern}"
         if isinstance(self.ranks, Mapping) and matches(name, list(self.ranks)) is None:
-            return "neither ranks= nor allocate names it"
+            return UNNAMED
         return None
 
     # -- interpolative
@@ -355,6 +360,8 @@ def _cut(gm: fx.GraphModule, whole: Group, rank: int) -> float:
     for node in whole.through:
         _swap(gm, node, keep_channels(gm.get_submodule(str(node.target)), kept))
     for node in whole.producers:
+        if (saw := node.meta.get(SEEN)) is not None and saw.matters is not None:
+            node.meta[SEEN] = changed(saw, matters=saw.matters[kept][:, kept])
         _swap(gm, node, keep_outputs(gm.get_submodule(str(node.target)), kept), (None, rank), max(errors))
     return max(errors)
 

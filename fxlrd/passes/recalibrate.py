@@ -4,8 +4,8 @@ Running means and variances belong to the activations of the original network. E
 mean over batches of what it sees, all BatchNorms normalising by the batch's own statistics meanwhile, as they did in
 training. Approximate; run twice on the same batches it changes nothing the second time. Only copies are changed.
 
-This helps where the inputs are many and like the real ones, and hurts otherwise. Where `calibrate` held inputs out, the new
-statistics are kept only if they bring the outputs on those closer to the original model's.
+This helps where the inputs are many and like the real ones, and hurts otherwise. Where `calibrate` held inputs out, the
+new statistics are kept only if they bring the outputs on those closer to the original model's.
 """
 
 from __future__ import annotations

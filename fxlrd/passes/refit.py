@@ -1,14 +1,14 @@
 """refit: the last factor of each layer, by least squares, on what the compressed network feeds it.
 
-Factors are fitted to the inputs that the *original* network gives each layer. In the compressed one those have moved by
-the errors of all layers before. From the first layer to the last, with z what reaches the last factor there (or a merged
-layer), and y what the original layer makes of the same input in the original network:
+Factors are fitted to the inputs that the *original* network gives each layer. In the compressed one those have moved
+by the errors of all layers before. From the first layer to the last, with z what reaches the last factor there (or a
+merged layer), and y what the original layer makes of the same input in the original network:
 
     min ‖y − (A + Δ)·z − b‖² + ρ·‖Δ‖²       over Δ and b
 
 so that each layer also makes up for the ones before (asymmetric reconstruction, Zhang et al. 2016). Both networks run in
-step, a node at a time for all inputs: one pass through each. Approximate. Where `calibrate` held inputs out, the result is
-kept only if it brings the outputs on those closer to the original's.
+step, a node at a time for all inputs: one pass through each. Approximate. Where `calibrate` held inputs out, the result
+is kept only if it brings the outputs on those closer to the original's.
 """
 
 from __future__ import annotations

@@ -1,0 +1,309 @@
+"""No test here reads a clock: the timing of layers, groups and of the whole are formulas of the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fxlrd import FxlrdError, Pipeline, capture, cost, layer_latency
+from fxlrd.choices import Curve
+from fxlrd.graph import calls, layers, provenance
+from fxlrd.latency import Timing
+from fxlrd.layers import layer, parameters, ranks_for_ratio, ranks_text
+from fxlrd.moments import seen
+from fxlrd.passes import Allocate, Calibrate, Decompose, Merge
+from fxlrd.passes import allocate as module_under_test
+from fxlrd.plan import planned
+
+
+def conv(c_in: int, c_out: int, k: int = 3, **options) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, k, **{"padding": k // 2, **options})
+
+
+def network() -> nn.Sequential:
+    """A chain whose layers differ in width, in kernel, and in how much of their input and output matters."""
+    model = nn.Sequential(
+        *(conv(3, 16), nn.BatchNorm2d(16), nn.ReLU()),
+        *(conv(16, 32), nn.BatchNorm2d(32), nn.ReLU(), conv(32, 24, stride=2), nn.ReLU()),
+        *(conv(24, 48, 1), nn.BatchNorm2d(48), nn.ReLU(), conv(48, 32, 3, stride=2), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 40), nn.ReLU(), nn.Linear(40, 10)),
+    )
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.uniform_(-0.3, 0.3), m.running_var.uniform_(0.05, 0.3)
+    return model.double().eval()
+
+
+def images(batch: int = 24) -> torch.Tensor:
+    return torch.randn(batch, 3, 12, 12).double()
+
+
+def calibrated(model: nn.Module, x: torch.Tensor, **options):
+    return Calibrate(x, effects=len(x), **options)(capture(model, x)).graph_module
+
+
+def squared_error(gm, model, x) -> float:
+    with torch.no_grad():
+        return ((gm(x) - model(x)).square().sum() / model(x).square().sum()).item()
+
+
+def curves(gm) -> dict[str, Curve]:
+    return {name: Curve(m, seen(calls(gm, name)).fit(m)) for name, m in list(layers(gm).items())[1:]}
+
+
+def order(values) -> torch.Tensor:
+    return torch.tensor(values).argsort().argsort().double()
+
+
+def spearman(a, b) -> float:
+    return torch.corrcoef(torch.stack([order(a), order(b)]))[0, 1].item()
+
+
+def share(after, before, measure: str) -> float:
+    of = {"params": cost.params, "flops": cost.flops}[measure]
+    return of(after) / of(before)
+
+
+def carried_out(gm):
+    return Pipeline([Merge(), Decompose()])(gm).graph_module
+
+
+def reasons(result) -> dict[str, str]:
+    return {skip.name: skip.reason for skip in result.skipped}
+
+
+# -- the predicted error
+
+
+def test_the_predicted_error_orders_changes_of_single_layers_as_the_measured_one():
+    model, x, unseen = network(), images(256), images(256)
+    gm = calibrated(model, x)
+    predicted, measured = [], []
+    for name, errors in curves(gm).items():
+        for ratio in (1.25, 1.5, 2.0, 3.0, 5.0):
+            ranks = ranks_for_ratio(layers(gm)[name], ratio)
+            predicted.append(errors.error(ranks))
+            measured.append(squared_error(Decompose(ranks={name: ranks})(gm).graph_module, model, unseen))
+    assert len(predicted) == 30
+    assert spearman(predicted, measured) > 0.95
+    factors = torch.tensor(measured) / torch.tensor(predicted)  # and in size
+    print(factors)
+    assert factors.min() > 1 / 2
+    assert factors.max() < 2
+
+
+def test_the_predicted_error_of_a_merge_is_in_the_same_unit():
+    model, x, unseen = network(), images(256), images(256)
+    gm = calibrated(model, x)
+    problem = module_under_test.Problem()
+    allocate = Allocate(params=0.5)
+    allocate._add_layers(gm, problem, lambda items, _: items)
+    allocate._add_groups(gm, problem, lambda items, _: items)
+    predicted, measured = [], []
+    for name, merging in problem.groups.items():
+        for kept in list(merging.options)[::3]:
+            predicted.append(merging.options[kept][0])
+            measured.append(squared_error(Merge(ranks={name: kept})(gm).graph_module, model, unseen))
+    assert len(predicted) > 10
+    assert spearman(predicted, measured) > 0.95
+    factors = torch.tensor(measured) / torch.tensor(predicted)
+    print(factors)
+    assert factors.min() > 1 / 2
+    assert factors.max() < 2
+
+
+def test_the_predicted_error_orders_whole_plans_as_the_measured_one():
+    model, x, unseen = network(), images(256), images(256)
+    gm = calibrated(model, x)
+    predicted, measured = [], []
+    for merge in (False, True):
+        for params in (0.9, 0.75, 0.6, 0.5, 0.4, 0.3):
+            result = Allocate(params=params, merge=merge)(gm)
+            predicted.append(float(result.note.rpartition(" ")[2]))
+            measured.append(squared_error(carried_out(result.graph_module), model, unseen))
+    assert spearman(predicted, measured) > 0.95
+
+
+# -- the budget
+
+
+@pytest.mark.parametrize("measure", ["params", "flops"])
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("asked", [0.4, 0.6, 0.8])
+def test_the_budget_is_met(measure, merge, asked):
+    gm = calibrated(network(), images())
+    result = Allocate(**{measure: asked}, merge=merge)(gm)
+    assert share(carried_out(result.graph_module), gm, measure) == pytest.approx(asked, rel=0.02)
+    assert f" of {measure}; predicted output error" in result.note
+
+
+@pytest.mark.parametrize("ratio", [1.5, 2.0, 3.0, 5.0])
+def test_never_worse_than_the_uniform_ratio_at_its_cost(ratio):
+    gm = calibrated(network(), images())
+    errors = curves(gm)
+    uniform = {name: ranks_for_ratio(layers(gm)[name], ratio) for name in errors}
+    at = share(Decompose(ranks=uniform)(gm).graph_module, gm, "params")
+
+    def total(ranks) -> float:
+        return sum(errors[name].error(each) for name, each in ranks.items())
+
+    plain = planned(Allocate(params=at, merge=False)(gm).graph_module)
+    assert total(plain.ranks) <= total(uniform)
+    # With merges to choose from too it can only get better.
+    without, with_merges = (
+        float(Allocate(params=at, merge=m)(gm).note.rpartition(" ")[2]) for m in (False, True)
+    )
+    assert with_merges <= without
+
+
+@pytest.mark.parametrize("measure", ["params", "flops"])
+def test_a_budget_out_of_reach_says_what_is_within(measure):
+    gm = calibrated(network(), images())
+    with pytest.raises(FxlrdError, match=rf"^allocate: {measure}=0.001 is out of reach: .* leave 0\.\d\d\d") as error:
+        Allocate(**{measure: 0.001})(gm)
+    assert "\n" not in str(error.value)
+    within = float(str(error.value).partition("leave ")[2].split()[0])
+    assert share(carried_out(Allocate(**{measure: within})(gm).graph_module), gm, measure) <= within * 1.02
+
+
+def test_a_model_in_which_nothing_can_be_cheaper():
+    gm = capture(nn.Sequential(conv(3, 8), nn.ReLU()), images(2).float())
+    with pytest.raises(FxlrdError, match="nothing in it can be made cheaper"):
+        Allocate(params=0.5)(gm)
+
+
+# -- latency
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A device whose layers take a microsecond a weight, and the rest of the network a thousand."""
+
+    def of_ranks(place, group, under_inductor, seconds):
+        whole = layer(place.original).weight.numel()
+        found = {layer_latency.ORIGINAL: Timing(whole * 1e-6)}
+        for ranks in group:
+            cheap = parameters(place.original, ranks)
+            found[ranks_text(ranks)] = Timing(cheap * 1e-6, cheap / whole)
+        return found
+
+    def of_group(gm, whole, ranks, *_):
+        return {str(r): Timing(r * 1e-6, r / ranks[0]) for r in ranks}
+
+    def seconds(gm) -> float:
+        return (1000 + sum(layer(m).weight.numel() for m in layers(gm).values())) * 1e-6
+
+    monkeypatch.setattr(layer_latency, "_time", of_ranks)
+    monkeypatch.setattr(module_under_test, "time_group", of_group)
+    monkeypatch.setattr(module_under_test, "_seconds", lambda gm, *_: seconds(gm))
+    monkeypatch.setattr(module_under_test, "_ratio", lambda gm, new, *_: seconds(new) / seconds(gm))
+    return seconds
+
+
+@pytest.mark.parametrize("asked", [0.4, 0.6, 0.8])
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_latency_budget_is_met_by_the_whole_model(clock, asked, merge):
+    gm = calibrated(network(), images())
+    result = Allocate(latency=asked, merge=merge)(gm)
+    after = carried_out(result.graph_module)
+    assert clock(after) / clock(gm) == pytest.approx(asked, rel=0.02)
+    assert result.note.startswith(f"{clock(after) / clock(gm):.3f} of latency, measured; ")
+
+
+def test_a_latency_budget_is_met_although_the_whole_takes_longer_than_its_layers(clock, monkeypatch):
+    """The budget for the layers is moved until the whole model, as it is measured, meets it."""
+    gm = calibrated(network(), images())
+    monkeypatch.setattr(
+        module_under_test, "_ratio", lambda gm, new, *_: (clock(new) / clock(gm)) ** 0.7
+    )  # a form that is cheaper by itself saves less in the whole
+    result = Allocate(latency=0.6)(gm)
+    after = carried_out(result.graph_module)
+    assert (clock(after) / clock(gm)) ** 0.7 == pytest.approx(0.6, rel=0.02)
+
+
+def test_a_latency_out_of_reach_says_what_is_within(clock):
+    gm = calibrated(network(), images())
+    with pytest.raises(FxlrdError, match=r"^allocate: latency=0.01 is out of reach: the fastest forms take ") as error:
+        Allocate(latency=0.01)(gm)
+    within = float(str(error.value).partition("take ")[2].split()[0])
+    assert within > 1000e-6 / clock(gm)
+    assert planned(Allocate(latency=within)(gm).graph_module)
+
+
+def test_a_device_on_which_nothing_is_faster(clock, monkeypatch):
+    monkeypatch.setattr(module_under_test, "_ratio", lambda *_: 1.1)
+    with pytest.raises(FxlrdError, match="no form of its layers is faster here"):
+        Allocate(latency=0.5)(calibrated(network(), images()))
+
+
+# -- what is left alone
+
+
+def test_layers_that_are_left_alone_say_why():
+    model = nn.Sequential(
+        *(conv(3, 32), nn.ReLU(), conv(32, 32, groups=32), nn.ReLU(), conv(32, 32, 1), nn.ReLU()),
+        *(conv(32, 32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 16)),
+    )
+    gm = calibrated(model.double().eval(), images())
+    result = Allocate(params=0.6, skip=("6",))(gm)
+    assert not result.modified
+    assert result.graph_module.code == gm.code
+    found = reasons(result)
+    assert found["0"] == "in_channels: the stem reads the model's input"
+    assert "depthwise" in found["2"]
+    assert found["6"] == "skip=6"
+    plan = planned(result.graph_module)
+    assert not {"0", "2", "6"} & {*plan.ranks, *plan.kept}
+    assert planned(gm) is None, "the graph that came in has no plan"
+
+
+def test_what_stands_decomposed_already_is_left_alone():
+    gm = Decompose(ranks={"3": 4})(calibrated(network(), images())).graph_module
+    result = Allocate(params=0.8)(gm)
+    assert {v for k, v in reasons(result).items() if k.startswith("3.")} == {"it is a low-rank factor already"}
+
+
+def test_a_layer_that_is_called_twice_costs_its_flops_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.b(self.a(self.a(x).relu()).relu())
+
+    x = torch.randn(400, 32).double()
+    gm = calibrated(Twice().double().eval(), x)
+    for measure in ("params", "flops"):
+        result = Allocate(**{measure: 0.7})(gm)
+        assert share(carried_out(result.graph_module), gm, measure) == pytest.approx(0.7, rel=0.05)
+        assert share(carried_out(result.graph_module), gm, measure) <= 0.7
+
+
+def test_without_calibration_the_weights_are_judged():
+    gm = capture(network(), images())
+    result = Allocate(params=0.6)(gm)
+    assert planned(result.graph_module).kept == {}
+    after = carried_out(result.graph_module)
+    assert share(after, gm, "params") == pytest.approx(0.6, rel=0.02)
+    assert not any(provenance(n).fitted for n in after.graph.nodes if provenance(n) is not None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give one of params, flops or latency"),
+        ({"params": 0.5, "latency": 0.5}, "got params and latency"),
+        ({"params": 1.0}, "params=1.0 is no fraction"),
+        ({"flops": -0.5}, "flops=-0.5 is no fraction"),
+        ({"latency": float("nan")}, "latency=nan is no fraction"),
+        ({"latency": "half"}, "latency='half' is no fraction"),
+        ({"params": 0.5, "seconds": 0}, "leaves no time"),
+        ({"params": 0.5, "skip": (3,)}, "3 is not a name"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(FxlrdError, match=message) as error:
+        Allocate(**options)
+    assert "\n" not in str(error.value)
