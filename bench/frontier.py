@@ -1,7 +1,7 @@
 """Accuracy against size and measured speed on a trained network, with the paper's presets and with channel pruning.
 
-``python -m bench.frontier CHECKPOINT [--figure FILE.png] [--finetune 1]`` prints two tables, of the network of
-bench/fashion.py on the 10,000 test images. ``drops``: what preset auto loses under budgets of parameters, next to
+``python -m bench.frontier [--figure FILE.png] [--finetune 1]`` prints two tables, of the embedded
+network on the 10,000 test images. ``drops``: what preset auto loses under budgets of parameters, next to
 uniform ranks of as many parameters, and what merging loses next to the published relocation; targets beside it.
 ``frontier``: accuracy against speed under Inductor with frozen weights, batch 64, channels_last, interleaved with the
 original; also for magnitude pruning of whole channels (torch-pruning, ``pip install -e '.[bench]'``).
@@ -26,8 +26,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from bench.fashion import accuracy, augmented, load, network
-from fxlrd import Budget, capture, compress, cost, finetune
+from bench.fashion import accuracy, augmented, load
+from fxlrd import Budget, capture, compress, cost, fashion, finetune
 from fxlrd.errors import FxlrdError
 from fxlrd.latency import Timing, compare, compiled
 from fxlrd.passes import Decompose, Recalibrate
@@ -40,20 +40,20 @@ MERGES = {
     "merge as published (relocate), α = 2.75": ("merge{mode=relocate}", None),
 }
 SETTINGS = {  # ratio, share of the latency, share of the channels to remove
-    "lrd": (1.5, 2.0, 3.0, 4.0),
-    "ranks": (1.5, 2.0, 3.0, 4.0),
-    "branch": (1.5, 2.0, 3.0),
-    "merge": (1.5, 2.0, 2.75, 4.0),
+    "lrd": (1.5, 2.0, 3.0),
+    "ranks": (1.5, 2.0, 3.0),
+    "branch": (2.0,),
+    "merge": (2.0, 2.75, 4.0),
     "auto": (0.8, 0.65, 0.5, 0.4),
-    "pruning": (0.1, 0.2, 0.3, 0.4),
+    "pruning": (0.1, 0.15, 0.2, 0.3, 0.4),
 }
 TUNED = {
-    "lrd": (2.0,),
+    "lrd": (),
     "ranks": (2.0,),
-    "branch": (2.0,),
+    "branch": (),
     "merge": (2.75,),
-    "auto": (0.65, 0.5, 0.4),
-    "pruning": (0.2, 0.3, 0.4),
+    "auto": (0.65, 0.5),
+    "pruning": (0.15, 0.2, 0.3),
 }
 COLOURS = {
     "lrd": "#999999",
@@ -97,14 +97,12 @@ class Bench:
     """The trained network, and what every variant of it goes through."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.model = network()
-        self.model.load_state_dict(torch.load(arguments.checkpoint, weights_only=True))
-        self.model.eval().to(memory_format=torch.channels_last)
+        self.model = fashion.trained().to(memory_format=torch.channels_last)
         images, labels = load(train=True)
         generator = torch.Generator().manual_seed(0)
         self.calibration = list(images[torch.randperm(len(images), generator=generator)[:1024]].split(128))
         self.loader = Batches(images, labels, count=arguments.quick)
-        self.epochs, self.lr = arguments.finetune, arguments.lr
+        self.epochs, self.lr, self.bf16 = arguments.finetune, arguments.lr, arguments.bf16
         self.test = tuple(t[: arguments.images] for t in load(train=False))
         self.x = self.test[0][:BATCH].contiguous(memory_format=torch.channels_last)
         self.original = capture(self.model, self.x)
@@ -124,7 +122,8 @@ class Bench:
     def tuned(self, model: nn.Module) -> float:
         """Return the accuracy after fine-tuning a copy."""
         model = copy.deepcopy(model)
-        finetune(model, self.loader, epochs=self.epochs, lr=self.lr, teacher=self.model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            finetune(model, self.loader, epochs=self.epochs, lr=self.lr, teacher=self.model)
         return self.right(model)
 
     def timed(self, model: nn.Module) -> Timing:
@@ -323,10 +322,10 @@ def figure(points: list[Point], trained: float, again: float, path: Path) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.frontier")
-    parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--figure", type=Path, help="write the frontier as a PNG")
     parser.add_argument("--finetune", type=int, default=0, metavar="EPOCHS")
     parser.add_argument("--lr", type=float, default=0.005, help="peak learning rate of fine-tuning, for all alike")
+    parser.add_argument("--bf16", action="store_true", help="fine-tune under autocast: faster where the CPU has AMX")
     parser.add_argument("--table", choices=("drops", "frontier"), help="only this one")
     parser.add_argument("--methods", default=",".join(SETTINGS), help="of the frontier, as auto,pruning")
     parser.add_argument("--images", type=int, default=10000, help="to try it out: on so many test images")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fxlrd.errors import FxlrdError, one_line
+from fxlrd.errors import FxlrdError, VerificationError, one_line
 from fxlrd.graph import Inputs, difference, evaluating, fork, positional, tensors
 
 EVERY = 5
@@ -41,7 +42,7 @@ def as_inputs(gm: fx.GraphModule, batches: Iterable[Any]) -> Iterator[Inputs]:
         except FxlrdError as error:
             raise FxlrdError(f"calibration: batch {i}: {str(error).removeprefix('example inputs: ')}") from error
         for t in tensors((inputs.args, inputs.kwargs)):
-            if t.is_floating_point() and not bool(t.isfinite().all()):
+            if t.is_floating_point() and not t.is_meta and not bool(t.isfinite().all()):
                 raise FxlrdError(f"calibration: batch {i} holds NaN or Inf")
         yield inputs
 
@@ -68,12 +69,15 @@ class Held:
     def error(self, gm: fx.GraphModule) -> float:
         """Return ‖outputs − original outputs‖ / ‖original outputs‖ of a graph over all held-out inputs.
 
-        Outputs of whole numbers, such as classes, have no part in it.
+        Outputs of whole numbers, such as classes, have no part in it. Infinite where outputs are not finite any more.
         """
         found = (t for inputs in self.inputs for t in outputs(gm, inputs))
         wanted = (t for each in self.outputs for t in each)
         a, b = ([t for t in each if t.is_floating_point() or t.is_complex()] for each in (found, wanted))
-        return difference(a, b, "held-out calibration inputs").relative
+        try:
+            return difference(a, b, "held-out calibration inputs").relative
+        except VerificationError:  # NaN or Inf where the original's are finite
+            return math.inf
 
 
 def outputs(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:

@@ -17,6 +17,7 @@ from fxlrd.calibration import as_batches, let_go
 from fxlrd.capture import capture
 from fxlrd.errors import FxlrdError, VerificationError
 from fxlrd.graph import (
+    KEPT,
     KEY,
     MOMENTS,
     SEEN,
@@ -160,6 +161,8 @@ def _pipeline(
     if budget is not None:
         steps = _with_budget(steps, budget, ratio)
     elif ratio is not None:
+        if any(isinstance(p, Allocate) for p in steps.passes):
+            raise FxlrdError(f"ratio: {steps} sets every layer's ranks by a budget; give budget=, not ratio=")
         steps = steps.with_options(ratio=ratio)
     if skip:
         steps = steps.with_options(skip=(skip,) if isinstance(skip, str) else tuple(skip))
@@ -253,9 +256,10 @@ def _independent(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     """Return a copy that shares no tensor with ``model`` and does not keep it alive."""
     let_go(gm)
     result = copy.deepcopy(gm)
-    result.meta.pop(KEY, None)  # the example inputs have no business in a model that is saved
+    for key in [k for k in result.meta if str(k).startswith(KEY)]:
+        del result.meta[key]  # the example inputs and a plan that is carried out have no business in a saved model
     for node in result.graph.nodes:
-        for key in (MOMENTS, SEEN):
+        for key in (MOMENTS, SEEN, KEPT):
             node.meta.pop(key, None)
         if (known := provenance(node)) is not None:
             node.meta[KEY] = replace(known, original=None)

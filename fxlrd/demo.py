@@ -17,7 +17,6 @@ from fxlrd.compress import compress
 from fxlrd.graph import Inputs, evaluating, propagate
 from fxlrd.latency import Setting, compare
 from fxlrd.passes import Calibrate, Decompose, Merge, Recalibrate
-from fxlrd.pipeline import Pipeline
 from fxlrd.progress import Progress, bar, quiet
 from fxlrd.report.table import giga
 
@@ -50,7 +49,10 @@ def run(share: float = SHARE, progress: bool = True) -> str:
     ways: list[tuple[str, dict[str, Any]]] = [
         ("lrd", {"pipeline": f"decompose{{ratio={lrd}}}"}),
         ("ranks", {"pipeline": f"decompose{{ratio={lrd}}},snap"}),
-        ("merge", {"pipeline": f"calibrate{{outputs=false,effects=256}},merge{{ratio={merged}}}", "calibration": batches}),
+        (
+            "merge",
+            {"pipeline": f"calibrate{{outputs=false,effects=256}},merge{{ratio={merged}}}", "calibration": batches},
+        ),
         (f"auto, params={share:g}", {"budget": Budget(params=share), "calibration": batches}),
         ("auto, latency=0.6", {"budget": Budget(latency=0.6), "calibration": batches}),
     ]
@@ -108,7 +110,16 @@ def _table(rows: list[Row], x: Tensor) -> str:
                 "" if row is first else f"{1 / timing.ratio:.2f}× ± {timing.spread / timing.ratio**2:.2f}",
             ]
         )
-    headers = ["", "accuracy", "BN re-estimated", "points", "parameters", "FLOPs", f"latency ({len(x)} images)", "speed"]
+    headers = [
+        "",
+        "accuracy",
+        "BN re-estimated",
+        "points",
+        "parameters",
+        "FLOPs",
+        f"latency ({len(x)} images)",
+        "speed",
+    ]
     setting = Setting.here(x.device, False)
     title = (
         "A bottleneck ResNet trained on Fashion-MNIST, compressed without any training; 2,000 test images.\n"

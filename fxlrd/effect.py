@@ -33,8 +33,19 @@ class Effect:
         self.rounds = 0
         self.signs = torch.Generator().manual_seed(0)
 
-    def add(self, inputs: Inputs) -> None:
-        """Run the graph forward and backward. No gradient reaches a parameter."""
+    def add(self, inputs: Inputs) -> bool:
+        """Run the graph forward and backward, and return whether that worked. No gradient reaches a parameter.
+
+        Some operations have no backward in eval mode; then nothing is known, and every layer counts alike.
+        """
+        try:
+            self._add(inputs)
+        except (RuntimeError, NotImplementedError):
+            self.sums, self.rounds = {}, 0
+            return False
+        return True
+
+    def _add(self, inputs: Inputs) -> None:
         with evaluating(self.gm), torch.enable_grad():
             watch = _Watch(self.gm, self.sums)
             outputs = [
@@ -46,6 +57,7 @@ class Effect:
                 signs = [self._signs(t) for t in outputs]
                 torch.autograd.grad(outputs, watch.root, signs, retain_graph=i + 1 < PROBES, allow_unused=True)
                 self.rounds += 1
+            watch.env.clear()  # with an output in it, the graph would hold itself alive through its hooks
 
     def _signs(self, output: Tensor) -> Tensor:
         v = torch.randint(0, 2, output.shape, generator=self.signs).to(output) * 2 - 1

@@ -33,6 +33,8 @@ MOMENTS = "fxlrd.moments"
 """The key of a node's second moments, see fxlrd/moments.py."""
 SEEN = "fxlrd.seen"
 """The key of what calibration saw of a layer, on its call and on those of its factors; see fxlrd/moments.py."""
+KEPT = "fxlrd.kept"
+"""The key of the output channels of the original layer that a merged one still makes (a tensor of indices)."""
 FACTORS = ("first", "core", "branch", "last")
 """The roles of the parts of a layer that stands decomposed."""
 NEVER_CALLED = "it is never called in eval mode and is no part of the captured model"

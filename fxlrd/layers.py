@@ -332,5 +332,6 @@ def _conv(factor: Tensor, kernel: tuple[int, ...], groups: int, bias: bool, opti
 def _fill(part: nn.Conv2d | nn.Linear, factor: Tensor, like: nn.Conv2d | nn.Linear) -> None:
     weight = factor.reshape(part.weight.shape).to(like.weight.dtype)
     channels_last = like.weight.dim() == 4 and not like.weight.is_contiguous()
-    weight = weight.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    # A copy, since contiguous() leaves the strides of a 1×1 kernel, by which torch would pick channels_last.
+    weight = weight.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     part.weight = nn.Parameter(weight, like.weight.requires_grad)

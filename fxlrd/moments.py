@@ -161,8 +161,7 @@ def sweep(
             with evaluating(gm), torch.no_grad():
                 watch.run(*positional(gm, inputs))
             if left > 0:
-                effect.add(inputs)
-                left -= _rows(inputs)
+                left = left - _rows(inputs) if effect.add(inputs) else 0
         except Exception as error:
             raise failed(i, inputs, error) from error
     watch.finish()
@@ -240,7 +239,7 @@ class _Sweep(fx.Interpreter):
                     f"calibration: {node.target} gives NaN or Inf for these inputs; "
                     f"is their scale right, and does {str(_dtype(self.gm))[6:]} hold the activations?"
                 )
-        if not any(each.count for _, each in found):
+        if self.layers and not any(each.count for _, each in found):
             raise FxlrdError(NOTHING)
         for node, by_axis in self.kept.items():
             node.meta[MOMENTS] = by_axis

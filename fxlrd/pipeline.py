@@ -25,7 +25,7 @@ PRESETS = {
     "lrd": "decompose",
     "ranks": "decompose,snap",
     "freeze": "decompose,freeze",
-    "merge": "calibrate{outputs=false},merge{snap=true}",
+    "merge": "calibrate{outputs=false,effects=256,holdout=true},merge{snap=true},refit,recalibrate",
     "branch": "decompose,branch",
     "auto": "calibrate{outputs=false,patches=1152,effects=256,holdout=true},allocate{latency=0.5},"
     "merge,decompose,refit,recalibrate",

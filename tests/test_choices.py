@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -67,7 +68,8 @@ def test_the_curve_is_the_squared_error_of_an_svd_and_bounds_that_of_a_tucker_fo
 @pytest.mark.parametrize("name", MODULES)
 def test_the_curve_falls_from_all_to_nothing(name):
     module = MODULES[name]().double()
-    for fit, unit in ((None, 1.0), (fit := fit_for(module, True), weighted_size(module, fit))):
+    given = fit_for(module, True)
+    for fit, unit in ((None, 1.0), (given, weighted_size(module, given))):
         curve, full = Curve(module, fit), layers.full_ranks(module)
         assert curve.error(tuple(0 for _ in full)) == pytest.approx(unit, rel=1e-9)
         assert curve.error(full) <= 1e-12 * unit
@@ -205,5 +207,5 @@ def test_a_long_front_is_thinned_out_evenly(most):
     found = pareto(random.Random(0).sample(every, 100), most)
     assert len(found) == most
     assert (found[0], found[-1]) == (every[0], every[-1])
-    steps = [b.cost - a.cost for a, b in zip(found, found[1:], strict=False)]
+    steps = [b.cost - a.cost for a, b in itertools.pairwise(found)]
     assert max(steps) - min(steps) <= 1

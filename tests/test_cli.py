@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from fxlrd.cli import main
 
@@ -119,3 +120,61 @@ def test_a_factory_module_that_fails_at_import(text, tmp_path, monkeypatch, caps
 def test_an_input_too_large_for_memory(capsys):
     assert main(["compress", "torchvision:resnet18", "--input", "3x999999999x999999999"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+NET = """
+import torch
+from torch import nn
+
+def net():
+    return nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(64, 64), nn.ReLU())], nn.Linear(64, 10))
+"""
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch) -> list[str]:
+    (tmp_path / "net_for_budget.py").write_text(NET)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return ["compress", "net_for_budget:net", "--input", "64", "--batch", "4"]
+
+
+@pytest.mark.parametrize("measure", ["params", "flops"])
+def test_a_budget(net, measure, tmp_path, capsys):
+    torch.save(torch.randn(200, 64), tmp_path / "data.pt")
+    path = tmp_path / "report.json"
+    data = ["--calibration", str(tmp_path / "data.pt"), "--json", str(path)]
+    assert main([*net, "--budget", f"{measure}=0.6", *data]) == 0
+    assert f"of {measure}; predicted output error" in capsys.readouterr().out
+    report = json.loads(path.read_text())
+    assert report["after"][measure] / report["before"][measure] == pytest.approx(0.6, rel=0.02)
+    assert [p["name"] for p in report["passes"]][:4] == ["calibrate", "allocate", "merge", "decompose"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "0.5"], "unknown budget '0.5'"),
+        (["--budget", "latecny=0.5"], "did you mean latency?"),
+        (["--budget", "params"], "--budget params: '' is no number"),
+        (["--budget", "params=half"], "--budget params=half: 'half' is no number"),
+        (["--budget", "params=nan"], "--budget params=nan: params=nan is no fraction"),
+        (["--budget", "params=0"], "--budget params=0: params=0.0 is no fraction"),
+        (["--budget", "params=-1"], "--budget params=-1: params=-1.0 is no fraction"),
+        (["--budget", "params=1"], "--budget params=1: params=1.0 is no fraction"),
+        (["--budget", "params=0.5,flops=0.5"], "is no number"),
+        (["--budget", "params=0.5", "--ratio", "2"], "ratio and budget: give one of the two"),
+        (["--budget", "params=0.5", "--preset", "lrd"], "only allocate spends one"),
+        (["--budget", "params=0.5", "--passes", "decompose"], "only allocate spends one"),
+        (["--budget", "params=0.5"], "no calibration inputs; give calibration= (on the command line --calibration)"),
+        (["--budget", "params=0.001", "--calibration", "random"], "is out of reach: the cheapest forms leave 0."),
+        (["--budget", "params=0.5", "--calibration", "random", "--skip", "*"], "nothing in it can be made cheaper"),
+        (["--preset", "lrd", "--calibration", "random"], "calibration: no pass of decompose"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_one_line(net, arguments, message, capsys):
+    assert main([*net, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.startswith("fxlrd: ")
+    assert err.count("\n") == 1

@@ -4,15 +4,17 @@ import copy
 import gc
 import json
 import pickle
+import re
 import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import googlenet, resnet18
 
 import fxlrd
-from fxlrd import FxlrdError, Pipeline
+from fxlrd import Budget, FxlrdError, Pipeline
 from fxlrd.passes import Decompose
 
 
@@ -312,3 +314,218 @@ def test_inplace_counts_what_the_graph_never_calls():
     x = torch.randn(1, 3, 64, 64)
     result = quick(googlenet(init_weights=False), x, inplace=True)
     assert result.report.after["params"] == sum(p.numel() for p in result.model.parameters())
+
+
+# -- budgets and preset auto
+
+AUTO = (
+    "calibrate{outputs=false,patches=1152,effects=256,holdout=true},allocate{params=0.6},"
+    "merge,decompose,refit,recalibrate"
+)
+
+
+def many(batch: int = 20) -> torch.Tensor:
+    return torch.randn(batch, 3, 9, 9)
+
+
+@pytest.mark.parametrize("measure", ["params", "flops"])
+def test_a_budget_is_met(measure):
+    convs = [m for _ in range(5) for m in (nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())]
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), *convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 20))
+    result = quick(model.eval(), image(), budget=Budget(**{measure: 0.6}), calibration=many())
+    assert result.report.after[measure] / result.report.before[measure] == pytest.approx(0.6, rel=0.02)
+    assert result.report.settings["pipeline"] == AUTO.replace("params", measure)
+    assert [row["name"] for row in result.report.passes] == re.sub(r"{.*?}", "", AUTO).split(",")
+    assert result.report.passes[1]["note"].startswith("0.")
+    assert f"of {measure}; predicted output error" in result.report.to_table()
+
+
+def test_auto_by_itself_is_half_the_latency():
+    text = str(Pipeline.preset("auto"))
+    assert "allocate{latency=0.5}" in text
+    assert str(Pipeline.parse(text)) == text
+
+
+def test_nothing_of_the_calibration_stays_and_nothing_is_touched():
+    model = small().train()
+    model[3].requires_grad_(False).eval()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    data = many(400)
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    result = quick(model, image(), budget=Budget(params=0.6), calibration=data)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == [True] * 4 + [False] * 2 + [True] * 2
+    assert [p.grad is not None for p in model.parameters()] == [True] + [False] * 7
+    mine, theirs = (
+        {t.untyped_storage().data_ptr() for t in m.state_dict().values() if t.numel()} for m in (model, result.model)
+    )
+    assert not mine & theirs
+    assert not [key for key in result.model.meta if str(key).startswith("fxlrd")]
+    gone = weakref.ref(data)
+    del data
+    gc.collect()
+    assert gone() is None
+    kept = sum(t.numel() * t.element_size() for t in result.model.state_dict().values())
+    assert len(pickle.dumps(result.model)) < kept + 30_000
+    for copied in (copy.deepcopy(result.model), pickle.loads(pickle.dumps(result.model))):
+        x = image()
+        assert torch.equal(copied.eval()(x), result.model.eval()(x))
+
+
+def test_a_result_can_be_compressed_again():
+    x = image()
+    first = quick(small().eval(), x, budget=Budget(params=0.8), calibration=many())
+    again = Pipeline.parse("decompose{ranks=2}")(fxlrd.capture(first.model, x))
+    assert again.modified, "the plan that was carried out is gone"
+
+
+def test_inplace_gives_what_a_copy_gives():
+    model, x, data = small().eval(), image(), many()
+    options = {"budget": Budget(params=0.6), "calibration": data}
+    copied = quick(model, x, **options)
+    result = quick(model, x, inplace=True, **options)
+    assert result.model is model
+    assert torch.equal(model(x), copied.model(x))
+
+
+def test_skip_reaches_allocate_merge_and_decompose():
+    model, x = small().eval(), image()
+    result = quick(model, x, budget=Budget(params=0.95), calibration=many(), skip="3")
+    assert torch.equal(result.model.get_submodule("3").weight, model[3].weight)
+    assert next(r for r in result.report.layers if r["name"] == "3")["decision"] in ("original", "skipped")
+
+
+@pytest.mark.parametrize("kind", ["generator", "loader", "pairs", "dict"])
+def test_data_that_several_passes_read_is_read_once(kind):
+    x, batches = image(), many(24).split(4)
+    data = {
+        "generator": (b for b in batches),
+        "loader": DataLoader(TensorDataset(torch.cat(batches), torch.arange(24)), batch_size=4),
+        "pairs": [(b, torch.arange(4)) for b in batches],
+        "dict": {"input": torch.cat(batches)},
+    }[kind]
+    model = small().eval()
+    result = quick(model, x, budget=Budget(params=0.6), calibration=data)
+    expected = quick(model, x, budget=Budget(params=0.6), calibration=torch.cat(batches) if kind == "dict" else batches)
+    assert torch.equal(result.model(x), expected.model(x))
+
+
+class Heads(nn.Module):
+    """Two inputs; two outputs, one of whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(32, 64), nn.Linear(64, 24), nn.Linear(16, 24)
+
+    def forward(self, x, y):
+        z = self.b(self.a(x).relu()) + self.c(y)
+        return {"scores": z, "best": z.argmax(1)}
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.mlp = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v))
+        return x + self.mlp(x)
+
+
+def shared() -> nn.Module:
+    twice = nn.Conv2d(32, 32, 3, padding=1)
+    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), twice, nn.ReLU(), twice, nn.Flatten(), nn.Linear(32 * 49, 4))
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(32, 32), nn.ReLU())])
+    model[2].weight = model[4].weight
+    return model
+
+
+def classes() -> nn.Module:
+    class Best(nn.Module):
+        def forward(self, x):
+            return x.argmax(1)
+
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 24), Best())
+
+
+def grouped() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=4), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=32)),
+        *(nn.Conv2d(32, 64, 1), nn.ReLU(), nn.Conv2d(64, 16, 1)),
+    )
+
+
+def odd() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 24, 3, stride=2), nn.ReLU(), nn.Conv2d(24, 32, (3, 5), padding=(1, 3), dilation=(2, 1))),
+        *(nn.ReLU(), nn.Conv2d(32, 32, 3, padding="same", padding_mode="circular"), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(32, 32, (1, 3), padding=(0, 2), stride=(1, 2)), nn.ReLU(), nn.Conv2d(32, 16, 1, stride=2)),
+    )
+
+
+KINDS = {
+    "two inputs": (Heads, lambda n: (torch.randn(n, 32), torch.randn(n, 16))),
+    "inputs by name": (Heads, lambda n: {"y": torch.randn(n, 16), "x": torch.randn(n, 32)}),
+    "attention": (Attention, lambda n: torch.randn(n, 5, 32)),
+    "shared": (shared, many),
+    "tied": (tied, lambda n: torch.randn(n, 32)),
+    "classes": (classes, lambda n: torch.randn(n, 32)),
+    "tokens": (
+        lambda: nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)),
+        lambda n: torch.randint(0, 50, (n, 7)),
+    ),
+    "grouped": (grouped, many),
+    "odd": (odd, lambda n: torch.randn(n, 3, 17, 17)),
+    "double": (lambda: small().double(), lambda n: many(n).double()),
+    "bfloat16": (lambda: small().bfloat16(), lambda n: many(n).bfloat16()),
+    "channels_last": (
+        lambda: small().to(memory_format=torch.channels_last),
+        lambda n: many(n).contiguous(memory_format=torch.channels_last),
+    ),
+    "a batch of one": (small, lambda n: many(1)),
+    "unbatched": (lambda: odd()[2:], lambda n: torch.randn(24, 17, 17)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_on_any_kind_of_model(kind):
+    build, data = KINDS[kind]
+    model, x = build().eval(), data(3)
+    calibration = [data(10) for _ in range(5)]
+    before = copy.deepcopy(model.state_dict())
+    result = quick(model, x, budget=Budget(params=0.75), calibration=calibration)
+    assert result.report.after["params"] <= 0.75 * 1.02 * result.report.before["params"]
+    assert result.report.passes[-1]["relative_error"] < 1
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    quick(model, x, budget=Budget(params=0.75), calibration=calibration, inplace=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.5}, r"^budget: give fxlrd.Budget\(latency=0.5\), or params or flops, not 0.5"),
+        ({"budget": Budget(params=0.5), "ratio": 2.0}, "^ratio and budget: give one of the two"),
+        ({"budget": Budget(params=0.5), "preset": "lrd"}, "^budget: only allocate spends one, and decompose has none"),
+        ({"budget": Budget(params=0.5), "pipeline": "decompose"}, "use preset auto"),
+        ({"budget": Budget(params=0.5)}, "^calibrate: no calibration inputs; give calibration="),
+        ({"budget": Budget(params=0.01), "calibration": many()}, r"params=0.01 is out of reach: .* leave 0\.\d+ of it"),
+        ({"preset": "auto", "ratio": 2.0, "calibration": many()}, "^ratio: .*; give budget=, not ratio="),
+        ({"pipeline": "decompose,refit"}, "^refit: no calibration inputs"),
+        ({"pipeline": "decompose,refit", "calibration": many()}, "^refit: .* run calibrate before"),
+        ({"pipeline": "decompose,recalibrate"}, "^recalibrate: no calibration inputs"),
+        ({"pipeline": "decompose", "calibration": many()}, "^calibration: no pass of decompose"),
+        ({"budget": Budget(params=0.5), "calibration": []}, "^calibration: there are no inputs"),
+        ({"budget": Budget(params=0.5), "calibration": many().to("meta")}, "on meta"),
+        ({"budget": Budget(params=0.5), "calibration": many().double()}, "the model fails on batch 0"),
+    ],
+)
+def test_budgets_that_cannot_be_met(options, message):
+    with pytest.raises(FxlrdError, match=message) as caught:
+        quick(small(), image(), **options)
+    assert "\n" not in str(caught.value)

@@ -176,10 +176,11 @@ def test_no_other_interpolation_of_the_kept_channels_is_better():
 
 
 def test_consumers_agree_on_the_channels_and_their_errors_add_up():
-    model, x = group_of(12, [7, 3, 12])
+    model, x = group_of(12, [3, 2, 3])
     gm = swept(model, x)
     read = readers(gm, found(gm, "make"))
     y = model.make(x).relu().detach()
+    winners = set()
     for rank, error in zip(RANKS, curve(read, RANKS), strict=True):
         made = []
         for proposer in read:
@@ -192,7 +193,8 @@ def test_consumers_agree_on_the_channels_and_their_errors_add_up():
         proposals = [select(r.second, rank, r.weight) for r in read]
         sums = [sum(residual(r.second, p, least_squares(r.second, p), r.weight) ** 2 for r in read) for p in proposals]
         assert sum(e * e for e in errors) == pytest.approx(min(sums), rel=1e-9, abs=1e-20)
-        assert any(torch.equal(kept, p) for p in proposals)
+        winners |= {next(i for i, p in enumerate(proposals) if torch.equal(kept, p))}
+    assert len(winners) > 1, "now one consumer proposes best, now another"
 
 
 def test_with_the_effect_a_curve_is_the_relative_squared_error_of_the_model():

@@ -292,7 +292,7 @@ def swept(model, batches, **options):
 
 
 def test_moments_of_patches():
-    model, batches = Kernels(), [torch.randn(3, 3, 6, 8), torch.randn(9, 3, 6, 8)]
+    model, batches = Kernels(), [torch.randn(3, 3, 3, 4), torch.randn(9, 3, 3, 4)]
     gm = swept(model, batches, patches=27)
     for name in ("a", "b"):
         found = node(gm, name).meta[SEEN]

@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 from fxlrd import FxlrdError, Pipeline, VerificationError, capture
 from fxlrd.graph import fork, provenance
-from fxlrd.passes import Decompose, PassResult, Site, Snap
+from fxlrd.passes import Allocate, Calibrate, Decompose, PassResult, Site, Snap
 
 
 def model():
@@ -174,3 +174,44 @@ def test_torchs_own_pass_manager_runs_the_passes():
     result = PassManager(passes=[Decompose(ranks=99)], run_checks_after_each_pass=True)(capture(net, data))
     assert result.modified
     torch.testing.assert_close(result.graph_module(data), net(data), rtol=1e-9, atol=1e-9)
+
+
+def test_auto_in_text_form_and_the_passes_of_a_budget():
+    text = str(Pipeline.preset("auto"))
+    assert text.split(",")[-1] == "recalibrate"
+    assert str(Pipeline.parse(text)) == text
+    budget = Pipeline.preset("auto").with_options(latency=0.0, flops=0.4)
+    assert "allocate{flops=0.4}" in str(budget)
+    assert Pipeline.parse("allocate{params=0.5,merge=false,skip=a|b}").passes == (
+        Allocate(params=0.5, merge=False, skip=("a", "b")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("allocate", "give one of params, flops or latency"),
+        ("allocate{params=0.5,flops=0.5}", "got params and flops"),
+        ("allocate{latency=1}", "latency=1.0 is no fraction"),
+        ("allocate{latency=-1}", "latency=-1.0 is no fraction"),
+        ("allocate{latency=nan}", "latency=nan is no fraction"),
+        ("allocate{latency=half}", "latency=half is not a value"),
+        ("allocate{latecny=0.5}", "did you mean latency"),
+        ("refit{calibration=x}", "unknown option of refit 'calibration'"),
+        ("recalibrate{guard=maybe}", "guard=maybe is not a value"),
+    ],
+)
+def test_budgets_in_text_form_that_are_none(text, message):
+    with pytest.raises(FxlrdError, match=message) as caught:
+        Pipeline.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_ledger_has_what_a_pass_says_of_the_whole():
+    gm = capture(model(), x())
+    done = Pipeline([Calibrate(torch.randn(400, 32).double()), Allocate(params=0.8, merge=False), Decompose()])(gm)
+    assert [record.note for record in done.ledger][::2] == ["", ""]
+    assert "of params; predicted output error" in done.ledger[1].note
+    assert done.ledger[1].sites == ()
+    assert done.ledger[1].step_error == 0, "a plan changes nothing"
+    assert done.ledger[2].params <= 0.8 * done.ledger[0].params

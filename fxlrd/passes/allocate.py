@@ -104,6 +104,8 @@ class Allocate:
         skipped = self._add_layers(gm, problem, progress)
         if self.merge:
             self._add_groups(gm, problem, progress)
+        if not problem.items:
+            raise FxlrdError(_NOTHING)
         plan, note = self._within_latency(gm, problem, progress) if self.latency else self._within(gm, problem)
         leave(gm, plan)
         free = [n for n in problem.items if n not in plan.ranks and n not in problem.touched(plan.kept)]
@@ -211,8 +213,6 @@ class Allocate:
     def _within(self, gm: fx.GraphModule, problem: Problem) -> tuple[Plan, str]:
         """Return the best plan for a budget of parameters or FLOPs."""
         total = cost.params(gm) if self.params else cost.flops(gm)
-        if not problem.items:
-            raise FxlrdError(_NOTHING)
         if not total:
             raise FxlrdError("allocate: the model's FLOPs are not known: give example inputs")
         fixed = total - problem.original()
@@ -324,10 +324,11 @@ class Problem:
     def best(self, budget: float) -> Plan | None:
         """Return the plan of the least predicted error within the budget, or None if there is none."""
         plans = [plan for state in self._states() if (plan := self._filled(state, budget)) is not None]
-        return min((self._topped_up(plan, budget) for plan in plans), key=self.error, default=None)
+        plan = min((self._topped_up(plan, budget) for plan in plans), key=self.error, default=None)
+        return None if plan is None else self._improved(plan, budget)
 
     def _topped_up(self, plan: Plan, budget: float) -> Plan:
-        """Keep more channels of merged groups with what is left of the budget: between two λ there may be much."""
+        """Keep more channels of the merged groups with what is left of the budget, all else as it is."""
         while True:
             more = [
                 Plan(plan.ranks, {**plan.kept, group: count})
@@ -339,6 +340,21 @@ class Problem:
             if not fits:
                 return plan
             plan = min(fits, key=self.error)
+
+    def _improved(self, plan: Plan, budget: float) -> Plan:
+        """Move one group at a time to its next number of channels while that pays: between two λ much may be left."""
+        before = None
+        while before is not plan:
+            before = plan
+            for group, merging in self.groups.items():
+                counts = [*sorted(merging.options), None]
+                at = counts.index(plan.kept.get(group))
+                for count in counts[max(0, at - 1) : at + 2]:
+                    kept = {g: r for g, r in plan.kept.items() if g != group}
+                    trial = self._filled(kept if count is None else {**kept, group: count}, budget)
+                    if trial is not None and self.error(trial) < self.error(plan):
+                        plan = trial
+        return plan
 
     def _whole(self, name: str) -> float:
         return self.items[name][-1].cost  # the original is last

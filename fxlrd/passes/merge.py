@@ -52,6 +52,7 @@ from fxlrd.errors import FxlrdError, unknown
 from fxlrd.factor.tucker import tucker2
 from fxlrd.graph import (
     FACTORS,
+    KEPT,
     KEY,
     SEEN,
     Provenance,
@@ -122,8 +123,8 @@ class Merge:
         plan = planned(gm) if self.ranks is None and self.mode == "interpolative" else None
         if plan is not None:
             result = changed(self, ranks=dict(plan.kept), snap=False)(gm, progress)
-            skipped = (changed(s, reason=PLANNED if s.reason == UNNAMED else s.reason) for s in result.skipped)
-            return changed(result, skipped=tuple(skipped))
+            left = (changed(s, reason=PLANNED if s.reason == UNNAMED else s.reason) for s in result.skipped)
+            return changed(result, skipped=tuple(left))
         gm = fork(gm)
         annotate(gm)
         self._check_named(gm)
@@ -363,6 +364,7 @@ def _cut(gm: fx.GraphModule, whole: Group, rank: int) -> float:
         if (saw := node.meta.get(SEEN)) is not None and saw.matters is not None:
             node.meta[SEEN] = changed(saw, matters=saw.matters[kept][:, kept])
         _swap(gm, node, keep_outputs(gm.get_submodule(str(node.target)), kept), (None, rank), max(errors))
+        node.meta[KEPT] = kept if KEPT not in node.meta else node.meta[KEPT][kept]
     return max(errors)
 
 

@@ -24,6 +24,7 @@ from fxlrd.passes.result import PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+ONE_VALUE = "a batch of one input has no variance: give larger batches"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ class Recalibrate:
                 norms[name] = copy.deepcopy(module)
                 gm.set_submodule(name, norms[name])
         if norms:
-            _estimate(gm, list(norms.values()), progress(as_batches(self.calibration), "recalibrate"))
+            reason = _estimate(gm, list(norms.values()), progress(as_batches(self.calibration), "recalibrate"))
+            if reason is not None:
+                skipped += [Skip(_origin(gm, name), reason) for name in norms]
+                gm, norms = fork(before), {}
         note = ""
         aside = held(gm) if self.guard and norms else None
         if aside is not None:
@@ -72,9 +76,12 @@ class Recalibrate:
         return PassResult(gm, sites, tuple(skipped), note)
 
 
-def _estimate(gm: fx.GraphModule, norms: list[nn.Module], batches: Any) -> None:
-    """Set the statistics of ``norms`` to the mean over the batches; momentum and counters come back."""
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+def _estimate(gm: fx.GraphModule, norms: list[nn.Module], batches: Any) -> str | None:
+    """Set the statistics of ``norms`` to the mean over the batches, or return why not.
+
+    Momentum and counters come back.
+    """
+    kept = [(norm.momentum, copy.deepcopy(norm.num_batches_tracked)) for norm in norms]
     count = 0
     with evaluating(gm), torch.no_grad():
         for norm in norms:
@@ -85,6 +92,8 @@ def _estimate(gm: fx.GraphModule, norms: list[nn.Module], batches: Any) -> None:
             try:
                 gm(*positional(gm, inputs))
             except Exception as error:
+                if "more than 1 value per channel" in str(error):
+                    return ONE_VALUE
                 raise failed(i, inputs, error) from error
             count += 1
     if not count:
@@ -94,6 +103,7 @@ def _estimate(gm: fx.GraphModule, norms: list[nn.Module], batches: Any) -> None:
         norm.num_batches_tracked = tracked
         if not bool(norm.running_var.isfinite().all()):  # type: ignore[operator]
             raise FxlrdError("recalibrate: the calibration inputs give NaN or Inf; is their scale right?")
+    return None
 
 
 def _origin(gm: fx.GraphModule, name: str) -> str:

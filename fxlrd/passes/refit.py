@@ -7,7 +7,7 @@ merged layer), and y what the original layer makes of the same input in the orig
     min ‖y − (A + Δ)·z − b‖² + ρ·‖Δ‖²       over Δ and b
 
 so that each layer also makes up for the ones before (asymmetric reconstruction, Zhang et al. 2016). Both networks run in
-step, a node at a time for all inputs: one pass through each. Approximate. Where `calibrate` held inputs out, the result
+step, a node at a time for all inputs: one pass each. Approximate. Where `calibrate` held inputs out, the result
 is kept only if it brings the outputs on those closer to the original's.
 """
 
@@ -22,7 +22,19 @@ from torch import Tensor, fx, nn
 
 from fxlrd.calibration import NOTHING, as_batches, as_inputs, failed, held, reference, split
 from fxlrd.errors import FxlrdError
-from fxlrd.graph import FACTORS, Inputs, annotate, calls, evaluating, fork, positional, provenance, source, tensors
+from fxlrd.graph import (
+    FACTORS,
+    KEPT,
+    Inputs,
+    annotate,
+    calls,
+    evaluating,
+    fork,
+    positional,
+    provenance,
+    source,
+    tensors,
+)
 from fxlrd.layers import LAYERS, kernel_area, layer, resized
 from fxlrd.moments import Moments, channel_axis, patches
 from fxlrd.passes.result import PassResult, Site, Skip
@@ -30,6 +42,9 @@ from fxlrd.progress import Progress, quiet
 
 RIDGE = 1e-3
 """ρ, relative to the mean variance of z."""
+
+ROWS = 32
+"""About so many positions for each number that an output is computed from are taken from a batch, evenly spread."""
 
 WIDEST = 2304
 """Layers that read more numbers for each output than this are left alone: the fit would take too long."""
@@ -107,9 +122,6 @@ def _why_not(gm: fx.GraphModule, name: str, last: list[fx.Node], there: list[fx.
     module = gm.get_submodule(str(last[0].target))
     if not isinstance(module, LAYERS):
         return "it is no layer"
-    known = provenance(last[0])
-    if known is not None and known.role == "merged" and known.ranks[1:] not in ((), (None,)):
-        return "some of its output channels are gone"
     if getattr(module, "groups", 1) > 1:
         return f"groups={module.groups}: only groups=1 is refitted"
     if (width := layer(module).weight[0].numel()) > WIDEST:
@@ -178,7 +190,7 @@ def _refit(
             theirs.until(there, included=True)
             ours.until(node, included=False)
             module = gm.get_submodule(str(node.target))
-            new = _solved(module, zip(ours.values(given), theirs.values(there), strict=True))
+            new = _solved(module, node.meta.get(KEPT), zip(ours.values(given), theirs.values(there), strict=True))
             if new is None:
                 failures.append(name)
             else:
@@ -186,14 +198,20 @@ def _refit(
     return failures
 
 
-def _solved(module: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.Module | None:
-    """Return the layer with the weight and bias of the least squares fit, or None where values are not finite."""
+def _solved(module: nn.Module, kept: Tensor | None, pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.Module | None:
+    """Return the layer with the weight and bias of the least squares fit, or None where values are not finite.
+
+    Pairs are what it reads and what the original layer makes, of which only the channels ``kept`` count.
+    """
     weight = layer(module).weight.detach().double().flatten(1)
     count, width = weight.shape
     seen = Moments.empty(width + count, weight.device)
     for z, y in pairs:
-        rows = y.movedim(channel_axis(module, y.dim()), -1).reshape(-1, count).double()
-        seen.add(torch.cat([_rows(module, z), rows], 1))
+        made = y.movedim(channel_axis(module, y.dim()), -1)
+        made = (made if kept is None else made[..., kept]).reshape(-1, count).double()
+        read = _rows(module, z)
+        step = max(1, len(made) // (ROWS * width)) | 1  # odd: no column of an even image is always missed
+        seen.add(torch.cat([read[::step], made[::step]], 1))
     both = seen.covariance
     if not bool(both.isfinite().all()):
         return None

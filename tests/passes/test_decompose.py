@@ -9,7 +9,8 @@ from torch import nn
 from fxlrd import FxlrdError, capture
 from fxlrd.graph import Inputs, propagate, provenance
 from fxlrd.layers import LAYERS
-from fxlrd.passes import Decompose
+from fxlrd.passes import Calibrate, Decompose
+from fxlrd.plan import Plan, leave
 
 
 def small() -> nn.Sequential:
@@ -235,3 +236,42 @@ def test_groups_have_one_form_each():
     assert [m.groups for m in result.graph_module.get_submodule("0")] == [2, 2, 2]
     full = Decompose(ranks=99)(gm).graph_module
     torch.testing.assert_close(full(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_factors_are_fitted_where_moments_are_known():
+    net, x = small().double().eval(), image().double()
+    gm = Calibrate(x)(capture(net, x)).graph_module
+    fitted, plain = Decompose()(gm), Decompose(fit=False)(gm)
+    assert all(site.note.endswith(", fitted to data") for site in fitted.sites)
+    assert not any("fitted" in site.note for site in plain.sites)
+    for result, fit in ((fitted, True), (plain, False)):
+        assert {p.fitted for n in result.graph_module.graph.nodes if (p := provenance(n)) and p.role != "original"} == {
+            fit
+        }
+    again = Decompose()(capture(net, x)).graph_module
+    assert torch.equal(plain.graph_module(x), again(x))
+
+
+def test_the_predicted_error_is_measured_on_the_calibration_inputs():
+    net, x = (
+        nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 20)).double().eval(),
+        torch.randn(500, 24).double(),
+    )
+    gm = Decompose(ranks={"2": 5})(Calibrate(x)(capture(net, x)).graph_module).graph_module
+    known = next(p for n in gm.graph.nodes if (p := provenance(n)) and p.role == "last")
+    y = net(x)
+    centred = y - y.mean(0)
+    error = ((gm(x) - y).norm() / centred.norm()).item()
+    # But for what is added to each direction (RIDGE), to which the error is relative as well.
+    assert known.error == pytest.approx(error, rel=1e-3)
+    torch.testing.assert_close(gm(x).mean(0), y.mean(0), rtol=1e-9, atol=1e-12)
+
+
+def test_a_plan_is_carried_out():
+    gm = capture(small(), image())
+    leave(gm, Plan({"3": (8, 12), "7": (5,)}))
+    result = Decompose()(gm)
+    assert [site.note for site in result.sites] == ["tucker2 at rank 8x12", "svd at rank 5"]
+    assert reasons(result) == {"0": "allocate keeps it as it is", "4": "allocate keeps it as it is"}
+    assert [site.name for site in Decompose(skip=("7",))(gm).sites] == ["3"]
+    assert [site.name for site in Decompose(ranks={"4": 6})(gm).sites] == ["4"], "ranks= comes before a plan"

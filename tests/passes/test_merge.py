@@ -14,11 +14,12 @@ import fxlrd
 from fxlrd import FxlrdError, capture, cost
 from fxlrd.compose import importance
 from fxlrd.factor.interpolative import least_squares, select
-from fxlrd.graph import Inputs, calls, fork, layers, propagate, provenance
+from fxlrd.graph import SEEN, Inputs, calls, fork, layers, propagate, provenance
 from fxlrd.latency import Timing
 from fxlrd.moments import moments
 from fxlrd.passes import Branch, Calibrate, Decompose, Freeze, Merge
 from fxlrd.passes import merge as module_under_test
+from fxlrd.plan import Plan, leave
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -910,3 +911,46 @@ def test_snap_really_times_groups_of_every_kind(name):
     result = Merge(snap=True, seconds=0.01)(gm)
     assert result.modified
     assert result.graph_module(x).shape == model(x).shape
+
+
+def test_a_plan_is_carried_out():
+    gm = calibrated(chain().double().eval(), images(8, channels=8))
+    leave(gm, Plan({}, {"0": 8, "4": 4}))
+    result, same = Merge()(gm), Merge(ranks={"0": 8, "4": 4})(gm)
+    assert names(result) == ["0", "4"]
+    x = images(8, channels=8)
+    assert torch.equal(result.graph_module(x), same.graph_module(x))
+    assert reasons(result) == {"2": "allocate keeps all its channels", "6": "allocate keeps all its channels"}
+    assert names(Merge(ranks=8)(gm)) == ["0", "2", "4"], "ranks= comes before a plan"
+    leave(gm, Plan())
+    assert not Merge().__call__(gm).modified
+    assert not Merge(snap=True)(gm).modified
+
+
+def test_a_layer_that_is_cut_on_both_sides_knows_what_its_remaining_outputs_matter():
+    """A squeeze-excitation's second layer loses outputs with the expansion, then inputs with the first one."""
+    model, x = randomised(models.mobilenet_v3_small()), images(32)
+    gm = Calibrate(x, effects=4)(capture(model, x)).graph_module
+    result = Merge(ratio=2)(gm)
+    assert {"features.4.block.0.0", "features.4.block.2.fc1"} <= set(names(result))
+    for graph in (result.graph_module, gm):  # the graph that came in keeps its own
+        (node,) = calls(graph, "features.4.block.2.fc2")
+        assert len(node.meta[SEEN].matters) == graph.get_submodule("features.4.block.2.fc2").out_channels
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_memory_format_stays(layout):
+    model = nn.Sequential(conv(8, 16), nn.ReLU(), conv(16, 16, 1), nn.ReLU(), conv(16, 16, 3), nn.ReLU(), conv(16, 4))
+    model = model.double().eval().to(memory_format=layout)
+    x = images(9, channels=8).contiguous(memory_format=layout)
+    gm = merged(model, x, ranks=8).graph_module
+    for before, after in zip(propagated(model, x), propagated(gm, x), strict=True):
+        assert after.is_contiguous(memory_format=layout) == before.is_contiguous(memory_format=layout)
+
+
+def propagated(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    found = []
+    for child in [m for m in model.modules() if isinstance(m, nn.Conv2d)]:
+        child.register_forward_hook(lambda _, __, y: found.append(y))
+    model(x)
+    return found

@@ -12,7 +12,7 @@ from fxlrd import FxlrdError, capture, compress, layer_latency
 from fxlrd.graph import Inputs, propagate, provenance
 from fxlrd.latency import Timing
 from fxlrd.layers import decomposed, ranks_text
-from fxlrd.passes import Decompose, Snap
+from fxlrd.passes import Calibrate, Decompose, Snap
 
 NOISE = 0.001
 
@@ -227,3 +227,28 @@ def test_a_cache_file_without_the_original_is_measured_anew(monkeypatch, tmp_pat
     path.write_text(json.dumps(content))
     Snap()(gm)
     assert clock.timed == first * 2
+
+
+def test_fitted_factors_stay_fitted(monkeypatch):
+    """At a moved rank they are what decompose fits at that rank."""
+    Clock(monkeypatch, staircase(16))
+    model = nn.Sequential(nn.Linear(300, 300), nn.ReLU()).double().eval()
+    x = torch.randn(700, 300).double()
+    calibrated = Calibrate(x)(capture(model, x)).graph_module
+    snapped = Snap()(Decompose(ratio=2)(calibrated).graph_module).graph_module
+    assert ranks_of(snapped)["0"] == (64,)
+    again = Decompose(ranks=64)(calibrated).graph_module
+    assert torch.equal(snapped(x), again(x))
+    plain = Snap()(Decompose(ratio=2, fit=False)(calibrated).graph_module).graph_module
+    assert torch.equal(plain(x), Decompose(ranks=64, fit=False)(calibrated).graph_module(x))
+    for gm, fitted in ((snapped, True), (plain, False)):
+        assert {provenance(n).fitted for n in gm.graph.nodes if n.target in ("0.first", "0.last")} == {fitted}
+
+
+def test_what_a_layer_was_fitted_to_survives_that_the_original_comes_back(monkeypatch):
+    Clock(monkeypatch, lambda r: 2.0)
+    model, x = nn.Sequential(nn.Linear(64, 64)).double().eval(), torch.randn(100, 64).double()
+    calibrated = Calibrate(x)(capture(model, x)).graph_module
+    back = Snap()(Decompose()(calibrated).graph_module).graph_module
+    assert torch.equal(back(x), model(x))
+    assert torch.equal(Decompose(ranks=9)(back).graph_module(x), Decompose(ranks=9)(calibrated).graph_module(x))

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fxlrd import FxlrdError, Pipeline, capture
+from fxlrd.graph import provenance
+from fxlrd.passes import Calibrate, Decompose, Merge, Refit
+from fxlrd.passes.refit import RIDGE
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 16)),
+    ).double()
+
+
+def images(batch: int = 32) -> torch.Tensor:
+    return torch.randn(batch, 3, 9, 9).double()
+
+
+def decomposed(net: nn.Module, x, ranks=3, **options):
+    return Decompose(ranks=ranks)(Calibrate(x, **options)(capture(net, x)).graph_module).graph_module
+
+
+def reasons(result) -> dict[str, str]:
+    return {skip.name: skip.reason for skip in result.skipped}
+
+
+def test_the_last_factor_is_the_least_squares_fit_on_what_reaches_it():
+    net = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)).double().eval()
+    x = torch.randn(4000, 12).double()
+    gm = decomposed(net, x)
+    result = Refit(x, inputs=4000)(gm)
+    assert [(s.name, s.exact) for s in result.sites] == [("0", False), ("2", False)]
+    after = result.graph_module
+    z = after.get_submodule("2.first")(torch.tanh(after.get_submodule("0.last")(after.get_submodule("0.first")(x))))
+    z, y = z[:3200], net(x)[:3200]  # of a single batch the last fifth is held out
+    last, centred = after.get_submodule("2.last"), z - z.mean(0)
+    rest = y - last(z)
+    # Where the gradient of the module docstring's objective is nought: E[rest·zᵀ] = ρ·Δ and E[rest] = 0.
+    change = last.weight - gm.get_submodule("2.last").weight
+    ridge = RIDGE * centred.square().mean()
+    torch.testing.assert_close(rest.mT @ centred / len(z), ridge * change, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(rest.mean(0), torch.zeros(12).double(), rtol=0, atol=1e-12)
+    assert change.norm() > 1e-3
+
+
+def test_only_the_last_factors_change_and_only_in_a_copy():
+    net, x = model().train(), images()
+    gm = decomposed(net, x)
+    before, own = copy.deepcopy(gm.state_dict()), copy.deepcopy(net.state_dict())
+    after = Refit(x)(gm).graph_module
+    assert all(torch.equal(v, before[k]) for k, v in gm.state_dict().items())
+    assert all(torch.equal(v, own[k]) for k, v in net.state_dict().items())
+    changed = {k for k, v in after.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {f"{name}.last.{part}" for name in ("3", "5", "9") for part in ("weight", "bias")}
+    assert [m.training for m in net.modules()] == [True] * len(list(net.modules()))
+
+
+def test_it_lowers_the_output_error_on_inputs_that_no_fit_saw():
+    net, x, unseen = model().eval(), images(400), images(400)
+    gm = decomposed(net, x, ranks=4)
+    after = Refit(x)(gm).graph_module
+    assert (after(unseen) - net(unseen)).norm() < (gm(unseen) - net(unseen)).norm()
+
+
+def test_full_rank_stays_what_it_is():
+    net, x = model().eval(), images(200)
+    after = Refit(x)(decomposed(net, x, ranks=99)).graph_module
+    torch.testing.assert_close(after(x), net(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["stride", "dilation", "same", "circular", "1x1"])
+def test_merged_convs_of_any_configuration_are_refitted(kind):
+    options = {
+        "stride": {"stride": 2, "padding": (1, 2)},
+        "dilation": {"dilation": 2},
+        "same": {"padding": "same"},
+        "circular": {"padding": 1, "padding_mode": "circular"},
+        "1x1": {"stride": 2, "padding": 1},
+    }[kind]
+    last = nn.Conv2d(12, 8, 1 if kind == "1x1" else 3, **options)
+    net, x = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), last).double().eval(), images()
+    gm = Merge(ranks={"0": 6})(Calibrate(x)(capture(net, x)).graph_module).graph_module
+    result = Refit(x)(gm)
+    assert [s.name for s in result.sites] == ["2"]
+    assert reasons(result) == {}
+
+    def error(g) -> float:
+        return (g(x) - net(x)).square().sum().item()
+
+    # Of the fit's own inputs a least squares fit cannot be worse; the merge was one already.
+    assert error(result.graph_module) <= error(gm) * (1 + 1e-9)
+
+
+def test_a_layer_whose_own_outputs_were_cut_is_left_alone():
+    net = nn.Sequential(*[m for _ in range(3) for m in (nn.Linear(12, 12), nn.ReLU())]).double().eval()
+    x = torch.randn(50, 12).double()
+    gm = Merge(ranks={"0": 6, "2": 6})(Calibrate(x)(capture(net, x)).graph_module).graph_module
+    result = Refit(x)(gm)
+    assert [s.name for s in result.sites] == ["4"]
+    assert reasons(result)["2"] == "some of its output channels are gone"
+
+
+def test_what_cannot_be_refitted_says_why():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.g, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, groups=2), nn.Linear(7, 7)
+
+        def forward(self, x):
+            return self.b(self.b(self.g(self.a(x).relu()).relu()).relu())
+
+    net, x = Two().double().eval(), images()
+    result = Refit(x)(decomposed(net, x, ranks={"g": 4, "b": 3}))
+    assert not result.modified
+    assert reasons(result) == {"b": "it is called more than once", "g": "groups=2: only groups=1 is refitted"}
+
+
+def test_nothing_to_refit():
+    net, x = model().eval(), images()
+    result = Refit(x)(Calibrate(x)(capture(net, x)).graph_module)
+    assert not result.modified
+    assert torch.equal(result.graph_module(x), net(x))
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_a_result_that_held_out_inputs_speak_against_is_not_kept(guard):
+    """Few inputs of a scale of their own: what fits them does not fit the others."""
+    net, x = model().eval(), images(40)
+    gm = decomposed(net, x, holdout=True)
+    result = Refit(torch.full_like(images(5), 0.3) + 1e-3 * images(5), guard=guard)(gm)
+    if guard:
+        assert not result.modified
+        assert result.note.startswith("output error on held-out inputs")
+        assert result.note.endswith(": not kept")
+        assert reasons(result)["3"] == "held-out inputs fit better as it was"
+        assert torch.equal(result.graph_module(x), gm(x))
+    else:
+        assert result.modified
+        assert result.note == ""
+
+
+def test_what_is_kept_is_better_on_held_out_inputs():
+    net, x = model().eval(), images(300)
+    gm = decomposed(net, x, holdout=True)
+    result = Refit(x)(gm)
+    assert result.modified
+    held = x[-60:]  # the last fifth of one batch
+    was, now = ((g(held) - net(held)).norm() / net(held).norm() for g in (gm, result.graph_module))
+    assert now < was
+    assert result.note == f"output error on held-out inputs {was:.3g} → {now:.3g}"
+
+
+def test_only_so_many_inputs_are_used():
+    net, x = model().eval(), images(8)
+    gm = decomposed(net, x)
+    read = [images(4) for _ in range(5)]  # one of which is held out
+    assert Refit([*read, images(4) / 0], inputs=4)(gm).modified
+
+
+def test_provenance_stays():
+    net, x = model().eval(), images()
+    after = Refit(x)(decomposed(net, x)).graph_module
+    assert {p.role for n in after.graph.nodes if (p := provenance(n)) is not None and p.name == "3"} == {
+        *("first", "core", "last")
+    }
+
+
+def test_requests_that_cannot_be_met():
+    net, x = model().eval(), images(4)
+    for refit, gm, message in [
+        (Refit(), decomposed(net, x), r"^refit: no calibration inputs; give calibration="),
+        (Refit(x), Decompose(ranks=3)(capture(net, x)).graph_module, r"^refit: .* run calibrate before"),
+        (Refit([]), decomposed(net, x), r"^calibration: there are no inputs"),
+        (Refit(x[:, :2]), decomposed(net, x), r"^calibration: the model fails on batch 0"),
+        (Refit(x / 0), decomposed(net, x), r"^calibration: batch 0 holds NaN or Inf"),
+    ]:
+        with pytest.raises(FxlrdError, match=message) as error:
+            refit(gm)
+        assert "\n" not in str(error.value)
+
+
+def test_text_form():
+    assert str(Pipeline.parse("refit{inputs=64,guard=false}")) == "refit{inputs=64,guard=false}"
+    assert str(Pipeline([Refit(images())])) == "refit"
