@@ -6,9 +6,9 @@ merged layer), and y what the original layer makes of the same input in the orig
 
     min ‖y − (A + Δ)·z − b‖² + ρ·‖Δ‖²       over Δ and b
 
-so that each layer also makes up for the ones before (asymmetric reconstruction, Zhang et al. 2016). Both networks run in
-step, a node at a time for all inputs: one pass each. Approximate. Where `calibrate` held inputs out, the result
-is kept only if it brings the outputs on those closer to the original's.
+so that each layer also makes up for the ones before (asymmetric reconstruction, Zhang et al. 2016). Both networks run
+in step, a node at a time for all inputs: one pass each. Approximate. Where `calibrate` held inputs out, the result is
+kept only if it brings the outputs on those closer to the original's.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ from fxlrd.progress import Progress, quiet
 RIDGE = 1e-3
 """ρ, relative to the mean variance of z."""
 
-ROWS = 32
-"""About so many positions for each number that an output is computed from are taken from a batch, evenly spread."""
+ROWS, FEW = 32, 16384
+"""Positions of a batch that are fitted to: all of up to FEW, of more about ROWS for each number that an output is
+computed from, evenly spread."""
 
 WIDEST = 2304
 """Layers that read more numbers for each output than this are left alone: the fit would take too long."""
@@ -210,7 +211,7 @@ def _solved(module: nn.Module, kept: Tensor | None, pairs: Iterable[tuple[Tensor
         made = y.movedim(channel_axis(module, y.dim()), -1)
         made = (made if kept is None else made[..., kept]).reshape(-1, count).double()
         read = _rows(module, z)
-        step = max(1, len(made) // (ROWS * width)) | 1  # odd: no column of an even image is always missed
+        step = max(1, len(made) // max(ROWS * width, FEW)) | 1  # odd: no column of an even image is always missed
         seen.add(torch.cat([read[::step], made[::step]], 1))
     both = seen.covariance
     if not bool(both.isfinite().all()):
