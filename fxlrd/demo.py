@@ -46,15 +46,15 @@ def run(share: float = SHARE, progress: bool = True) -> str:
     calibrated = Calibrate(calibration=batches, outputs=False, effects=256)(original).graph_module
     lrd = _ratio(share, lambda ratio: Decompose(ratio=ratio)(original).graph_module, original)
     merged = _ratio(share, lambda ratio: Merge(ratio=ratio)(calibrated).graph_module, original)
+    fitted = "calibrate{outputs=false,effects=256,holdout=true}"
     ways: list[tuple[str, dict[str, Any]]] = [
         ("lrd", {"pipeline": f"decompose{{ratio={lrd}}}"}),
         ("ranks", {"pipeline": f"decompose{{ratio={lrd}}},snap"}),
         (
             "merge",
-            {"pipeline": f"calibrate{{outputs=false,effects=256}},merge{{ratio={merged}}}", "calibration": batches},
+            {"pipeline": f"{fitted},merge{{ratio={merged}}},refit,recalibrate", "calibration": batches},
         ),
-        (f"auto, params={share:g}", {"budget": Budget(params=share), "calibration": batches}),
-        ("auto, latency=0.6", {"budget": Budget(latency=0.6), "calibration": batches}),
+        ("auto", {"budget": Budget(params=share), "calibration": batches}),
     ]
     rows = [_row("original", model, batches, test)]
     for name, options in show(ways, "presets"):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fxlrd import FxlrdError, Pipeline, capture
-from fxlrd.graph import provenance
+from fxlrd.graph import KEPT, provenance
 from fxlrd.passes import Calibrate, Decompose, Merge, Refit
 from fxlrd.passes.refit import RIDGE
 
@@ -98,13 +98,20 @@ def test_merged_convs_of_any_configuration_are_refitted(kind):
     assert error(result.graph_module) <= error(gm) * (1 + 1e-9)
 
 
-def test_a_layer_whose_own_outputs_were_cut_is_left_alone():
+def test_a_layer_whose_own_outputs_were_cut_is_refitted_to_those_that_it_keeps():
     net = nn.Sequential(*[m for _ in range(3) for m in (nn.Linear(12, 12), nn.ReLU())]).double().eval()
     x = torch.randn(50, 12).double()
     gm = Merge(ranks={"0": 6, "2": 6})(Calibrate(x)(capture(net, x)).graph_module).graph_module
+    (node,) = gm.graph.find_nodes(op="call_module", target="2")
     result = Refit(x)(gm)
-    assert [s.name for s in result.sites] == ["4"]
-    assert reasons(result)["2"] == "some of its output channels are gone"
+    assert [s.name for s in result.sites] == ["2", "4"]
+    read = result.graph_module.get_submodule("0")(x).relu()[:40]  # of a single batch the last fifth is held out
+    wanted = net[:3](x)[:40, node.meta[KEPT]]
+
+    def error(module) -> float:
+        return (module(read) - wanted).square().sum().item()
+
+    assert error(result.graph_module.get_submodule("2")) < error(gm.get_submodule("2"))
 
 
 def test_what_cannot_be_refitted_says_why():
