@@ -20,6 +20,8 @@ SECTIONS = {
     "throughput": [{}, KEEP_MEMORY],
     "training": [{}, KEEP_MEMORY],
     "branches": [{}],
+    "trained": [{}],
+    "frontier": [{}],
 }
 
 

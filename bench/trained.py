@@ -1,6 +1,6 @@
-"""Fidelity on a trained network: the bottleneck ResNet of bench/fashion.py, without any fine-tuning.
+"""Fidelity of single passes on the embedded trained network (fxlrd/fashion.py), without any fine-tuning.
 
-``python -m bench.trained CHECKPOINT``: the energy that `branch` keeps in the cores of its Tucker forms, with and
+``python -m bench.trained``: the energy that `branch` keeps in the cores of its Tucker forms, with and
 without rotation, and seconds a layer; and the accuracy on the 10,000 test images after each pass, with BatchNorm
 statistics as trained.
 """
@@ -8,21 +8,18 @@ statistics as trained.
 from __future__ import annotations
 
 import re
-import sys
 import time
 
 import torch
 from tabulate import tabulate
 
-from bench.fashion import accuracy, load, network
-from fxlrd import capture, compress
+from bench.fashion import accuracy, load
+from fxlrd import capture, compress, fashion
 from fxlrd.passes import Branch, Decompose
 
 
 def main() -> None:
-    model = network()
-    model.load_state_dict(torch.load(sys.argv[1], weights_only=True))
-    model.eval()
+    model = fashion.trained()
     images, _ = load(train=True)
     test = load(train=False)
     x = test[0][:8]
