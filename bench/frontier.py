@@ -102,7 +102,7 @@ class Bench:
         generator = torch.Generator().manual_seed(0)
         self.calibration = list(images[torch.randperm(len(images), generator=generator)[:1024]].split(128))
         self.loader = Batches(images, labels, count=arguments.quick)
-        self.epochs, self.lr, self.bf16 = arguments.finetune, arguments.lr, arguments.bf16
+        self.epochs, self.lr = arguments.finetune, arguments.lr
         self.test = tuple(t[: arguments.images] for t in load(train=False))
         self.x = self.test[0][:BATCH].contiguous(memory_format=torch.channels_last)
         self.original = capture(self.model, self.x)
@@ -122,8 +122,7 @@ class Bench:
     def tuned(self, model: nn.Module) -> float:
         """Return the accuracy after fine-tuning a copy."""
         model = copy.deepcopy(model)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            finetune(model, self.loader, epochs=self.epochs, lr=self.lr, teacher=self.model)
+        finetune(model, self.loader, epochs=self.epochs, lr=self.lr, teacher=self.model)
         return self.right(model)
 
     def timed(self, model: nn.Module) -> Timing:
@@ -325,7 +324,6 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="write the frontier as a PNG")
     parser.add_argument("--finetune", type=int, default=0, metavar="EPOCHS")
     parser.add_argument("--lr", type=float, default=0.005, help="peak learning rate of fine-tuning, for all alike")
-    parser.add_argument("--bf16", action="store_true", help="fine-tune under autocast: faster where the CPU has AMX")
     parser.add_argument("--table", choices=("drops", "frontier"), help="only this one")
     parser.add_argument("--methods", default=",".join(SETTINGS), help="of the frontier, as auto,pruning")
     parser.add_argument("--images", type=int, default=10000, help="to try it out: on so many test images")

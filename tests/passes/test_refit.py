@@ -98,20 +98,20 @@ def test_merged_convs_of_any_configuration_are_refitted(kind):
     assert error(result.graph_module) <= error(gm) * (1 + 1e-9)
 
 
-def test_a_layer_whose_own_outputs_were_cut_is_refitted_to_those_that_it_keeps():
+def test_a_layer_that_is_cut_on_both_sides_is_fitted_to_the_channels_it_keeps():
     net = nn.Sequential(*[m for _ in range(3) for m in (nn.Linear(12, 12), nn.ReLU())]).double().eval()
-    x = torch.randn(50, 12).double()
-    gm = Merge(ranks={"0": 6, "2": 6})(Calibrate(x)(capture(net, x)).graph_module).graph_module
-    (node,) = gm.graph.find_nodes(op="call_module", target="2")
+    x = torch.randn(500, 12).double()
+    gm = Merge(ranks={"0": 6, "2": 7})(Calibrate(x)(capture(net, x)).graph_module).graph_module
     result = Refit(x)(gm)
     assert [s.name for s in result.sites] == ["2", "4"]
-    read = result.graph_module.get_submodule("0")(x).relu()[:40]  # of a single batch the last fifth is held out
-    wanted = net[:3](x)[:40, node.meta[KEPT]]
-
-    def error(module) -> float:
-        return (module(read) - wanted).square().sum().item()
-
-    assert error(result.graph_module.get_submodule("2")) < error(gm.get_submodule("2"))
+    after, fit = result.graph_module, x[:400]
+    kept = calls(gm, "2")[0].meta[KEPT]
+    assert after.get_submodule("2").weight.shape == (7, 6)
+    z, y = after.get_submodule("0")(fit).relu(), net[:3](fit)[:, kept]
+    rest, centred = y - after.get_submodule("2")(z), z - z.mean(0)
+    change = after.get_submodule("2").weight - gm.get_submodule("2").weight
+    ridge = RIDGE * centred.square().mean()
+    torch.testing.assert_close(rest.mT @ centred / len(z), ridge * change, rtol=1e-9, atol=1e-12)
 
 
 def test_what_cannot_be_refitted_says_why():
