@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.graph import calls, layers
+from fxlrd.layers import op
 
 ELEMENTWISE_MODULES: tuple[type[nn.Module], ...] = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
@@ -44,6 +45,10 @@ POOLING_FUNCTIONS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adapti
 PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply}
 SUMS = {operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub}
 ARITHMETIC = PRODUCTS | SUMS | {operator.truediv, operator.itruediv, torch.div}
+
+
+MERGED = (nn.Conv2d, nn.Linear)
+"""The layers whose channels are cut."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,7 @@ class _Walk:
         return isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
 
     def _take_producer(self, node: fx.Node, module: nn.Module) -> None:
+        self._check_type(node, module)
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             raise _Mixes(f"{node.target} has groups={module.groups}: its outputs cannot be cut one by one")
         if _out_channels(module) != self.found.channels or isinstance(module, nn.Linear) != self.linear:
@@ -226,6 +232,7 @@ class _Walk:
             self.found.producers.append(node)
 
     def _take_consumer(self, node: fx.Node, seen: fx.Node, module: nn.Module, block: int) -> None:
+        self._check_type(node, module)
         conv = isinstance(module, nn.Conv2d)
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             raise _Mixes(f"{node.target} reads it with groups={module.groups}")
@@ -238,6 +245,10 @@ class _Walk:
         self._check(node)
         if node not in self.found.through:
             self.found.through.append(node)
+
+    def _check_type(self, node: fx.Node, module: nn.Module) -> None:
+        if not isinstance(module, MERGED):
+            raise _Mixes(f"{node.target} is a {op(module)}: only Conv2d and Linear layers are merged")
 
     def _check(self, node: fx.Node) -> None:
         target = str(node.target)

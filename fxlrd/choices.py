@@ -24,7 +24,20 @@ from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.factor.basis import left_basis
 from fxlrd.graph import source
-from fxlrd.layers import Fit, Ranks, channels, form, kernel_area, layer, parameters, ranks_for_ratio, roots
+from fxlrd.layers import (
+    TRANSPOSED,
+    Fit,
+    Ranks,
+    channel_axis,
+    channels,
+    form,
+    kernel_area,
+    layer,
+    parameters,
+    ranks_for_ratio,
+    roots,
+    weight_blocks,
+)
 
 _STEPS = 16
 """Ranks that are tried along each mode of a Tucker-2 form, at most; twice as many for an SVD."""
@@ -46,8 +59,8 @@ class Curve:
     """The predicted error of one layer at any ranks, from one factorisation."""
 
     def __init__(self, module: nn.Module, fit: Fit | None) -> None:
-        whole = layer(module).weight.detach().double()
-        weight = whole.reshape(channels(module)[2], -1, whole.shape[1], kernel_area(module))
+        weight = weight_blocks(module).double()
+        weight = weight.reshape(*weight.shape[:3], kernel_area(module))
         if fit is not None:
             reads, matters = roots(module, fit)
             weight = torch.einsum("gsck,gcd->gsdk", weight, reads.root)
@@ -115,16 +128,17 @@ def flops(node: fx.Node, module: nn.Module, ranks: Ranks | None) -> int:
     """Return the FLOPs of one call of the layer in a form (2 × multiply-adds), for the shapes on the nodes."""
     weight = layer(module).weight
     made = _positions(node, module)
-    if ranks is None:
-        return 2 * made * weight.numel()
-    if form(module) == "svd":
-        return 2 * made * parameters(module, ranks)
-    c_in, c_out, groups = channels(module)
-    r1, r2 = ranks
     given = source(node)
     read = _positions(given, module) if given is not None else made
+    applied = read if isinstance(module, TRANSPOSED) else made  # where the kernel is
+    if ranks is None:
+        return 2 * applied * weight.numel()
+    if form(module) == "svd":
+        return 2 * applied * parameters(module, ranks)
+    c_in, c_out, groups = channels(module)
+    r1, r2 = ranks
     core = (r1 or c_in) * (r2 or c_out) * kernel_area(module)
-    return 2 * groups * (read * c_in * (r1 or 0) + made * (core + c_out * (r2 or 0)))
+    return 2 * groups * (read * c_in * (r1 or 0) + applied * core + made * c_out * (r2 or 0))
 
 
 def _positions(node: fx.Node, module: nn.Module) -> int:
@@ -132,7 +146,7 @@ def _positions(node: fx.Node, module: nn.Module) -> int:
     meta = node.meta.get("tensor_meta")
     if not isinstance(meta, TensorMetadata):
         return 1
-    axis = len(meta.shape) - (1 if isinstance(module, nn.Linear) else 3)
+    axis = channel_axis(module, len(meta.shape))
     return math.prod(s for i, s in enumerate(meta.shape) if i != axis)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxlrd.graph import Inputs, evaluating, layers, positional, tensors
+from fxlrd.layers import channel_axis
 
 PROBES = 2
 """Backward passes for each batch, with other random signs."""
@@ -89,7 +90,7 @@ class _Watch(fx.Interpreter):
         module = self.layers.get(str(n.target)) if n.op == "call_module" else None
         if module is None or not isinstance(value, Tensor):
             return value
-        axis = value.dim() - (1 if isinstance(module, nn.Linear) else 3)
+        axis = channel_axis(module, value.dim())
         value = value + self.root.to(value)
         value.register_hook(lambda g: self._take(n, g.detach().movedim(axis, -1)))
         return value

@@ -23,7 +23,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fxlrd.errors import FxlrdError, VerificationError, one_line, unknown
-from fxlrd.layers import LAYERS
+from fxlrd.layers import LAYERS, Conv
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -252,7 +252,7 @@ def matches(name: str, patterns: Sequence[str]) -> str | None:
 
 def is_stem(gm: fx.GraphModule, name: str, module: nn.Module) -> bool:
     """Whether the layer is a conv that reads the model's input, of at most four channels, with no layer before."""
-    if not isinstance(module, nn.Conv2d) or module.in_channels > _STEM_CHANNELS:
+    if not isinstance(module, Conv) or module.in_channels > _STEM_CHANNELS:
         return False
     found = layers(gm)
     return all(not _reads_layer(source(call), found) for call in calls(gm, name))

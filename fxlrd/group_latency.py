@@ -10,9 +10,8 @@ from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.channels import Group
 from fxlrd.graph import source
-from fxlrd.latency import Cache, Setting, Timing, compare, compiled, example, signature
-from fxlrd.layers import LAYERS, layer, resized
-from fxlrd.moments import channel_axis
+from fxlrd.latency import Cache, Setting, Timing, compare, compiled, example, layout, signature
+from fxlrd.layers import LAYERS, Layer, channel_axis, layer, resized
 
 
 def time_group(
@@ -31,7 +30,7 @@ def time_group(
     texts = []
     for node, _ in parts:
         module, meta = layer(gm.get_submodule(str(node.target))), _input(node)
-        texts.append(signature(module, tuple(_shape(module, meta)), meta.dtype, _layout(meta)))
+        texts.append(signature(module, tuple(_shape(module, meta)), meta.dtype, layout(meta)))
     device = next(gm.get_submodule(str(whole.producers[0].target)).parameters()).device
     setting, key = Setting.here(device, under_inductor), "merged: " + " + ".join(texts)
     cache = Cache() if cached else None
@@ -62,7 +61,7 @@ def _cut(gm: fx.GraphModule, node: fx.Node, how: str | int, rank: int) -> tuple[
         shape[channel_axis(module, len(shape))] = rank if how == "both" else width
     arbitrary = torch.full((count, width, *weight.shape[2:]), 1e-2, dtype=weight.dtype, device=weight.device)
     bias = None if module.bias is None else arbitrary.flatten(1)[:, 0]
-    x = example(tuple(shape), meta.dtype, _layout(meta), weight.device)
+    x = example(tuple(shape), meta.dtype, layout(meta), weight.device)
     return resized(module, arbitrary, bias, groups).eval(), x
 
 
@@ -78,12 +77,8 @@ def _input(node: fx.Node) -> TensorMetadata:
     return meta
 
 
-def _shape(module: nn.Conv2d | nn.Linear, meta: TensorMetadata) -> list[int]:
+def _shape(module: Layer, meta: TensorMetadata) -> list[int]:
     """Return the input's shape with the channels that the layer reads by now: groups before may have cut some."""
     shape = list(meta.shape)
     shape[channel_axis(module, len(shape))] = module.weight.shape[1] * getattr(module, "groups", 1)
     return shape
-
-
-def _layout(meta: TensorMetadata) -> str:
-    return "channels_last" if meta.memory_format == torch.channels_last else "contiguous"

@@ -12,7 +12,8 @@ from fxlrd.channels import Consumer, Group, group
 from fxlrd.compose import importance
 from fxlrd.factor.interpolative import greedy, least_squares, lost, residual, select
 from fxlrd.graph import FACTORS, SEEN, is_stem, matches, provenance
-from fxlrd.moments import LARGEST, Moments, channel_axis, moments
+from fxlrd.layers import channel_axis
+from fxlrd.moments import LARGEST, Moments, moments
 
 
 class Reader(NamedTuple):

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.files import write_whole
 
@@ -228,6 +229,12 @@ def example(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: tor
     """Return a tensor to time with; the global random state is left alone."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(shape, generator=generator).to(device=device, dtype=dtype)
-    if layout == "channels_last":
-        x = x.contiguous(memory_format=torch.channels_last)
-    return x
+    return x.contiguous(memory_format=_LAYOUTS.get(layout, torch.contiguous_format))
+
+
+_LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
+
+
+def layout(meta: TensorMetadata) -> str:
+    """Return a tensor's memory format as text."""
+    return next((name for name, known in _LAYOUTS.items() if meta.memory_format == known), "contiguous")

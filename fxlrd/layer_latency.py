@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.graph import evaluating, source
-from fxlrd.latency import Cache, Setting, Timing, compare, compiled, example, signature
+from fxlrd.latency import Cache, Setting, Timing, compare, compiled, example, layout, signature
 from fxlrd.layers import Ranks, ranks_text, skeleton
 
 ORIGINAL = "original"
@@ -39,8 +39,7 @@ def placed(node: fx.Node, original: nn.Module) -> Place | str:
     meta = given.meta.get("tensor_meta") if given is not None else None
     if not isinstance(meta, TensorMetadata):
         return "its input's shape is not known: give example inputs"
-    layout = "channels_last" if meta.memory_format == torch.channels_last else "contiguous"
-    return Place(original, tuple(meta.shape), meta.dtype, layout, next(original.parameters()).device)
+    return Place(original, tuple(meta.shape), meta.dtype, layout(meta), next(original.parameters()).device)
 
 
 def time_ranks(

@@ -3,10 +3,11 @@
     Linear, 1×1 conv   svd      first (R) → last
     k×k conv           tucker2  first (1×1, r1) → core (k×k, r2) → last (1×1)
 
-Exact, whatever the ranks, about everything but the weight: padding of any mode stays where it commutes with
-the 1×1 convs around it (``first`` has no bias, so zeros stay zeros), a 1×1 conv's stride goes to ``first``,
-where it saves the most, and the bias goes to the last factor. A grouped conv has one such form per group,
-run as grouped convs.
+and so for convs of one and three dimensions. Exact, whatever the ranks, about everything but the weight: padding of
+any mode stays where it commutes with the 1×1 convs around it (``first`` has no bias, so zeros stay zeros), a 1×1
+conv's stride goes to ``first``, where it saves the most, and the bias goes to the last factor. A grouped conv has one
+such form per group, run as grouped convs. Of a transposed conv the core is transposed or, where its kernel is 1×1,
+``last``: all before it runs at the low resolution.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from fxlrd.factor.tucker import tucker2
 from fxlrd.factor.whiten import Root, root, whitened_svd, whitened_tucker2
 from fxlrd.ranks import svd_rank, tucker1_rank, tucker2_rank
 
-LAYERS = (nn.Conv2d, nn.Linear)
+Conv = nn.modules.conv._ConvNd
+"""The common class of all convs."""
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, *CONVS, *TRANSPOSED)
+Layer = nn.Linear | Conv
 Ranks = tuple[int | None, ...]
 """(R,) of an SVD pair, (r1, r2) of a Tucker-2 form (None: that mode is not cut); per group in grouped convs."""
 
@@ -39,15 +45,29 @@ _NARROW = 16
 """Below this many channels per group a ratio that leaves no rank is a reason, not an error."""
 
 
-def layer(module: nn.Module) -> nn.Conv2d | nn.Linear:
-    """Return the module, which the caller knows to be a Conv2d or Linear, typed so."""
+def layer(module: nn.Module) -> Layer:
+    """Return the module, which the caller knows to be a conv or Linear, typed so."""
     assert isinstance(module, LAYERS)
     return module
 
 
+def _stock(module: nn.Module) -> type[Any]:
+    return next(kind for kind in LAYERS if isinstance(module, kind))
+
+
 def op(module: nn.Module) -> str:
-    """Return the layer's stock type name: Conv2d or Linear, also for a subclass."""
-    return "Linear" if isinstance(module, nn.Linear) else "Conv2d"
+    """Return the layer's stock type name, such as Conv2d or Linear, also for a subclass."""
+    return _stock(module).__name__
+
+
+def spatial_dims(module: nn.Module) -> int:
+    """Return how many dimensions the kernel has: 2 for a Conv2d, 0 for a Linear."""
+    return layer(module).weight.dim() - 2
+
+
+def channel_axis(module: nn.Module, dims: int) -> int:
+    """Return the axis of a layer's channels in an input or output with ``dims`` dimensions."""
+    return dims - 1 - spatial_dims(module)
 
 
 def form(module: nn.Module) -> str:
@@ -59,7 +79,7 @@ def channels(module: nn.Module) -> tuple[int, int, int]:
     """Return (input channels per group, output channels per group, groups)."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features, 1
-    assert isinstance(module, nn.Conv2d)
+    assert isinstance(module, Conv)
     return module.in_channels // module.groups, module.out_channels // module.groups, module.groups
 
 
@@ -177,7 +197,7 @@ def decomposed(module: nn.Module, ranks: Ranks, sweeps: int = 1, fit: Fit | None
     """
     if fit is not None and ranks != full_ranks(module):
         return _fitted(layer(module), ranks, fit)
-    weight = _blocks(layer(module))
+    weight = weight_blocks(module)
     if form(module) == "svd":
         (rank,) = ranks
         assert rank is not None
@@ -189,8 +209,8 @@ def decomposed(module: nn.Module, ranks: Ranks, sweeps: int = 1, fit: Fit | None
     return _assemble(layer(module), ranks, factors), triple.error
 
 
-def _fitted(module: nn.Conv2d | nn.Linear, ranks: Ranks, fit: Fit) -> tuple[nn.Sequential, float]:
-    weight = _blocks(module)
+def _fitted(module: Layer, ranks: Ranks, fit: Fit) -> tuple[nn.Sequential, float]:
+    weight = weight_blocks(module)
     reads, matters = roots(module, fit)
     if form(module) == "svd":
         (rank,) = ranks
@@ -212,7 +232,10 @@ def _fitted(module: nn.Conv2d | nn.Linear, ranks: Ranks, fit: Fit) -> tuple[nn.S
     if fit.patch_mean is not None:
         bias = lost.flatten(2) @ fit.patch_mean
     else:
-        bias = (lost.reshape(*lost.shape[:3], -1).sum(3) @ fit.mean.unflatten(0, (len(weight), -1))[..., None])[..., 0]
+        taps = lost.reshape(*lost.shape[:3], -1).sum(3)
+        if isinstance(module, Conv) and module.transposed:
+            taps = taps / math.prod(module.stride)  # the share of the kernel that an output meets, on average
+        bias = (taps @ fit.mean.unflatten(0, (len(weight), -1))[..., None])[..., 0]
     bias = bias.flatten() if module.bias is None else bias.flatten() + module.bias.detach().double()
     return _assemble(module, ranks, factors, bias), error
 
@@ -245,14 +268,12 @@ def resized(module: nn.Module, weight: Tensor, bias: Tensor | None, groups: int 
     The weights are cast to the module's dtype and memory format. ``groups`` defaults to the module's.
     """
     like = layer(module)
-    new: nn.Conv2d | nn.Linear
+    new: Layer
     if isinstance(like, nn.Linear):
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     else:
-        groups = groups or like.groups
-        options = {"stride": like.stride, "padding": like.padding, "dilation": like.dilation}
-        factor = weight.unflatten(0, (groups, -1))
-        new = _conv(factor, like.kernel_size, groups, bias is not None, {**options, "padding_mode": like.padding_mode})
+        factor = _as_blocks(weight, groups or like.groups, like.transposed)
+        new = _conv(_stock(like), factor, bias is not None, _options(like))
     _fill(new, weight, like)
     if bias is not None:
         new.bias = nn.Parameter(bias.to(like.weight.dtype), like.weight.requires_grad)
@@ -269,15 +290,28 @@ def kernel_text(module: nn.Module) -> str:
     return "×".join(str(k) for k in layer(module).weight.shape[2:]) or "1×1"
 
 
-def _blocks(module: nn.Conv2d | nn.Linear) -> Tensor:
-    """Return the weight as (groups, S/G, C/G, k…)."""
-    _, _, groups = channels(module)
-    return module.weight.detach().unflatten(0, (groups, -1))
+def weight_blocks(module: nn.Module) -> Tensor:
+    """Return the weight as (groups, S/G, C/G, k…), also that of a transposed conv."""
+    return _as_blocks(layer(module).weight.detach(), channels(module)[2], isinstance(module, TRANSPOSED))
 
 
-def _assemble(
-    module: nn.Conv2d | nn.Linear, ranks: Ranks, factors: list[Tensor], bias: Tensor | None = None
-) -> nn.Sequential:
+def from_blocks(module: nn.Module, factor: Tensor) -> Tensor:
+    """Return blocks (groups, out, in, k…) as a weight of such a layer: the inverse of `weight_blocks`."""
+    return (factor.transpose(1, 2) if isinstance(module, TRANSPOSED) else factor).flatten(0, 1)
+
+
+def _as_blocks(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    parts = weight.unflatten(0, (groups, -1))
+    return parts.transpose(1, 2) if transposed else parts  # (C, S/G, k…) is how a transposed conv keeps it
+
+
+def _options(module: Conv) -> dict[str, Any]:
+    """Return how the kernel is applied, as arguments of such a conv."""
+    names = ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
+    return {name: getattr(module, name) for name in [*names, *(["output_padding"] if module.transposed else [])]}
+
+
+def _assemble(module: Layer, ranks: Ranks, factors: list[Tensor], bias: Tensor | None = None) -> nn.Sequential:
     """Wrap factors, each (groups, out, in[, k…]), into modules that do what the layer did.
 
     ``bias`` takes the place of the layer's own.
@@ -286,52 +320,47 @@ def _assemble(
     given = module.bias.detach().clone() if bias is None and module.bias is not None else bias
     if isinstance(module, nn.Linear):
         roles = ["first", "last"]
-        parts: list[nn.Conv2d | nn.Linear] = [
+        parts: list[Layer] = [
             nn.Linear(f.shape[2], f.shape[1], bias=i == 1 and given is not None, device="meta")
             for i, f in enumerate(factors)
         ]
     else:
-        where = {
-            "stride": module.stride,
-            "padding": module.padding,
-            "dilation": module.dilation,
-            "padding_mode": module.padding_mode,
-        }
         if form(module) == "svd":
-            roles, spatial = ["first", "last"], "first"
+            roles, spatial = ["first", "last"], "last" if module.transposed else "first"
         else:
             roles = [*(["first"] if ranks[0] else []), "core", *(["last"] if ranks[1] else [])]
             spatial = "core"
         parts = []
         for role, f in zip(roles, factors, strict=True):
-            options: dict[str, Any] = where if role == spatial else {}
-            kernel = module.kernel_size if role == spatial else (1, 1)
-            parts.append(_conv(f, kernel, module.groups, role == roles[-1] and given is not None, options))
+            kind, options = (_stock(module), _options(module)) if role == spatial else _pointwise(module)
+            parts.append(_conv(kind, f, role == roles[-1] and given is not None, options))
     for part, f in zip(parts, factors, strict=True):
-        _fill(part, f, like=module)
+        _fill(part, from_blocks(part, f), like=module)
     if given is not None:
         parts[-1].bias = nn.Parameter(given.to(like.dtype), like.requires_grad)
     named: OrderedDict[str, nn.Module] = OrderedDict(zip(roles, parts, strict=True))
     return nn.Sequential(named).train(module.training)
 
 
-def _conv(factor: Tensor, kernel: tuple[int, ...], groups: int, bias: bool, options: dict[str, Any]) -> nn.Conv2d:
-    _, c_out, c_in = factor.shape[:3]
+def _pointwise(module: Conv) -> tuple[type[Any], dict[str, Any]]:
+    return CONVS[spatial_dims(module) - 1], {"kernel_size": (1,) * spatial_dims(module)}
+
+
+def _conv(kind: type[Any], factor: Tensor, bias: bool, options: dict[str, Any]) -> Conv:
+    groups, c_out, c_in = factor.shape[:3]
     # On the meta device: no memory, and the global random state stays as it was.
-    return nn.Conv2d(
-        c_in * groups,
-        c_out * groups,
-        kernel,  # type: ignore[arg-type]
-        groups=groups,
-        bias=bias,
-        device="meta",
-        **options,
-    )
+    new = kind(c_in * groups, c_out * groups, groups=groups, bias=bias, device="meta", **options)
+    assert isinstance(new, Conv)
+    return new
 
 
-def _fill(part: nn.Conv2d | nn.Linear, factor: Tensor, like: nn.Conv2d | nn.Linear) -> None:
-    weight = factor.reshape(part.weight.shape).to(like.weight.dtype)
-    channels_last = like.weight.dim() == 4 and not like.weight.is_contiguous()
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _fill(part: Layer, weight: Tensor, like: Layer) -> None:
+    weight = weight.reshape(part.weight.shape).to(like.weight.dtype)
+    given = like.weight
+    layout = torch.contiguous_format if given.is_contiguous() else _CHANNELS_LAST.get(given.dim())
     # A copy, since contiguous() leaves the strides of a 1×1 kernel, by which torch would pick channels_last.
-    weight = weight.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    weight = weight.clone(memory_format=layout or torch.contiguous_format)
     part.weight = nn.Parameter(weight, like.weight.requires_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from fxlrd.channels import flattened
 from fxlrd.effect import Effect
 from fxlrd.errors import FxlrdError
 from fxlrd.graph import MOMENTS, SEEN, Inputs, evaluating, layers, positional, source, tensors
-from fxlrd.layers import Fit, channels, kernel_area, layer
+from fxlrd.layers import CONVS, Conv, Fit, channel_axis, channels, kernel_area, spatial_dims
 
 LARGEST = 8192
 """Tensors with more channels than this are passed over: their moments would take half a gigabyte each."""
@@ -89,11 +90,6 @@ def moments(node: fx.Node, axis: int, block: int = 1) -> Moments | None:
     return found
 
 
-def channel_axis(module: nn.Module, dims: int) -> int:
-    """Return the axis of a layer's channels in an input or output with ``dims`` dimensions."""
-    return dims - 1 if isinstance(module, nn.Linear) else dims - 3
-
-
 @dataclass
 class Seen:
     """What calibration saw of a layer: moments of what it reads, of the patches that its kernel sees (channel-major,
@@ -114,7 +110,8 @@ class Seen:
 
     def fit(self, module: nn.Module) -> Fit | None:
         """Return what the layer's factors are to be fitted to, or None where its input's moments are not known."""
-        width = layer(module).weight.shape[1] * getattr(module, "groups", 1)
+        c_in, _, groups = channels(module)
+        width = c_in * groups
         if self.reads is None or len(self.reads.total) != width or not self.reads.count:
             return None
         patches = self.patches
@@ -201,7 +198,8 @@ class _Sweep(fx.Interpreter):
                 self.wanted.setdefault(node, set()).add((module, 1))
             if isinstance(module, nn.Linear) and (block := flattened(gm, given)) > 1:
                 self.wanted[given].add((module, block))
-            if kernel_area(module) > 1 and channels(module)[2] == 1 and layer(module).weight[0].numel() <= patches:
+            c_in, _, groups = channels(module)
+            if isinstance(module, CONVS) and groups == 1 and 1 < kernel_area(module) <= patches // c_in:
                 self.readers.setdefault(given, []).append(node)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -222,13 +220,9 @@ class _Sweep(fx.Interpreter):
 
     def _add_patches(self, node: fx.Node, value: Tensor) -> None:
         conv = self.layers[node]
-        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(conv, Conv)
         found = self.patches.setdefault(node, Moments.empty(conv.weight[0].numel(), value.device))
-        budget = PATCHES * len(found.total)
-        for x in (value if value.dim() == 4 else value[None]).split(8):
-            seen = patches(conv, x)
-            step = max(1, len(seen) * len(value) // max(1, len(x) * budget)) if value.dim() == 4 else 1
-            found.add(seen[:: step | 1])  # an odd step: no column of an even image is always missed
+        found.add(patches(conv, value, PATCHES * len(found.total)))
 
     def finish(self) -> None:
         """Check what was found and leave it on the nodes."""
@@ -253,21 +247,34 @@ class _Sweep(fx.Interpreter):
             node.meta[SEEN] = Seen(reads, self.patches.get(node))
 
 
-def patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return what the kernel sees of ``x`` (N×C×H×W) at each position, as rows (…, C·kh·kw), in float64."""
-    height, width = conv.kernel_size
+def spread(count: int, most: int) -> int:
+    """Return the step at which about ``most`` of ``count`` positions are taken."""
+    return max(1, count // most) | 1  # odd: no column of an even image is always missed
+
+
+def patches(conv: Conv, x: Tensor, most: int | None = None) -> Tensor:
+    """Return what the kernel sees of ``x`` at each position, as rows (…, C·K), channel-major, in float64.
+
+    ``conv`` is none that is transposed. Of positions beyond ``most``, about so many are taken, evenly spread.
+    """
+    dims = spatial_dims(conv)
     around: list[int] = []
-    for size, pad, dilation in reversed(list(zip(conv.kernel_size, _padding(conv), conv.dilation, strict=True))):
-        total = dilation * (size - 1) if pad is None else 2 * pad
+    spans = [dilation * (size - 1) for size, dilation in zip(conv.kernel_size, conv.dilation, strict=True)]
+    for span, pad in reversed(list(zip(spans, _padding(conv), strict=True))):
+        total = span if pad is None else 2 * pad
         around += [total // 2, total - total // 2]
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    x = F.pad(x.detach(), around, mode=mode).double()
-    columns = F.unfold(x, (height, width), conv.dilation, stride=conv.stride)
-    return columns.mT.reshape(-1, columns.shape[1])
+    x = F.pad((x if x.dim() == dims + 2 else x[None]).detach(), around, mode=mode)
+    for i, (span, stride, dilation) in enumerate(zip(spans, conv.stride, conv.dilation, strict=True)):
+        x = x.unfold(2 + i, span + 1, stride)[..., ::dilation]
+    windows = x.movedim(1, 1 + dims)  # N, positions…, C, k…: a view yet
+    count = math.prod(windows.shape[: 1 + dims])
+    at = torch.arange(0, count, 1 if most is None else spread(count, most), device=x.device)
+    return windows[torch.unravel_index(at, windows.shape[: 1 + dims])].flatten(1).double()
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int | None, int | None]:
-    """Return the padding on either side of height and width; None where it is to keep the size."""
+def _padding(conv: Conv) -> tuple[int | None, ...]:
+    """Return the padding on either side of each dimension; None where it is to keep the size."""
     if isinstance(conv.padding, str):
-        return (None, None) if conv.padding == "same" else (0, 0)
-    return conv.padding[0], conv.padding[1]
+        return ((None if conv.padding == "same" else 0),) * spatial_dims(conv)
+    return conv.padding

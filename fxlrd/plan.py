@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from fxlrd.channels import Group
 from fxlrd.compose import keep_channels
 from fxlrd.graph import fork, layers, refresh_shapes, replace
-from fxlrd.layers import Ranks, layer, resized, skeleton
+from fxlrd.layers import Ranks, channels, kernel_area, layer, resized, skeleton
 
 _KEY = "fxlrd.plan"
 
@@ -64,8 +64,7 @@ def sketch(gm: fx.GraphModule, plan: Plan, groups: Mapping[str, Group]) -> fx.Gr
             changed.update({f"{name}.{role}": part for role, part in parts.named_children()})
     with torch.no_grad():
         for module in changed.values():
-            weight = layer(module).weight
-            weight.fill_(1 / weight[0].numel())
+            layer(module).weight.fill_(1 / (channels(module)[0] * kernel_area(module)))
     gm.graph.lint()
     gm.recompile()
     refresh_shapes(gm)

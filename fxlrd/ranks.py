@@ -33,9 +33,9 @@ def tucker2_rank(c_in: int, c_out: int, kernel_size: int | Sequence[int], ratio:
     """Return r1 of the paper's eq. (7), floored; r2 is β·r1.
 
     Positive root of β·k²·r1² + (C + β·S)·r1 = C·S·k²/α, whose left side counts the parameters of the three
-    factors. ``kernel_size`` is k, or (kh, kw), whose product stands for k². Not clipped to C or S: a thin
-    layer may come out above its channel count. Raises FxlrdError for a ratio that is not a finite number
-    above 1 or a β that is not above 0.
+    factors. ``kernel_size`` is k of a square, or the size along each dimension, whose product stands for k². Not
+    clipped to C or S: a thin layer may come out above its channel count. Raises FxlrdError for a ratio that is not a
+    finite number above 1 or a β that is not above 0.
     """
     check_ratio(ratio)
     if not isinstance(beta, (int, float)) or not 0 < beta < math.inf:

@@ -14,32 +14,45 @@ from fxlrd.errors import FxlrdError
 from fxlrd.factor.svd import relative_error
 from fxlrd.factor.whiten import RIDGE
 from fxlrd.graph import difference
-from fxlrd.moments import Moments, Seen, channel_axis, patches
+from fxlrd.layers import channel_axis
+from fxlrd.moments import Moments, Seen, patches
 
-HEIGHT, WIDTH = 9, 7
-FORMATS = st.sampled_from([torch.contiguous_format, torch.channels_last])
+SIZES = (9, 7, 6)
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def channels_last(tensor):
+    return tensor.contiguous(memory_format=LAST.get(tensor.dim(), torch.contiguous_format))
+
+
+def each(dims, values):
+    return st.one_of(st.sampled_from([(v,) * dims for v in values]), st.tuples(*[st.sampled_from(values)] * dims))
 
 
 @st.composite
 def convs(draw):
-    kernel = draw(st.sampled_from([(1, 1), (3, 3), (1, 3), (3, 2), (2, 2)]))
-    stride = draw(st.sampled_from([1, 2, (2, 1)]))
-    padding = draw(st.sampled_from([0, 1, (0, 2), "valid"] + ["same"] * (2 if stride == 1 else 0)))
+    dims = draw(st.sampled_from([1, 2, 2, 3]))
     groups = draw(st.integers(1, 3))
+    c_in, c_out = (groups * draw(st.integers(1, 5)) for _ in range(2))
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    conv = nn.Conv2d(
-        groups * draw(st.integers(1, 5)),
-        groups * draw(st.integers(1, 5)),
-        kernel,
-        stride=stride,
-        padding=padding,
-        padding_mode=draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"])),
-        dilation=draw(st.sampled_from([1, 2, (1, 2)])),
-        groups=groups,
-        bias=draw(st.booleans()),
-        dtype=torch.float64,
-    )
-    return conv.to(memory_format=draw(FORMATS))
+    options = {
+        "kernel_size": draw(each(dims, [1, 2, 3])),
+        "stride": draw(each(dims, [1, 2])),
+        "dilation": draw(each(dims, [1, 2])),
+        "padding": draw(each(dims, [0, 1, 2])),
+    }
+    if draw(st.booleans()):
+        largest = [max(pair) for pair in zip(options["stride"], options["dilation"], strict=True)]
+        options["output_padding"] = tuple(draw(st.integers(0, top - 1)) for top in largest)
+    else:
+        words = ["valid", "same", "same"] if set(options["stride"]) == {1} else ["valid"]
+        options["padding"] = draw(st.sampled_from([options["padding"], *words]))
+        options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"]))
+    kinds = layers.TRANSPOSED if "output_padding" in options else layers.CONVS
+    conv = kinds[dims - 1](c_in, c_out, **options, groups=groups, bias=draw(st.booleans()), dtype=torch.float64)
+    if draw(st.booleans()):
+        conv.weight.data = channels_last(conv.weight.data)
+    return conv
 
 
 @st.composite
@@ -62,9 +75,8 @@ def with_ranks(draw, modules, full=False):
     return module, tuple(r if keep else None for r, keep in zip(low, kept, strict=True))
 
 
-def image(conv, memory_format=torch.contiguous_format):
-    x = torch.randn(2, conv.in_channels, HEIGHT, WIDTH, dtype=conv.weight.dtype)
-    return x.contiguous(memory_format=memory_format)
+def image(conv):
+    return torch.randn(2, conv.in_channels, *SIZES[: len(conv.kernel_size)], dtype=conv.weight.dtype)
 
 
 def assert_same_outputs(found, wanted, atol):
@@ -75,13 +87,15 @@ def rebuilt(module, form):
     """The weight that the factors stand for."""
     groups = layers.channels(module)[2]
     parts = {name: p.weight.detach().unflatten(0, (groups, -1)) for name, p in form.named_children()}
+    transposed = {name for name, p in form.named_children() if getattr(p, "transposed", False)}
+    parts = {name: w.transpose(1, 2) if name in transposed else w for name, w in parts.items()}
     parts = {name: w.reshape(*w.shape[:3], -1) for name, w in parts.items()}
     weight = parts["core"] if "core" in parts else parts["last"]
     if "first" in parts:
         weight = torch.einsum("gsrk,grck->gsck", weight, parts["first"].expand(-1, -1, -1, weight.shape[3]))
     if "core" in parts and "last" in parts:
         weight = torch.einsum("grck,gsrl->gsck", weight, parts["last"])
-    return weight.reshape(module.weight.shape)
+    return (weight.transpose(1, 2) if transposed else weight).reshape(module.weight.shape)
 
 
 def described(form):
@@ -93,12 +107,12 @@ same_padding = pytest.mark.filterwarnings("ignore:Using padding='same' with even
 
 
 @same_padding
-@settings(deadline=None, max_examples=150)
-@given(with_ranks(convs(), full=True), FORMATS)
-def test_conv_at_full_rank_gives_the_same_outputs(case, memory_format):
+@settings(deadline=None, max_examples=300)
+@given(with_ranks(convs(), full=True), st.booleans())
+def test_conv_at_full_rank_gives_the_same_outputs(case, last):
     conv, ranks = case
     form, error = layers.decomposed(conv, ranks)
-    x = image(conv, memory_format)
+    x = channels_last(image(conv)) if last else image(conv)
     assert error <= 1e-12
     assert_same_outputs(form(x), conv(x), 1e-9)
     assert_same_outputs(form(x[0]), conv(x[0]), 1e-9)
@@ -123,7 +137,7 @@ def test_form_is_the_layer_with_the_rebuilt_weight(case, sweeps):
     stand_in = copy.deepcopy(module)
     with torch.no_grad():
         stand_in.weight.copy_(rebuilt(module, form))
-    x = image(module) if isinstance(module, nn.Conv2d) else torch.randn(3, 2, module.in_features, dtype=torch.float64)
+    x = image(module) if isinstance(module, layers.Conv) else torch.randn(3, 2, module.in_features, dtype=torch.float64)
     assert_same_outputs(form(x), stand_in(x), 1e-9)
     assert error == pytest.approx(relative_error(module.weight, stand_in.weight), rel=1e-9, abs=1e-12)
 
@@ -149,6 +163,13 @@ def test_roles_and_the_place_of_stride_padding_and_bias():
     assert [name for name, _ in form.named_children()] == ["first", "last"]
     assert (form.first.stride, form.last.stride) == ((2, 2), (1, 1))
     assert [part.bias is None for part in form] == [True, False]
+    form, _ = layers.decomposed(nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1), (2, 3))
+    assert [type(part) for part in form] == [nn.Conv2d, nn.ConvTranspose2d, nn.Conv2d]
+    assert (form.core.stride, form.core.padding, form.core.output_padding) == ((2, 2), (1, 1), (1, 1))
+    assert [part.bias is None for part in form] == [True, True, False]
+    form, _ = layers.decomposed(nn.ConvTranspose1d(6, 8, 1, stride=2, output_padding=1), (2,))
+    assert [type(part) for part in form] == [nn.Conv1d, nn.ConvTranspose1d]
+    assert (form.first.stride, form.last.stride, form.last.output_padding) == ((1,), (2,), (1,))
     form, _ = layers.decomposed(nn.Conv2d(6, 8, 3), (None, 3))
     assert [name for name, _ in form.named_children()] == ["core", "last"]
     form, _ = layers.decomposed(nn.Conv2d(6, 8, 3), (2, None))
@@ -161,6 +182,10 @@ MODULES = [
     pytest.param(lambda: nn.Conv2d(8, 12, 3, groups=2), (2, None), id="grouped"),
     pytest.param(lambda: nn.Conv2d(8, 12, 1), (4,), id="conv1x1"),
     pytest.param(lambda: nn.Linear(8, 12), (4,), id="linear"),
+    pytest.param(lambda: nn.Conv1d(8, 12, 3, stride=2), (4, 5), id="conv1d"),
+    pytest.param(lambda: nn.Conv3d(8, 12, (1, 3, 3)), (None, 5), id="conv3d"),
+    pytest.param(lambda: nn.ConvTranspose2d(8, 12, 2, stride=2), (4, 5), id="transposed"),
+    pytest.param(lambda: nn.ConvTranspose1d(8, 12, 1, groups=2), (3,), id="transposed1x1"),
 ]
 
 
@@ -190,12 +215,24 @@ def test_train_flag_is_carried(make, ranks, training):
     assert {m.training for m in form.modules()} == {training}
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_memory_format_is_carried(memory_format):
-    conv = nn.Conv2d(8, 12, 3).to(memory_format=memory_format)
+@pytest.mark.parametrize(
+    ("kind", "last"),
+    [
+        (nn.Conv2d, torch.channels_last),
+        (nn.ConvTranspose2d, torch.channels_last),
+        (nn.Conv3d, torch.channels_last_3d),
+        (nn.ConvTranspose3d, torch.channels_last_3d),
+    ],
+)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_memory_format_is_carried(kind, last, is_last):
+    memory_format = last if is_last else torch.contiguous_format
+    conv = kind(8, 12, 3).to(memory_format=memory_format)
     for form in (layers.decomposed(conv, (4, 5))[0], layers.skeleton(conv, (4, 5))):
         assert all(part.weight.is_contiguous(memory_format=memory_format) for part in form)
-        assert form.core.weight.is_contiguous() == (memory_format == torch.contiguous_format)
+        assert form.core.weight.is_contiguous() != is_last
+    again = layers.resized(conv, conv.weight.detach().clone(memory_format=torch.contiguous_format), None)
+    assert again.weight.is_contiguous() != is_last
 
 
 @pytest.mark.parametrize(("make", "ranks"), MODULES)
@@ -243,6 +280,9 @@ def test_reasons_for_no_ranks(module, ratio, reason):
         # r1 of eq. (7) is above the thinner mode: only the other one is cut.
         (nn.Conv2d(128, 32, 3), 2, (44, None)),
         (nn.Conv2d(32, 128, 3), 2, (None, 44)),
+        (nn.ConvTranspose2d(32, 128, 3), 2, (None, 44)),
+        (nn.Conv3d(512, 512, (1, 3, 3)), 2, (309, 309)),
+        (nn.Conv1d(64, 256, 1), 2, (25,)),
     ],
 )
 def test_ranks_for_ratio(module, ratio, ranks):
@@ -337,6 +377,26 @@ def test_texts():
     assert layers.kernel_text(nn.Conv2d(2, 2, (3, 5))) == "3×5"
     assert layers.kernel_text(nn.Linear(2, 2)) == "1×1"
     assert (layers.op(nn.Conv2d(2, 2, 1)), layers.op(nn.Linear(2, 2))) == ("Conv2d", "Linear")
+    assert layers.kernel_text(nn.ConvTranspose1d(2, 2, 5)) == "5"
+    assert layers.op(nn.ConvTranspose1d(2, 2, 5)) == "ConvTranspose1d"
+
+
+@settings(deadline=None)
+@given(st.one_of(convs(), linears()))
+def test_a_layer_of_the_same_size_is_the_same(module):
+    bias = None if module.bias is None else module.bias.detach()
+    new = layers.resized(module, layers.from_blocks(module, layers.weight_blocks(module)), bias)
+    assert repr(new) == repr(module)
+    assert torch.equal(new.weight, module.weight)
+    assert new.weight.is_contiguous() == module.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("kind", layers.TRANSPOSED)
+def test_a_transposed_layer_takes_the_size_of_its_weight(kind):
+    like = kind(8, 12, 3, stride=2, groups=2, output_padding=1)
+    new = layers.resized(like, torch.randn(6, 5, *like.kernel_size), None, groups=3)
+    assert (new.in_channels, new.out_channels, new.groups) == (6, 15, 3)
+    assert (new.stride, new.output_padding) == (like.stride, like.output_padding)
 
 
 # -- fitted to data
@@ -347,7 +407,8 @@ def fitted_to(module, x, matters=None, by_patch=True):
     read = x.movedim(channel_axis(module, x.dim()), -1).flatten(0, -2)
     saw = Seen(Moments.empty(read.shape[1], x.device), None, matters)
     saw.reads.add(read)
-    if by_patch and layers.kernel_area(module) > 1 and layers.channels(module)[2] == 1:
+    by_patch = by_patch and isinstance(module, layers.CONVS) and layers.kernel_area(module) > 1
+    if by_patch and layers.channels(module)[2] == 1:
         saw.patches = Moments.empty(module.weight[0].numel(), x.device)
         saw.patches.add(patches(module, x))
     return saw.fit(module)
@@ -359,10 +420,15 @@ def regularised(g, share):
 
 def data(module, count=8):
     """Inputs whose channels depend on each other and have means."""
-    shape = (count, 9, 8) if isinstance(module, nn.Conv2d) else (20 * count,)
-    mixed = torch.randn(shape[0], *shape[1:], module.weight.shape[1] * getattr(module, "groups", 1)).double()
+    shape = (count, *(9, 8, 5)[: layers.spatial_dims(module)]) if isinstance(module, layers.Conv) else (20 * count,)
+    mixed = torch.randn(shape[0], *shape[1:], width(module)).double()
     mixed = mixed @ torch.randn(mixed.shape[-1], mixed.shape[-1]).double() * torch.logspace(0, -1, mixed.shape[-1]) + 1
     return mixed.movedim(-1, channel_axis(module, mixed.dim())).to(module.weight.dtype).contiguous()
+
+
+def width(module):
+    c_in, _, groups = layers.channels(module)
+    return c_in * groups
 
 
 def double(make):
@@ -371,7 +437,8 @@ def double(make):
 
 def output_means(module, x):
     y = module(x).detach()
-    return y.movedim(channel_axis(module, y.dim()), -1).flatten(0, -2).mean(0)
+    made_by = module[-1] if isinstance(module, nn.Sequential) else module
+    return y.movedim(channel_axis(made_by, y.dim()), -1).flatten(0, -2).mean(0)
 
 
 FITTED = [
@@ -383,6 +450,10 @@ FITTED = [
     pytest.param(lambda: nn.Conv2d(8, 12, (3, 2), stride=2, padding=2, bias=False), (4, None), id="strided"),
     pytest.param(lambda: nn.Conv2d(8, 12, 3, padding="same", padding_mode="reflect"), (None, 3), id="reflect"),
     pytest.param(lambda: nn.Conv2d(8, 12, 3, padding=2, dilation=2, padding_mode="circular"), (2, 2), id="circular"),
+    pytest.param(lambda: nn.Conv1d(8, 12, 3, padding=1), (4, 5), id="conv1d"),
+    pytest.param(lambda: nn.Conv1d(8, 12, 3, stride=2, padding=1, padding_mode="reflect"), (4, 5), id="strided conv1d"),
+    pytest.param(lambda: nn.Conv3d(8, 12, (2, 3, 1), padding=1, dilation=(2, 1, 1)), (4, None), id="conv3d"),
+    pytest.param(lambda: nn.Conv3d(8, 12, 1), (4,), id="conv1x1x1"),
 ]
 
 
@@ -456,11 +527,69 @@ def test_the_error_is_weighted_by_what_matters(make, ranks):
     assert error == pytest.approx((size(module.weight - rebuilt(module, form)) / size(module.weight)) ** 0.5, rel=1e-9)
 
 
-@pytest.mark.parametrize(("make", "ranks"), FITTED)
+TRANSPOSED = [
+    pytest.param(lambda: nn.ConvTranspose2d(8, 12, 2, stride=2), (4, 5), id="up"),
+    pytest.param(lambda: nn.ConvTranspose2d(8, 12, 2, stride=2, groups=2, bias=False), (2, None), id="grouped"),
+    pytest.param(lambda: nn.ConvTranspose2d(8, 12, (1, 2), stride=(1, 2)), (None, 5), id="one side"),
+    pytest.param(lambda: nn.ConvTranspose1d(8, 12, 1), (4,), id="up1d"),
+    pytest.param(lambda: nn.ConvTranspose3d(8, 12, 1, stride=(1, 2, 3), output_padding=(0, 1, 2)), (4,), id="apart"),
+]
+"""No output is reached by two taps: what is predicted from channels alone is exact then."""
+
+
+@pytest.mark.parametrize(("make", "ranks"), TRANSPOSED)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_transposed_conv_is_fitted_to_what_each_output_sees(make, ranks, weighted):
+    module = double(make)
+    x = data(module)
+    matters = torch.randn(12, 40).double().cov() if weighted else None
+    form, error = layers.decomposed(module, ranks, fit=fitted_to(module, x, matters))
+    torch.testing.assert_close(output_means(form, x), output_means(module, x), rtol=0, atol=1e-10)
+    plain, worse = layers.decomposed(module, ranks)
+    assert (output_means(plain, x) - output_means(module, x)).abs().max() > 1e-3
+    if weighted:
+        return
+    # About the mean of what is read, so that every tap's own mean is out of it; the ridge is a share of that.
+    fit = fitted_to(module, x)
+    axis = channel_axis(module, x.dim())
+    centred = x - fit.mean.view(-1, *[1] * (x.dim() - axis - 1))
+    groups = layers.channels(module)[2]
+    variance = fit.second.diagonal().unflatten(0, (groups, -1)).mean(1) * (RIDGE + fit.ridge)
+    without = torch.zeros(12).double()
+
+    def size(weight):
+        with torch.no_grad():
+            stand_in = copy.deepcopy(module)
+            stand_in.weight.copy_(weight)
+            stand_in.bias = nn.Parameter(without)
+            added = (
+                weight.unflatten(0, (groups, -1)).flatten(1).square().sum(1) @ variance * (x.numel() / width(module))
+            )
+            return stand_in(centred).square().sum() + added
+
+    weight = module.weight.detach()
+    found = (size(weight - rebuilt(module, form)) / size(weight)).sqrt().item()
+    assert error == pytest.approx(found, rel=1e-8)
+    assert found < (size(weight - rebuilt(module, plain)) / size(weight)).sqrt()
+    assert worse > 0
+
+
+def test_where_taps_overlap_a_transposed_conv_keeps_the_mean_all_the_same():
+    # As many positions are made as read times the stride: each input reaches all of the kernel.
+    conv = nn.ConvTranspose2d(6, 8, 3, stride=2, padding_mode="zeros").double()
+    x = nn.functional.pad(data(conv, 64) - 1, (1, 1, 1, 1))  # nothing is cut off that is not zero
+    form, _ = layers.decomposed(conv, (3, 4), fit=fitted_to(conv, x))
+    made, lost = conv(x), (form(x) - conv(x)).detach()
+    scale = x[0, 0].numel() * 4 / made[0, 0].numel()
+    added = form.last.bias.detach() - conv.bias.detach()
+    torch.testing.assert_close(lost.mean((0, 2, 3)), added * (1 - scale), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("make", "ranks"), [*FITTED, *TRANSPOSED])
 def test_at_full_rank_a_fit_changes_nothing(make, ranks):
     module = double(make)
     full, x = layers.full_ranks(module), data(module)
-    fit = fitted_to(module, x, torch.eye(len(module.weight)).double())
+    fit = fitted_to(module, x, torch.eye(module(x).shape[channel_axis(module, x.dim())]).double())
     form, error = layers.decomposed(module, full, fit=fit)
     assert described(form) == described(layers.decomposed(module, full)[0])
     assert error <= 1e-12
@@ -476,14 +605,16 @@ def test_one_mode_alone_at_full_rank_loses_nothing(ranks):
     assert_same_outputs(form(x), conv(x), 1e-7)
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
 @pytest.mark.parametrize(("kernel", "ranks"), [(1, (2,)), (3, (2, 3)), ((1, 3), (None, 2))])
-def test_each_group_is_fitted_alone(kernel, ranks):
-    conv = nn.Conv2d(8, 12, kernel, groups=2).double()
+def test_each_group_is_fitted_alone(kind, kernel, ranks):
+    conv = kind(8, 12, kernel, groups=2).double()
     x, matters = data(conv), torch.randn(12, 40).double().cov()
     form, _ = layers.decomposed(conv, ranks, fit=fitted_to(conv, x, matters))
     for ins, outs in ((slice(4), slice(6)), (slice(4, 8), slice(6, 12))):
-        alone = nn.Conv2d(4, 6, kernel).double()
-        alone.weight.data, alone.bias.data = conv.weight[outs].detach(), conv.bias[outs].detach()
+        alone = kind(4, 6, kernel).double()
+        alone.weight.data = conv.weight.detach()[ins if alone.transposed else outs]
+        alone.bias.data = conv.bias.detach()[outs]
         fit = fitted_to(alone, x[:, ins], matters[outs, outs], by_patch=False)
         wanted, _ = layers.decomposed(alone, ranks, fit=fit)
         assert_same_outputs(form(x)[:, outs], wanted(x[:, ins]), 1e-9)
@@ -514,13 +645,14 @@ POOR = {
 
 
 @pytest.mark.parametrize("poor", POOR)
-@pytest.mark.parametrize(("make", "ranks"), FITTED)
+@pytest.mark.parametrize(("make", "ranks"), [*FITTED, *TRANSPOSED])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("matters", [None, 0.0, 1.0])
 def test_poor_data_give_a_form_that_is_fit_for_use(poor, make, ranks, dtype, matters):
     module = make().to(dtype)
     x = data(module)
-    gamma = None if matters is None else matters * torch.eye(len(module.weight))
+    _, c_out, groups = layers.channels(module)
+    gamma = None if matters is None else matters * torch.eye(c_out * groups)
     form, error = layers.decomposed(module, ranks, fit=fitted_to(module, POOR[poor](x), gamma))
     assert 0 <= error <= 1
     assert {p.dtype for p in form.parameters()} == {dtype}

@@ -10,7 +10,8 @@ from fxlrd import FxlrdError, capture
 from fxlrd.calibration import as_batches, as_inputs
 from fxlrd.effect import Effect
 from fxlrd.graph import SEEN, Inputs
-from fxlrd.moments import LARGEST, MOMENTS, PATCHES, Moments, Seen, channel_axis, moments, patches, seen, sweep
+from fxlrd.layers import channel_axis
+from fxlrd.moments import LARGEST, MOMENTS, PATCHES, Moments, Seen, moments, patches, seen, sweep
 
 
 def rows(x: torch.Tensor, axis: int) -> torch.Tensor:

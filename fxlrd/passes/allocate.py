@@ -151,7 +151,8 @@ class Allocate:
         nodes = calls(gm, name)
         found = seen(nodes)
         fit = found.fit(module) if found is not None else None
-        bias = len(layer(module).weight) * (layer(module).bias is not None)
+        _, c_out, groups = channels(module)
+        bias = c_out * groups * (layer(module).bias is not None)
         if self.params:
             original = Choice(None, 0.0, layer(module).weight.numel() + bias)
         elif self.flops:
@@ -162,7 +163,7 @@ class Allocate:
         errors = Curve(module, fit) if candidates else None
         priced = [Choice(r, errors.error(r), 0.0) for r in candidates if errors is not None]
         if self.params:
-            added = max(bias, len(layer(module).weight)) if fit is not None else bias
+            added = c_out * groups if fit is not None else bias
             priced = [changed(c, cost=parameters(module, c.ranks) + added) for c in priced if c.ranks]
         elif self.flops:
             priced = [changed(c, cost=sum(flops(n, module, c.ranks) for n in nodes)) for c in priced]

@@ -24,8 +24,8 @@ from fxlrd.errors import FxlrdError
 from fxlrd.factor.block_term import STEPS, Blocks, block_term
 from fxlrd.factor.tucker import tucker2
 from fxlrd.graph import KEY, annotate, calls, check_names, fork, infer_shape, matches, provenance, source
-from fxlrd.latency import compare, compiled, example
-from fxlrd.layers import layer, resized
+from fxlrd.latency import compare, compiled, example, layout
+from fxlrd.layers import Conv, channel_axis, from_blocks, layer, resized, spatial_dims, weight_blocks
 from fxlrd.passes.result import PassResult, Site, Skip, names
 from fxlrd.progress import Progress, quiet
 
@@ -75,7 +75,7 @@ class Branch:
         if set(parts) != {"first", "core", "last"}:
             return Skip(name, "no Tucker-2 form with both outer factors: there is no core to split")
         core = parts["core"]
-        assert isinstance(core, nn.Conv2d)
+        assert isinstance(core, Conv)
         if any(layer(parts[role]).bias is not None for role in ("first", "core")):
             return Skip(name, "a layer was composed into its first factor or core, which has a bias now")
         if core.groups > 1:
@@ -96,22 +96,21 @@ class Branch:
             + (f", weight error {error:.2g}" if error is not None else ""),
         )
 
-    def _fastest(self, gm: fx.GraphModule, name: str, core: nn.Conv2d) -> int:
+    def _fastest(self, gm: fx.GraphModule, name: str, core: Conv) -> int:
         """Return the number of branches at which the core alone runs fastest on this device."""
         node = calls(gm, f"{name}.core")[0]
         given = source(node)
         meta = given.meta.get("tensor_meta") if given is not None else None
         if not isinstance(meta, TensorMetadata):
             raise FxlrdError(f"branch: {name}: timed needs shapes; give example inputs")
-        layout = "channels_last" if meta.memory_format == torch.channels_last else "contiguous"
+        whole, shape = weight_blocks(core)[0], list(meta.shape)
         variants = {}
         for n in GROUPS:
             if n <= min(core.in_channels, core.out_channels):
-                x = example(
-                    (meta.shape[0], core.in_channels // n * n, *meta.shape[2:]), meta.dtype, layout, core.weight.device
-                )
-                cut = core.weight.detach()[: core.out_channels // n * n, : core.in_channels // n]
-                module: nn.Module = nn.Sequential(resized(core, cut, None, groups=n)).eval()
+                shape[channel_axis(core, len(shape))] = core.in_channels // n * n
+                x = example(tuple(shape), meta.dtype, layout(meta), core.weight.device)
+                cut = whole[: len(whole) // n * n, : core.in_channels // n].unflatten(0, (n, -1))
+                module: nn.Module = nn.Sequential(resized(core, from_blocks(core, cut), None, groups=n)).eval()
                 called = compiled(module) if self.compile else module
                 variants[str(n)] = lambda f=called, t=x: f(t)
         with torch.no_grad():
@@ -132,7 +131,7 @@ def _decomposed(gm: fx.GraphModule) -> list[str]:
 
 def _split(parts: dict[str, nn.Module], groups: int, steps: int) -> tuple[Blocks, Tensor, Tensor]:
     """Return the blocks of the core and the outer factors (r1×C, S×r2) in their bases."""
-    core = layer(parts["core"]).weight.detach().double().flatten(2)
+    core = weight_blocks(parts["core"])[0].double().flatten(2)
     # Orthonormal outer factors, as training may have left them otherwise: the core's energy is then the weight's.
     rows, mix_in = torch.linalg.qr(layer(parts["first"]).weight.detach().double().flatten(1).mT)
     columns, mix_out = torch.linalg.qr(layer(parts["last"]).weight.detach().double().flatten(1))
@@ -154,11 +153,14 @@ def _install(gm: fx.GraphModule, name: str, blocks: Blocks, first: Tensor, last:
     core = layer(old["core"])
     cores = blocks.cores.to(first)
     bias = layer(old["last"]).bias
+    ones = (1,) * spatial_dims(core)
     form = nn.Sequential()
-    form.add_module("first", resized(old["first"], first.view(*first.shape, 1, 1), None))
-    weight = cores.flatten(0, 1).unflatten(2, core.weight.shape[2:])
+    form.add_module("first", resized(old["first"], first.view(*first.shape, *ones), None))
+    weight = from_blocks(core, cores.unflatten(3, core.weight.shape[2:]))
     form.add_module("core", resized(core, weight, None, groups=groups))
-    form.add_module("last", resized(old["last"], last.view(*last.shape, 1, 1), None if bias is None else bias.detach()))
+    form.add_module(
+        "last", resized(old["last"], last.view(*last.shape, *ones), None if bias is None else bias.detach())
+    )
     gm.set_submodule(name, form.train(core.training))
     error = None
     for node in gm.graph.nodes:
@@ -177,7 +179,7 @@ def _weight_error(original: nn.Module | None, cores: Tensor, first: Tensor, last
     """Return ‖W − Σⱼ lastⱼ·coreⱼ·firstⱼ‖ / ‖W‖ for the original layer's weight W."""
     if original is None:
         return None
-    weight = layer(original).weight.detach().double().flatten(2)
+    weight = weight_blocks(original)[0].double().flatten(2)
     n = len(cores)
     inner = torch.einsum("nabk,nbc->nack", cores, first.unflatten(0, (n, -1)))
     kernel = torch.einsum("sna,nack->sck", last.unflatten(1, (n, -1)), inner)

@@ -38,7 +38,7 @@ from dataclasses import replace as changed
 import torch
 from torch import Tensor, fx, nn
 
-from fxlrd.channels import BATCH_NORMS, ELEMENTWISE_MODULES, Group
+from fxlrd.channels import BATCH_NORMS, ELEMENTWISE_MODULES, MERGED, Group
 from fxlrd.compose import (
     affine,
     composed,
@@ -70,7 +70,7 @@ from fxlrd.graph import (
 )
 from fxlrd.group_latency import time_group
 from fxlrd.interpolation import choose, depthwise, mergeable, readers
-from fxlrd.layers import LAYERS, channels, kernel_area, layer, resized
+from fxlrd.layers import channels, kernel_area, layer, resized
 from fxlrd.passes.result import PassResult, Site, Skip, names
 from fxlrd.plan import planned
 from fxlrd.progress import Progress, quiet
@@ -78,6 +78,7 @@ from fxlrd.ranks import check_ratio, tucker2_rank
 from fxlrd.search import best_share, grid
 
 UNNAMED = "ranks= does not name it"
+UNMERGED = "only Conv2d and Linear layers are merged"
 PLANNED = "allocate keeps all its channels"
 MODES = ("interpolative", "exact", "relocate")
 
@@ -245,6 +246,8 @@ class Merge:
         norms = [n for n in between if type(gm.get_submodule(str(n.target))) in BATCH_NORMS]
         if second is None and not (self.norms and norms):
             return None
+        if not isinstance(gm.get_submodule(name), MERGED):
+            return Skip(_origin(first), UNMERGED)
         for node in [first, *between, *([second] if second is not None else [])]:
             reason = reasons[str(node.target)]
             pattern = matches(str(node.target), self.skip)
@@ -309,6 +312,8 @@ class Merge:
         c_in, c_out, groups = channels(module)
         if (reason := self._left_alone(name)) is not None:
             return reason
+        if not isinstance(module, MERGED):
+            return UNMERGED
         if kernel_area(module) == 1 or groups > 1:
             return f"groups={groups}: only groups=1 has a Tucker form" if groups > 1 else "it is no k×k conv"
         before, after = _one_by_one_before(gm, node), _one_by_one_after(gm, node)
@@ -394,7 +399,7 @@ def _affine_chain(gm: fx.GraphModule, node: fx.Node) -> tuple[list[fx.Node], fx.
     while len(node.users) == 1:
         (user,) = node.users
         module = gm.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if isinstance(module, LAYERS):
+        if isinstance(module, MERGED):
             return between, user
         if not isinstance(module, nn.Module) or not (type(module) in _PASSING or _affine_norm(module, node, linear)):
             break

@@ -35,8 +35,8 @@ from fxlrd.graph import (
     source,
     tensors,
 )
-from fxlrd.layers import LAYERS, kernel_area, layer, resized
-from fxlrd.moments import Moments, channel_axis, patches
+from fxlrd.layers import CONVS, LAYERS, TRANSPOSED, channel_axis, layer, op, resized
+from fxlrd.moments import Moments, patches, spread
 from fxlrd.passes.result import PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
 
@@ -125,6 +125,8 @@ def _why_not(gm: fx.GraphModule, name: str, last: list[fx.Node], there: list[fx.
         return "it is no layer"
     if getattr(module, "groups", 1) > 1:
         return f"groups={module.groups}: only groups=1 is refitted"
+    if isinstance(module, TRANSPOSED):
+        return f"what makes its output is a {op(module)}, which is not refitted"
     if (width := layer(module).weight[0].numel()) > WIDEST:
         return f"it reads {width} numbers for each output, more than {WIDEST}"
     return None
@@ -210,9 +212,8 @@ def _solved(module: nn.Module, kept: Tensor | None, pairs: Iterable[tuple[Tensor
     for z, y in pairs:
         made = y.movedim(channel_axis(module, y.dim()), -1)
         made = (made if kept is None else made[..., kept]).reshape(-1, count).double()
-        read = _rows(module, z)
-        step = max(1, len(made) // max(ROWS * width, FEW)) | 1  # odd: no column of an even image is always missed
-        seen.add(torch.cat([read[::step], made[::step]], 1))
+        most = max(ROWS * width, FEW)
+        seen.add(torch.cat([_rows(module, z, most), made[:: spread(len(made), most)]], 1))
     both = seen.covariance
     if not bool(both.isfinite().all()):
         return None
@@ -227,9 +228,9 @@ def _solved(module: nn.Module, kept: Tensor | None, pairs: Iterable[tuple[Tensor
     return resized(module, weight.view_as(layer(module).weight), bias)
 
 
-def _rows(module: nn.Module, x: Tensor) -> Tensor:
-    """Return what each output of the layer is computed from, one row a position."""
-    if isinstance(module, nn.Conv2d) and (kernel_area(module) > 1 or module.stride != (1, 1) or any(module.padding)):
-        return patches(module, x if x.dim() == 4 else x[None])
-    axis = channel_axis(module, x.dim())
-    return x.movedim(axis, -1).reshape(-1, x.shape[axis]).double()
+def _rows(module: nn.Module, x: Tensor, most: int) -> Tensor:
+    """Return what the layer's outputs are computed from, one row a position; of more than ``most``, about so many."""
+    if isinstance(module, CONVS):
+        return patches(module, x, most)
+    rows = x.flatten(0, -2)
+    return rows[:: spread(len(rows), most)].double()
