@@ -23,7 +23,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fxlrd.errors import FxlrdError, VerificationError, one_line, unknown
-from fxlrd.layers import LAYERS, Conv
+from fxlrd.layers import LAYERS, Conv, is_stock, op
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -211,10 +211,8 @@ def _guard(
 ) -> str | None:
     if is_parametrized(module):
         return "its weight is parametrized: remove that with torch.nn.utils.parametrize.remove_parametrizations first"
-    if isinstance(module, LAYERS) and type(module) not in LAYERS:
-        return (
-            f"{type(module).__name__} is a subclass of {type(module).__mro__[1].__name__} with a behaviour of its own"
-        )
+    if isinstance(module, LAYERS) and not is_stock(module):
+        return f"{type(module).__name__} is a subclass of {op(module)} with a behaviour of its own"
     if hooked(module):
         return "it has hooks (as weight_norm and spectral_norm do), which a replacement would drop"
     for name, parameter in module.named_parameters():

@@ -60,6 +60,20 @@ def op(module: nn.Module) -> str:
     return _stock(module).__name__
 
 
+_MAKING = {
+    "__init__", "reset_parameters", "__constants__", "__module__", "__qualname__", "__doc__", "__annotations__",
+    "__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__",
+}  # fmt: skip
+"""What a subclass may redefine without computing anything else."""
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether the layer computes what its stock type does: of that type, or a subclass that is only made otherwise."""
+    stock, classes = _stock(module), type(module).__mro__
+    own = {name for kind in classes[: classes.index(stock)] for name in vars(kind)} - _MAKING
+    return not any(hasattr(stock, name) for name in own)
+
+
 def spatial_dims(module: nn.Module) -> int:
     """Return how many dimensions the kernel has: 2 for a Conv2d, 0 for a Linear."""
     return layer(module).weight.dim() - 2

@@ -22,23 +22,27 @@ MODULES = {
     "conv": lambda: nn.Conv2d(6, 8, 3),
     "flat conv": lambda: nn.Conv2d(9, 4, (1, 2)),
     "grouped conv": lambda: nn.Conv2d(8, 12, 3, groups=2),
+    "conv1d": lambda: nn.Conv1d(6, 8, 3),
+    "transposed1x1": lambda: nn.ConvTranspose3d(9, 14, 1),
+    "grouped transposed": lambda: nn.ConvTranspose2d(8, 12, 2, groups=2),
 }
 
 
 def fit_for(module, weighted):
     """Moments of channels that depend on each other, by channel only, and Γ."""
-    c_in = module.weight.shape[1] * getattr(module, "groups", 1)
+    c_in, c_out, groups = layers.channels(module)
+    c_in *= groups
     second = torch.randn(c_in, 3 * c_in).double().cov()
-    matters = 1e-3 * torch.randn(len(module.weight), 99).double().cov() if weighted else None
+    matters = 1e-3 * torch.randn(c_out * groups, 99).double().cov() if weighted else None
     return Fit(second, torch.zeros(c_in).double(), 0.05, matters=matters)
 
 
 def weighted_size(module, fit):
     """‖Γ^½·W·G^½‖², what errors of a curve with Γ are parts of."""
     reads, matters = layers.roots(module, fit)
-    groups = layers.channels(module)[2]
-    w = module.weight.detach().double().flatten(2) if module.weight.dim() > 2 else module.weight.detach()[..., None]
-    w = torch.einsum("gts,gsck,gcd->gtdk", matters.root, w.unflatten(0, (groups, -1)).double(), reads.root)
+    w = module.weight.detach().double()[..., None].flatten(2).unflatten(0, (layers.channels(module)[2], -1))
+    w = w.transpose(1, 2) if getattr(module, "transposed", False) else w
+    w = torch.einsum("gts,gsck,gcd->gtdk", matters.root, w, reads.root)
     return w.square().sum().item()
 
 
@@ -166,6 +170,12 @@ COSTED = [
     (nn.Conv2d(6, 8, 3), (2, 6, 7, 6), [(2, 3), (None, 3), (2, None)]),
     (nn.Conv2d(6, 8, (3, 2), stride=2, padding=2, dilation=2), (2, 6, 9, 8), [(2, 3), (None, 3), (2, None)]),
     (nn.Conv2d(8, 12, 3, groups=2, padding="same"), (2, 8, 7, 6), [(2, 3), (None, 3), (2, None)]),
+    (nn.Conv1d(6, 8, 3, stride=2), (2, 6, 9), [(2, 3), (None, 3), (2, None)]),
+    (nn.Conv1d(9, 14, 1), (9, 7), [(3,)]),
+    (nn.Conv3d(6, 8, (1, 2, 3), stride=(1, 2, 1)), (2, 6, 4, 5, 6), [(2, 3), (None, 3), (2, None)]),
+    (nn.ConvTranspose2d(6, 8, 2, stride=2), (2, 6, 4, 5), [(2, 3), (None, 3), (2, None)]),
+    (nn.ConvTranspose1d(6, 8, 4, stride=2, padding=1, groups=2), (6, 5), [(2, 3), (None, 3), (2, None)]),
+    (nn.ConvTranspose3d(9, 14, 1, stride=2, output_padding=1), (2, 9, 3, 4, 5), [(3,)]),
 ]
 
 

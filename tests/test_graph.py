@@ -248,6 +248,36 @@ def test_reasons_are_one_line():
         assert not any("\n" in (reason or "") for reason in graph.replaceable(captured(model)).values())
 
 
+class Initialised(nn.Conv2d):
+    """A layer that is only made in a way of its own."""
+
+    __constants__ = ("stride",)
+    own: int
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1)
+        self.own = 3
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def helper(self):
+        return self.own
+
+
+class Further(Initialised):
+    def _conv_forward(self, *args):
+        return super()._conv_forward(*args) + 1
+
+
+def test_a_subclass_that_is_only_made_otherwise_is_like_any():
+    model = nn.Sequential(Initialised(6), Further(6)).double()
+    gm = capture(model, torch.randn(1, 6, 5, 5).double())
+    reason = "Further is a subclass of Conv2d with a behaviour of its own"
+    assert graph.replaceable(gm) == {"0": None, "1": reason}
+
+
 def test_a_shared_module_is_no_tie():
     assert graph.replaceable(captured()) == {"stem": None, "body.0": None, "head": None}
 

@@ -273,6 +273,36 @@ def test_patches_are_taken_in_float64(mode):
     assert torch.equal(found, patches(conv, x.double()))
 
 
+SEQUENCES = [
+    (nn.Conv1d(3, 4, 3, stride=2, padding=1), (9,)),
+    (nn.Conv1d(3, 4, 4, padding="same", padding_mode="circular", dilation=2), (9,)),
+    (nn.Conv3d(3, 4, (2, 1, 3), stride=(1, 2, 1), padding=(0, 1, 2)), (4, 5, 6)),
+    (nn.Conv3d(3, 4, 3, padding=1, padding_mode="reflect"), (4, 5, 6)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(("conv", "size"), SEQUENCES)
+def test_patches_of_sequences_and_of_volumes(conv, size):
+    conv, x = conv.double(), torch.randn(2, 3, *size).double()
+    wanted = rows(conv(x) - conv.bias.view(-1, *[1] * len(size)), 1)
+    torch.testing.assert_close(patches(conv, x) @ conv.weight.flatten(1).mT, wanted, rtol=0, atol=1e-12)
+    assert torch.equal(patches(conv, x[0]), patches(conv, x[:1]))
+    model = nn.Sequential(conv)
+    for batched in (True, False):
+        saw = node(swept(model, [x if batched else x[0]], patches=99), "0").meta[SEEN]
+        check(saw.patches, patches(conv, x if batched else x[0]))
+        check(saw.reads, rows(x if batched else x[:1], 1))
+
+
+def test_some_patches_are_evenly_spread():
+    conv, x = nn.Conv2d(2, 3, 3), torch.randn(4, 2, 12, 12)
+    every = patches(conv, x)
+    assert torch.equal(patches(conv, x, 57), every[::7])
+    assert torch.equal(patches(conv, x, 50), every[::9]), "an odd step"
+    assert torch.equal(patches(conv, x, 10**6), every)
+
+
 class Kernels(nn.Module):
     """Convs of several kinds that read one tensor."""
 

@@ -359,6 +359,21 @@ MIXED = {
     "softmax": (lambda m, x: m.b(m.a(x).softmax(1)), {"a": conv(), "b": conv()}, "softmax does not treat each"),
     "cat": (lambda m, x: m.b(torch.cat([m.a(x), x], 1)), {"a": conv(), "b": conv(16)}, "cat does not treat each"),
     "hooks": (lambda m, x: m.b(m.a(x)), {"a": conv(), "b": hooked()}, "b: it has hooks"),
+    "sequence": (
+        lambda m, x: m.b(m.a(x).flatten(2)),
+        {"a": conv(), "b": nn.Conv1d(8, 5, 1)},
+        "flatten does not treat each channel alone",
+    ),
+    "transposed": (
+        lambda m, x: m.b(m.a(x)),
+        {"a": conv(), "b": nn.ConvTranspose2d(8, 5, 2, stride=2)},
+        "b is a ConvTranspose2d: only Conv2d and Linear layers are merged",
+    ),
+    "after transposed": (
+        lambda m, x: m.b(m.a(x)),
+        {"a": nn.ConvTranspose2d(8, 8, 2), "b": conv()},
+        "a is a ConvTranspose2d: only Conv2d and Linear layers are merged",
+    ),
     "other axis": (lambda m, x: m.b(m.a(x)), {"a": conv(), "b": nn.Linear(6, 5)}, "along another axis"),
     "conv on linear": (lambda m, x: m.b(m.a(x)), {"a": nn.Linear(6, 6), "b": conv()}, "along another axis"),
     "spatial gate": (
