@@ -3,6 +3,7 @@
     Linear, 1×1 conv:   W ≈ last · first                    (truncated SVD, balanced)
     k×k conv:           W ≈ core ×_C first ×_S last         (Tucker-2, orthonormal outer factors)
 
+and so for convs of one and three dimensions and transposed ones, of which the core or the last factor is transposed.
 Where `calibrate` has left moments, the factors are those of the least error of the layer's *output* on the calibration
 inputs (fxlrd/factor/whiten.py), and a bias keeps the mean of that. Where `allocate` has left ranks, those are taken.
 
