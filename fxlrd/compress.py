@@ -212,8 +212,9 @@ def _measure(
 
 def _settings(steps: Pipeline, inputs: Inputs, under_inductor: bool, timings: dict[str, Timing]) -> dict[str, Any]:
     given = tensors((inputs.args, inputs.kwargs))
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = any(
-        t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in given
+        t.dim() in formats and t.is_contiguous(memory_format=formats[t.dim()]) and not t.is_contiguous() for t in given
     )
     settings: dict[str, Any] = {
         "pipeline": str(steps),

@@ -276,6 +276,14 @@ def test_volumes_are_timed_in_their_memory_format():
     )
 
 
+def test_the_report_tells_the_memory_format_of_volumes():
+    model = nn.Sequential(nn.Conv3d(5, 8, 3)).to(memory_format=torch.channels_last_3d)
+    x = torch.randn(1, 5, 4, 5, 6)
+    for inputs, said in ((x, "contiguous"), (x.to(memory_format=torch.channels_last_3d), "channels_last")):
+        result = fxlrd.compress(model, inputs, ratio=1.2, measure=False)
+        assert result.report.settings["layout"] == said
+
+
 # -- whole models
 
 
