@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, unknown
 
 STEPS = 8192
 """Steps that the budget is spent in: costs are rounded up to the next."""
@@ -39,6 +39,19 @@ class Budget:
             raise FxlrdError(
                 f"budget: {self.measure}={self.share!r} is no fraction of the original between 0 and 1, such as 0.5"
             )
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read the text form, such as latency=0.5."""
+        measure, _, share = str(text).partition("=")
+        known = [f.name for f in fields(cls)]
+        if measure not in known:
+            raise unknown("budget", measure, known)
+        try:
+            return cls(**{measure: float(share)})
+        except ValueError as error:
+            said = str(error) if isinstance(error, FxlrdError) else f"{share!r} is no number"
+            raise FxlrdError(f"budget {text}: {said.removeprefix('budget: ')}") from error
 
     @property
     def measure(self) -> str:

@@ -7,11 +7,11 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fxlrd.errors import FxlrdError, one_line, unknown
+from fxlrd.errors import FxlrdError, one_line
 
 if TYPE_CHECKING:
     from fxlrd.budget import Budget
@@ -99,15 +99,10 @@ def _compress(arguments: argparse.Namespace) -> None:
 def _budget(text: str) -> Budget:
     from fxlrd.budget import Budget
 
-    measure, _, share = text.partition("=")
-    known = [f.name for f in fields(Budget)]
-    if measure not in known:
-        raise unknown("budget", measure, known)
     try:
-        return Budget(**{measure: float(share)})
-    except ValueError as error:
-        said = str(error) if isinstance(error, FxlrdError) else f"{share!r} is no number"
-        raise FxlrdError(f"--budget {text}: {said.removeprefix('budget: ')}") from error
+        return Budget.parse(text)
+    except FxlrdError as error:
+        raise FxlrdError(f"--{error}" if str(error).startswith("budget") else str(error)) from error
 
 
 def _ranks(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,614 @@
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config
+
+import fxlrd
+from fxlrd.backend import KEPT, Compressed, Options
+
+EAGER = {"inner": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def _reset(_fresh):
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    def __init__(self, width=24):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        return x + self.conv2(torch.relu(self.bn1(self.conv1(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, width=24):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.layer1 = nn.Sequential(Block(width), Block(width))
+        self.fc = nn.Linear(width, 32)
+
+    def forward(self, x):
+        return self.fc(self.layer1(self.stem(x)).mean((2, 3)))
+
+
+def net(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = Net().eval()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.uniform_(-1, 1)
+            m.running_var.uniform_(0.5, 2)
+    return model.to(**changes)
+
+
+def images(n=2, **changes):
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(**changes)
+
+
+def compiled(model, **options):
+    given = {k: options.pop(k) for k in ("fullgraph", "dynamic") if k in options}
+    return torch.compile(model, backend="fxlrd", options={**EAGER, **options}, **given)
+
+
+def expected(model, x, **options):
+    with torch.inference_mode(False), torch.no_grad():
+        return fxlrd.compress(model, x, measure=False, **options).model(x)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b)
+
+
+def refused(match, *args, model=None, **options):
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match=match) as caught:
+        compiled(model or net(), **options)(*(args or (images(),)))
+    said = str(caught.value.inner_exception)
+    assert isinstance(caught.value.inner_exception, fxlrd.FxlrdError)
+    assert "\n" not in said
+    return said
+
+
+# The door
+
+
+def test_entry_point_without_importing_fxlrd():
+    script = (
+        "import torch, sys; m = torch.nn.Sequential(torch.nn.Linear(64, 64)); x = torch.randn(2, 64)\n"
+        "torch.set_grad_enabled(False)\n"
+        "c = torch.compile(m, backend='fxlrd', options={'inner': 'eager', 'ratio': 2.0})\n"
+        "assert not torch.equal(c(x), m(x)) and 'fxlrd' in torch._dynamo.list_backends()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd="/")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ratio": 3.0},
+        {"skip": "layer1.0"},
+        {"skip": ("fc", "layer1.*.conv2")},
+        {"preset": "branch"},
+        {"preset": "freeze"},
+        {"passes": "decompose{ranks=5}"},
+        {"passes": "decompose{ratio=3,skip=fc|layer1.1}"},
+        {"passes": "merge{mode=exact,norms=true}"},
+        {"passes": "decompose,merge{mode=exact,norms=true}"},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_same_numbers_as_compress(options):
+    model, x = net(), images()
+    want = {"pipeline" if k == "passes" else k: v for k, v in options.items()}
+    got = compiled(model, **options)(x)
+    assert torch.equal(got, expected(model, x, **want))
+    assert not torch.equal(got, model(x))
+
+
+@torch.no_grad()
+def test_ranks_times_on_the_example_inputs():
+    model, x = net(), images()
+    close(compiled(model, preset="ranks", passes=None)(x), expected(model, x, preset="ranks"))
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@torch.no_grad()
+def test_inner_compilers(inner):
+    model, x = net(), images()
+    close(torch.compile(model, backend="fxlrd", options={"inner": inner})(x), expected(model, x))
+
+
+@torch.no_grad()
+def test_channels_last_and_bfloat16():
+    model, x = net(memory_format=torch.channels_last), images(memory_format=torch.channels_last)
+    assert torch.equal(compiled(model)(x), expected(model, x))
+    model, x = net(dtype=torch.bfloat16), images(dtype=torch.bfloat16)
+    got = compiled(model)(x)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, expected(model, x))
+
+
+@torch.no_grad()
+def test_factors_keep_channels_last():
+    model, x = net(memory_format=torch.channels_last), images(memory_format=torch.channels_last)
+    (served,) = serving(lambda: compiled(model)(x))
+    cores = [f for f in served.latest.factors if f.dim() == 4 and f.shape[2] == 3]
+    assert cores
+    assert all(f.is_contiguous(memory_format=torch.channels_last) for f in cores)
+
+
+def serving(call):
+    """Return the compressed graphs that came about in a call."""
+    before = {id(o) for o in gc.get_objects() if type(o) is Compressed}
+    call()
+    return [o for o in gc.get_objects() if type(o) is Compressed and id(o) not in before]
+
+
+# Options
+
+
+def test_options_that_are_wrong():
+    assert "did you mean ratio" in refused("unknown option", rato=2.0)
+    assert "did you mean decompose" in refused("unknown pass", passes="decompos")
+    assert "did you mean branch" in refused("unknown preset", preset="branhc")
+    assert "did you mean aot_eager" in refused("unknown inner compiler", inner="aot_eagr")
+    refused("its own inner", inner="fxlrd")
+    refused("unknown budget", budget="latenzy=0.5")
+    refused("give one of the two", preset="lrd", passes="decompose")
+    refused("leaves less than rank 1", ratio=1000.0)
+
+
+def test_too_high_a_ratio_is_the_error_of_compress():
+    with pytest.raises(fxlrd.FxlrdError) as caught:
+        fxlrd.compress(net(), images(), ratio=1000.0)
+    assert refused("rank 1", ratio=1000.0) == str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"preset": "auto"}, {"preset": "merge"}, {"budget": "latency=0.5"}], ids=str)
+def test_passes_that_read_data_are_refused(options):
+    assert "fxlrd.compress(model, inputs, calibration=…)" in refused("calibrat", **options)
+
+
+@torch.no_grad()
+def test_a_name_to_skip_that_fits_nothing_warns():
+    with pytest.warns(UserWarning, match=r"unknown layer to skip 'layr1\.0\.conv1'.*did you mean"):
+        compiled(net(), skip="layr1.0.conv1")(images())
+
+
+@torch.no_grad()
+def test_inner_options_and_mode():
+    x = images()
+    for given in ({"inner_options": {"max_autotune": False}}, {"inner_mode": "reduce-overhead"}):
+        torch._dynamo.reset()
+        close(torch.compile(net(), backend="fxlrd", options=given)(x), expected(net(), x))
+    torch._dynamo.reset()
+    close(torch.compile(net(), backend="fxlrd", mode="reduce-overhead")(x), expected(net(), x))
+    with pytest.raises(RuntimeError, match="Either mode or options"):
+        torch.compile(net(), backend="fxlrd", mode="reduce-overhead", options={"ratio": 2.0})
+    assert Options.read(mode="max-autotune").inner_mode == "max-autotune"
+
+
+@torch.no_grad()
+def test_verify_is_passed_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr(fxlrd.Pipeline, "__call__", _recording(seen, fxlrd.Pipeline.__call__))
+    compiled(net())(images())
+    torch._dynamo.reset()
+    compiled(net(), verify=False)(images())
+    assert seen == [True, False]
+
+
+def _recording(seen, call):
+    def recorded(self, gm, *args, verify=True, **others):
+        seen.append(verify)
+        return call(self, gm, *args, verify=verify, **others)
+
+    return recorded
+
+
+# What is handed through
+
+
+@torch.no_grad()
+def test_graphs_without_layers_and_all_left_alone(recwarn):
+    x = torch.randn(3, 5)
+    assert torch.equal(compiled(lambda v: v.sin() + 1)(x), x.sin() + 1)
+    model = net()
+    assert torch.equal(compiled(model, skip=("fc", "layer1"))(images()), model(images()))
+
+
+def test_training_is_refused():
+    with pytest.raises(BackendCompilerFailed, match=r"is for inference.*no_grad"):
+        compiled(net())(images())
+
+
+def test_gradients_off_in_the_weights_are_enough():
+    model, x = net().requires_grad_(False), images()
+    close(compiled(model)(x), expected(model, x))
+
+
+def test_gradient_of_the_input():
+    model, x = net().requires_grad_(False), images().requires_grad_()
+    compiled(model)(x).sum().backward()
+    y = x.detach().clone().requires_grad_()
+    fxlrd.compress(model, x.detach(), measure=False).model(y).sum().backward()
+    close(x.grad, y.grad)
+
+
+# Never stale, never foreign
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@torch.no_grad()
+def test_two_instances_take_turns(inner, monkeypatch):
+    a, b, x = net(0), net(1), images()
+    want = [expected(m, x) for m in (a, b)]
+    f = torch.compile(lambda m, v: m(v), backend="fxlrd", options={"inner": inner})
+    (served,) = serving(lambda: close(f(a, x), want[0]))  # one graph serves both
+    close(f(b, x), want[1])
+    monkeypatch.setattr(served, "_lowered", None)  # from here on, nothing is decomposed
+    for _ in range(3):
+        close(f(a, x), want[0])
+        close(f(b, x), want[1])
+
+
+@torch.no_grad()
+def test_few_sets_are_kept():
+    x = images()
+    f = torch.compile(lambda m, v: m(v), backend="fxlrd", options=EAGER)
+    models = [net(i) for i in range(KEPT + 2)]
+    (served,) = serving(lambda: f(models[0], x))
+    for m in models:
+        close(f(m, x), expected(m, x))
+    assert len(served.sets) == KEPT
+    close(f(models[0], x), expected(models[0], x))
+
+
+def _load(model):
+    model.load_state_dict(net(5).state_dict())
+
+
+def _step(model):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with torch.enable_grad():
+        model(images()).square().sum().backward()
+    optimizer.step()
+
+
+def _replace(model):
+    model.fc.weight = nn.Parameter(torch.randn_like(model.fc.weight))
+
+
+def _data(model):
+    model.layer1[0].conv1.weight.data = torch.randn_like(model.layer1[0].conv1.weight)
+
+
+def _data_via_nothing(model):
+    """The allocator may well give the old address again."""
+    for p in (model.layer1[0].conv1.weight, model.fc.weight):
+        shape, p.data = p.shape, torch.empty(0)
+        p.data = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+def _in_place(model):
+    for p in model.parameters():
+        p.mul_(0.9)
+
+
+def _detached(model):
+    model.fc.bias.detach().add_(1)
+    model.layer1[1].conv2.weight.detach()[0, 0] = 3
+
+
+def _announced(model):
+    for p in model.parameters():
+        p.data.mul_(0.5)  # torch counts no such write
+    torch.autograd.graph.increment_version(model.parameters())
+
+
+def _inference_mode(model):
+    with torch.inference_mode():
+        model.fc.weight.add_(1)
+
+
+CHANGES = [
+    _load,
+    _step,
+    _replace,
+    _data,
+    _data_via_nothing,
+    _in_place,
+    _detached,
+    _announced,
+    _inference_mode,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_changed_weights_are_served(change):
+    model, x = net(), images()
+    f = compiled(model)
+    before = f(x)
+    change(model)
+    want = expected(model, x)
+    assert not torch.allclose(want, before)
+    close(f(x), want)
+    change(model)
+    close(f(x), expected(model, x))
+
+
+@pytest.mark.parametrize("change", [_load, _step, _replace, _data, _in_place])
+@torch.no_grad()
+def test_changed_weights_that_are_frozen(change):
+    model, x = net(), images()
+    f = torch.compile(model, backend="fxlrd")
+    with config.patch(freezing=True):
+        before = f(x)
+    close(before, expected(model, x))
+    change(model)
+    with config.patch(freezing=change in (_replace,)):  # another Parameter is another graph to Dynamo
+        got = f(x)
+    want = expected(model, x)
+    assert not torch.allclose(want, before)
+    close(got, want)
+
+
+@torch.no_grad()
+def test_frozen_instances_and_norms():
+    a, b, x = net(0), net(1), images()
+    with config.patch(freezing=True):
+        f = torch.compile(lambda m, v: m(v), backend="fxlrd", options={"inner": "inductor"})
+        for m in (a, b, a):
+            close(f(m, x), expected(m, x))
+    a.layer1[0].bn1.running_mean.add_(1)  # no factor was made of it, but it is frozen
+    close(f(a, x), expected(a, x))
+
+
+@torch.no_grad()
+def test_factors_freeze():
+    model, x = net(), images()
+    seen = []
+
+    def inner(gm, inputs):
+        seen.append(gm)
+        return gm
+
+    with config.patch(freezing=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Options, "compile", lambda self, gm, inputs: inner(gm, inputs))
+        close(compiled(model)(x), expected(model, x))
+    (gm,) = seen
+    assert len(gm.graph.find_nodes(op="placeholder")) == 1
+    assert {n for n, _ in gm.named_parameters() if n.startswith("fxlrd_")} >= {
+        "fxlrd_layer1_0_conv1_core_weight",
+        "fxlrd_fc_last_bias",
+    }
+
+
+@torch.no_grad()
+def test_factors_are_static_and_untouched_layers_as_they_were():
+    model, x = net(), images()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Options, "compile", lambda self, gm, inputs: seen.append((gm, inputs)) or gm)
+        compiled(model, skip="layer1.1")(x)
+    gm, inputs = seen[0]
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    assert len(placeholders) == len(inputs)
+    assert not any(
+        n.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is None
+        for n in placeholders
+        if "_parameters_" in n.name or n.name.startswith("fxlrd_")
+    )
+    given = {id(t) for t in inputs}
+    assert id(model.layer1[1].conv1.weight) in given
+    assert id(model.stem.bias) in given
+    assert any(n.target is torch.conv2d and "layer1_modules_1" in str(n.args[1]) for n in gm.graph.nodes)
+    _, static = torch._functorch._aot_autograd.frontend_utils._try_get_metadata_from_dynamo(
+        gm, {}.keys(), len(placeholders), []
+    )
+    activations = [i for i, n in enumerate(placeholders) if i not in static]
+    assert [inputs[i] is x for i in activations] == [True]
+
+
+@torch.no_grad()
+def test_no_weight_is_kept_alive():
+    models, x = [net()], images()
+    f = torch.compile(lambda m, v: m(v), backend="fxlrd", options=EAGER)
+    (served,) = serving(lambda: f(models[0], x))
+    assert len(served.sets) == 1
+    models.clear()
+    gc.collect()
+    assert served.sets == []
+    assert served.latest.factors == ()
+
+
+@torch.no_grad()
+def test_a_newcomer_at_the_same_address():
+    x = images()
+    f = torch.compile(lambda m, v: m(v), backend="fxlrd", options=EAGER)
+    for seed in range(8):
+        model = net(seed)
+        want = expected(model, x)
+        close(f(model, x), want)
+        del model
+        gc.collect()
+
+
+def test_weights_without_versions_are_refused():
+    with torch.inference_mode():
+        model = net()
+    with torch.inference_mode(), pytest.raises(BackendCompilerFailed, match=r"made under torch\.inference_mode"):
+        compiled(model)(images())
+
+
+# Dynamo's ways
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@torch.no_grad()
+def test_dynamic_shapes(inner):
+    model = net()
+    f = torch.compile(model, backend="fxlrd", dynamic=True, options={"inner": inner})
+    for n in (2, 5, 7):
+        close(f(images(n)), expected(model, images(n)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(net(3).state_dict())
+        close(f(images(5)), expected(model, images(5)))
+
+
+@torch.no_grad()
+def test_automatic_dynamic_shapes():
+    model = net()
+    f = compiled(model)
+    for n in (2, 5, 7):
+        close(f(images(n)), expected(model, images(n)))
+
+
+class Broken(Net):
+    def forward(self, x):
+        x = self.layer1[0](self.stem(x))
+        torch._dynamo.graph_break()
+        x = self.layer1[1](x)
+        torch._dynamo.graph_break()
+        return self.fc(x.mean((2, 3)))
+
+
+@torch.no_grad()
+def test_graph_breaks():
+    torch.manual_seed(0)
+    model, x = Broken().eval(), images()
+    whole = Net().eval()
+    whole.load_state_dict(model.state_dict())
+    made = serving(lambda: close(compiled(model)(x), expected(whole, x)))
+    assert len(made) == 3
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="in this graph"):
+        close(compiled(model, skip="layer1.1")(x), expected(whole, x, skip="layer1.1"))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(model, fullgraph=True)(x)
+
+
+@torch.no_grad()
+def test_fullgraph():
+    model, x = net(), images()
+    close(compiled(model, fullgraph=True)(x), expected(model, x))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_inference_mode(inner):
+    model, x = net(), images()
+    f = torch.compile(model, backend="fxlrd", options={"inner": inner})
+    with torch.inference_mode():
+        close(f(x), expected(model, x))
+        close(f(x.clone() + 0), expected(model, x))
+    model.load_state_dict(net(4).state_dict())
+    with torch.inference_mode():
+        close(f(x), expected(model, x))
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@torch.no_grad()
+def test_autocast(inner):
+    model, x = net(), images()
+    small = fxlrd.compress(model, x, measure=False).model
+    f = torch.compile(model, backend="fxlrd", options={"inner": inner})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = serving(lambda: f(x))
+        got, want = f(x), small(x)
+    assert got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+    factors = {f for s in made for f in s.latest.factors}
+    exact = dict(small.named_parameters())
+    assert any(torch.equal(f, exact["fc.first.weight"]) for f in factors)  # factors are made in full precision
+
+
+@torch.no_grad()
+def test_autocast_inside():
+    class Inside(Net):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x)
+
+    plain, x = net(), images()
+    model = Inside().eval()
+    model.load_state_dict(plain.state_dict())
+    small = fxlrd.compress(plain, x, measure=False).model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is verified all the same
+        got = compiled(model)(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(got, small(x))
+    assert got.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_a_graph_that_does_not_run_on_its_own():
+    class Casting(Net):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.fc(self.layer1(self.stem(x)).mean((2, 3)).bfloat16())
+
+    plain, x = net(), images()
+    model = Casting().eval()
+    model.load_state_dict(plain.state_dict())
+    with pytest.warns(UserWarning, match="does not run on its own"):
+        got = compiled(model)(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(got, fxlrd.compress(plain, x, measure=False).model(x), rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_the_random_state_is_left_alone():
+    model, x = net(), images()
+    state = torch.get_rng_state()
+    compiled(model)(x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@torch.no_grad()
+def test_buffers_are_not_written_while_verifying():
+    class Counting(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen.add_(1)
+            return super().forward(x)
+
+    model, x = Counting().eval(), images()
+    compiled(model)(x)
+    assert model.seen == 1
+    model = net().train()
+    compiled(model)(x)
+    assert model.layer1[0].bn1.num_batches_tracked == 1
+
+
+@torch.no_grad()
+def test_compiles_once():
+    counter = CompileCounterWithBackend("fxlrd")
+    model, x = net(), images()
+    f = torch.compile(model, backend=counter)
+    f(x)
+    model.load_state_dict(net(2).state_dict())
+    f(x)
+    assert counter.frame_count == 1
