@@ -32,6 +32,7 @@ from fxlrd.layers import (
     channels,
     form,
     kernel_area,
+    kernel_share,
     layer,
     parameters,
     ranks_for_ratio,
@@ -68,7 +69,7 @@ class Curve:
                 weight = torch.einsum("gts,gsck->gtck", matters.root, weight)
         absolute = fit is not None and fit.matters is not None
         total = float(weight.square().sum())
-        self.scale = 1.0 if absolute or total == 0 else 1 / total
+        self.scale = kernel_share(module) if absolute or total == 0 else 1 / total
         self.form = form(module)
         self.kept = _svd_energy(weight[..., 0]) if self.form == "svd" else _tucker_energy(weight)
 

@@ -246,9 +246,7 @@ def _fitted(module: Layer, ranks: Ranks, fit: Fit) -> tuple[nn.Sequential, float
     if fit.patch_mean is not None:
         bias = lost.flatten(2) @ fit.patch_mean
     else:
-        taps = lost.reshape(*lost.shape[:3], -1).sum(3)
-        if isinstance(module, Conv) and module.transposed:
-            taps = taps / math.prod(module.stride)  # the share of the kernel that an output meets, on average
+        taps = lost.reshape(*lost.shape[:3], -1).sum(3) * kernel_share(module)
         bias = (taps @ fit.mean.unflatten(0, (len(weight), -1))[..., None])[..., 0]
     bias = bias.flatten() if module.bias is None else bias.flatten() + module.bias.detach().double()
     return _assemble(module, ranks, factors, bias), error
@@ -297,6 +295,11 @@ def resized(module: nn.Module, weight: Tensor, bias: Tensor | None, groups: int 
 def kernel_area(module: nn.Module) -> int:
     """Return the number of positions of the kernel: 9 for 3×3, 1 for a Linear."""
     return math.prod(layer(module).weight.shape[2:])
+
+
+def kernel_share(module: nn.Module) -> float:
+    """Return the share of the kernel that an output meets, on average: all, but in a transposed conv with a stride."""
+    return 1 / math.prod(module.stride) if isinstance(module, TRANSPOSED) else 1.0
 
 
 def kernel_text(module: nn.Module) -> str:

@@ -69,6 +69,25 @@ def test_the_curve_is_the_squared_error_of_an_svd_and_bounds_that_of_a_tucker_fo
             assert curve.error(ranks) <= 2 * error + 1e-12 * unit, "each mode's tail is at most the error"
 
 
+@pytest.mark.parametrize(
+    "module", [nn.ConvTranspose2d(6, 8, 2, stride=2), nn.ConvTranspose1d(6, 8, 1, stride=3, output_padding=2)]
+)
+def test_the_curve_of_an_upsampling_counts_each_output_once(module):
+    module, shape = module.double(), (50, 6, 4, 5)[: module.weight.dim()]
+    x = torch.randn(shape).double()
+    x = x - x.transpose(0, 1).flatten(1).mean(1).view(-1, *[1] * (len(shape) - 2))
+    made = module(x).transpose(0, 1).flatten(1)
+    # What the effect on a model would be that puts out just this: Σ g·gᵀ over all positions of a unit effect each.
+    matters = made.shape[1] / made.square().sum().item() * torch.eye(8).double()
+    fit = Fit(x.transpose(0, 1).flatten(1).cov(correction=0), torch.zeros(6).double(), matters=matters)
+    for ranks in every_rank(module):
+        if len(ranks) == 1 or None in ranks:
+            form = layers.decomposed(module, ranks, fit=fit)[0]
+            lost = (form(x) - module(x)).square().sum().item() / made.square().sum().item()
+            found = Curve(module, fit).error(ranks) / (1 + layers.MATTERS_RIDGE)
+            assert found == pytest.approx(lost, rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_the_curve_falls_from_all_to_nothing(name):
     module = MODULES[name]().double()
