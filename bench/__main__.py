@@ -20,6 +20,7 @@ SECTIONS = {
     "throughput": [{}, KEEP_MEMORY],
     "training": [{}, KEEP_MEMORY],
     "branches": [{}],
+    "backend": [{}],
     "trained": [{}],
     "frontier": [{}],
 }

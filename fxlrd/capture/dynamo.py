@@ -20,7 +20,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -231,34 +232,42 @@ def lower_graph(result: fx.GraphModule, raised: Raised, gm: fx.GraphModule, froz
 def _modules(gm: fx.GraphModule, weights: dict[str, Tensor]) -> dict[fx.Node, tuple[str, nn.Module, fx.Node]]:
     """Return for each node that becomes a module the module, its name, and the node of its input."""
     nodes = {n: m for n in gm.graph.nodes if n.op == "call_function" and (m := _module(n, weights)) is not None}
-    roots = {_path(n)[0] for n in nodes}
+    roots = {root for n in nodes if (root := _path(n).root)}
     found: dict[fx.Node, tuple[str, nn.Module, fx.Node]] = {}
-    known: dict[str, tuple[object, nn.Module]] = {}
+    known: dict[str, nn.Module] = {}
+    names: dict[object, str] = {}
     for node, module in nodes.items():
-        root, path, cls = _path(node)
+        root, path, cls, key = _path(node)
         if not issubclass(cls, type(module)):  # a function that the user's own forward calls
             path = f"{path}.{node.target.__name__}".strip(".")
-        name = first = ".".join(filter(None, [root if len(roots) > 1 else "", path])) or "0"
-        what = (repr(module), tuple(id(t) for t in (*module.parameters(), *module.buffers())))
-        count = 0
-        while name in known and known[name][0] != what:  # another call in the same place
-            count += 1
-            name = f"{first}_{count}"
-        module = known.setdefault(name, (what, module))[1]  # a layer that is called again is one module
-        found[node] = (name, module, _arguments(node)["input"])
+        first = ".".join(filter(None, [root if len(roots) > 1 else "", path])) or "0"
+        what = (key, repr(module), tuple(id(t) for t in (*module.parameters(), *module.buffers())))
+        if what not in names:  # a layer that is called again, be it by another name, is one module
+            options = (first if i == 0 else f"{first}_{i}" for i in count())
+            names[what] = next(name for name in options if name not in known)
+        module = known.setdefault(names[what], module)
+        found[node] = (names[what], module, _arguments(node)["input"])
     return found
 
 
-def _path(node: fx.Node) -> tuple[str, str, type]:
-    """Return the variable that holds the model, the name in it, and the class of the module that the node is in."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
+class _Path(NamedTuple):
+    """Where a node is: the variable that holds the model, the name in it, and the module's class and identity."""
+
+    root: str
+    name: str
+    cls: type
+    key: str
+
+
+def _path(node: fx.Node) -> _Path:
+    stack = list((node.meta.get("nn_module_stack") or {}).items())
     if not stack:
-        return "", "", object
-    text, cls = stack[-1]
+        return _Path("", "", object, "")
+    key, (text, cls) = stack[-1]
     match = re.match(r"[LG]\['([^']+)'\](.*)$", text)
     root, rest = match.groups() if match else ("", text)
     parts = [p for p in re.split(r"\W+", re.sub(r"@\d+", "", rest)) if p not in ("", "_modules", "_orig_mod")]
-    return root, ".".join(parts), cls if isinstance(cls, type) else object
+    return _Path(root, ".".join(parts), cls if isinstance(cls, type) else object, str(key).partition("@")[0])
 
 
 def _layer(node: fx.Node) -> type[nn.Module] | None:
@@ -314,7 +323,7 @@ def _stock(node: fx.Node, options: dict[str, Any], tensors: dict[str, Tensor | N
 
 
 def _norm(node: fx.Node, options: dict[str, Any], tensors: dict[str, Tensor | None]) -> nn.Module | None:
-    cls = next((c for c in _NORMS if c is _path(node)[2]), None)
+    cls = next((c for c in _NORMS if c is _path(node).cls), None)
     mean = tensors.get("running_mean")
     if cls is None or options.get("training") or mean is None or tensors.get("running_var") is None:
         return None
