@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_map
 
+from fxlrd.around import runnable
 from fxlrd.errors import FxlrdError, VerificationError, one_line
-from fxlrd.graph import Inputs, difference, evaluating, fork, positional, tensors
+from fxlrd.graph import Inputs, captured, difference, evaluating, fork, positional, run, tensors
 
 EVERY = 5
 """One batch in so many is held out of a fit, to judge it by."""
@@ -35,7 +36,11 @@ def as_batches(data: Any) -> Iterable[Any]:
 
 def as_inputs(gm: fx.GraphModule, batches: Iterable[Any]) -> Iterator[Inputs]:
     """Yield each batch as inputs of the graph: tensors, dicts, or tuples, whose surplus (labels) is dropped."""
-    takes = len([n for n in gm.graph.nodes if n.op == "placeholder" and not n.args])
+    known = captured(gm)
+    if known is not None and known.around is not None:
+        takes = len(known.inputs.args)
+    else:
+        takes = len([n for n in gm.graph.nodes if n.op == "placeholder" and not n.args])
     for i, batch in enumerate(batches):
         try:
             inputs = Inputs.of(tuple(batch)[: max(takes, 1)] if isinstance(batch, (tuple, list)) else batch)
@@ -81,15 +86,23 @@ class Held:
 
 
 def outputs(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
-    """Return the output tensors of a graph in eval mode, without gradients."""
+    """Return the output tensors in eval mode, without gradients: of the model, also where the graph is of regions."""
+    model = runnable(gm)
+    if model is not gm:
+        return tensors(run(model, inputs))
     with evaluating(gm), torch.no_grad():
         return tensors(gm(*positional(gm, inputs)))
 
 
-def hold(gm: fx.GraphModule, inputs: list[Inputs]) -> None:
-    """Keep on the graph module inputs that a fit must not see, what it gives for them now, and what it is now."""
+def hold(gm: fx.GraphModule, inputs: list[Inputs] | None) -> None:
+    """Keep on the graph module inputs that a fit must not see, what it gives for them now, and what it is now.
+
+    None: no inputs were to be held out. An empty list: they were too few for that.
+    """
     gm.meta[_REFERENCE] = fork(gm)
-    gm.meta[_KEPT] = Held(tuple(inputs), tuple(outputs(gm, each) for each in inputs)) if inputs else None
+    gm.meta.pop(_KEPT, None)
+    if inputs is not None:
+        gm.meta[_KEPT] = Held(tuple(inputs), tuple(outputs(gm, each) for each in inputs))
 
 
 def reference(gm: fx.GraphModule) -> fx.GraphModule | None:
@@ -101,7 +114,16 @@ def reference(gm: fx.GraphModule) -> fx.GraphModule | None:
 def held(gm: fx.GraphModule) -> Held | None:
     """Return what was held out of the fit, if anything was."""
     found = gm.meta.get(_KEPT)
-    return found if isinstance(found, Held) else None
+    return found if isinstance(found, Held) and found.inputs else None
+
+
+TOO_FEW = f"too few calibration inputs to hold some out, to judge it by: give {EVERY} batches, or {EVERY} inputs in one"
+
+
+def too_few(gm: fx.GraphModule) -> bool:
+    """Whether inputs were to be held out, but were too few for it."""
+    found = gm.meta.get(_KEPT)
+    return isinstance(found, Held) and not found.inputs
 
 
 def let_go(gm: fx.GraphModule) -> None:

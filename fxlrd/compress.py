@@ -12,10 +12,11 @@ import torch
 from torch import fx, nn
 
 from fxlrd import cost
+from fxlrd.around import put, runnable, structure, take_back
 from fxlrd.budget import Budget
 from fxlrd.calibration import as_batches, let_go
-from fxlrd.capture import capture
-from fxlrd.errors import FxlrdError, VerificationError
+from fxlrd.capture import capture, capture_regions
+from fxlrd.errors import CaptureError, FxlrdError, VerificationError
 from fxlrd.graph import (
     KEPT,
     KEY,
@@ -24,9 +25,9 @@ from fxlrd.graph import (
     Inputs,
     called,
     captured,
-    chained,
     difference,
     evaluating,
+    layers,
     propagate,
     provenance,
     run,
@@ -101,31 +102,62 @@ def compress(
     steps = _pipeline(ratio, preset, pipeline, budget, skip, calibration, compile)
     inputs = Inputs.of(example_inputs)
     show: Progress[Any] = bar if progress else quiet
-    original = capture(model, inputs)
+    original = _capture(model, inputs)
     done = steps(original, verify=verify, progress=show)
     gm = done.graph_module
     known = captured(original)
-    warnings = list(known.warnings) if known is not None else []
+    assert known is not None
+    warnings = list(known.warnings)
     timings = _measure(model, original, gm, inputs, compile) if measure else {}
     if timings and done.modified and not timings["after"].faster():
         warnings.append(
             f"not faster than the original here: {1 / timings['after'].ratio:.2f}× its speed; "
             "try a larger ratio, the ranks preset, or another batch size"
         )
-    # Layers that are never called in eval mode stay in the model itself, and only there.
-    aside = cost.params(model) - cost.params(original) if inplace else 0
+    # What no node stands for stays in the model: layers that are never called in eval mode, and all around regions.
+    around = known.around
+    aside = cost.params(model) - cost.params(original) if inplace or around is not None else 0
+    aside_flops = 0 if around is None else around.flops
+    compressed = _independent(gm, model) if around is None and not inplace else _install(gm, original, model, inplace)
     report = Report(
         model=type(model).__name__,
         device=Setting.here(_device(model, inputs), compile).device,
         settings=_settings(steps, inputs, compile, timings),
-        before=figures(original, timings.get("before"), aside),
-        after=figures(gm, timings.get("after"), aside),
-        layers=layer_rows(original, gm, done.ledger, dropped=not inplace),
+        before=figures(original, timings.get("before"), aside, aside_flops),
+        after=figures(gm, timings.get("after"), aside, aside_flops),
+        layers=layer_rows(original, gm, done.ledger, dropped=not inplace and around is None),
         passes=[_pass_row(record) for record in done.ledger],
         warnings=warnings,
         ledger=done.ledger,
     )
-    return Result(_install(gm, original, model, inputs) if inplace else _independent(gm, model), report)
+    if around is not None and verify:
+        report.settings["output_error"] = _moved(compressed, model, inputs) if not inplace else None
+    return Result(compressed, report)
+
+
+def _capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """Return the model as a graph or, where it cannot be traced as a whole, its regions."""
+    try:
+        return capture(model, inputs)
+    except CaptureError as error:
+        gm = capture_regions(model, inputs)
+        known = captured(gm)
+        assert known is not None
+        assert known.around is not None
+        names = {slot.name for slot in known.around.slots}
+        single = len(names & set(layers(gm)))
+        why = str(error).split(";")[0]
+        text = f"taken as {len(names)} regions ({single} of them single layers), as the whole is not traceable: {why}"
+        gm.meta[KEY] = replace(known, warnings=(text, *known.warnings))
+        return gm
+
+
+def _moved(new: nn.Module, model: nn.Module, inputs: Inputs) -> float | None:
+    """Return how far the whole model's outputs lie from the original's, relative; None where they do not compare."""
+    try:
+        return difference(tensors(run(new, inputs)), tensors(run(model, inputs)), "output").relative
+    except VerificationError:  # a detector may find another number of boxes
+        return None
 
 
 def _check_model(model: Any, inplace: bool) -> None:
@@ -198,8 +230,11 @@ def _measure(
 ) -> dict[str, Timing]:
     """Time the user's model and the result side by side."""
     inputs = inputs.fresh()
-    with torch.no_grad(), evaluating(model), evaluating(gm):
-        before, after = (compiled(original), compiled(gm)) if under_inductor else (model, gm)
+    known = captured(original)
+    regions = known is not None and known.around is not None
+    new = runnable(gm)
+    with torch.no_grad(), evaluating(model), evaluating(new):
+        before, after = (compiled(model if regions else original), compiled(new)) if under_inductor else (model, new)
         return compare(
             {
                 "before": lambda: before(*inputs.args, **inputs.kwargs),
@@ -278,30 +313,28 @@ def _restore_modes(result: nn.Module, model: nn.Module) -> None:
         module.training = modes[around]
 
 
-def _install(gm: fx.GraphModule, original: fx.GraphModule, model: nn.Module, inputs: Inputs) -> nn.Module:
-    """Put the rewritten layers into ``model`` under their names; undone if it then computes anything else."""
-    roles = {p.name: p.role for n in gm.graph.nodes if (p := provenance(n)) is not None}
-    gone = set(called(original)) - set(roles)
-    names = {name for name, role in roles.items() if role != "original"} | gone
-    modules = dict(model.named_modules(remove_duplicate=False))
-    aliases = {alias: name for name in names for alias, m in modules.items() if m is modules[name]}
-    reference = propagate(gm, inputs)
-    modes = {name: m.training for name, m in modules.items()}
-    # In the model each must be callable, and aliases stay one module; what was composed away is passed through.
-    new = {name: nn.Identity() if name in gone else chained(gm.get_submodule(name)) for name in names}
-    eps = max((torch.finfo(t.dtype).eps for t in reference if t.is_floating_point()), default=math.inf)
+def _install(gm: fx.GraphModule, original: fx.GraphModule, model: nn.Module, inplace: bool) -> nn.Module:
+    """Return ``model``, or a copy of it, with the rewritten layers in it under their names.
+
+    Undone if it then computes anything else than the graph.
+    """
+    known = captured(original)
+    assert known is not None
+    around = known.around
+    target = model if inplace else structure(model)
+    before = put(target, gm, called(original) if around is None else around.modules)
     try:
-        for alias, name in aliases.items():
-            model.set_submodule(alias, new[name].train(modes[alias]))
-        found = difference(tensors(run(model, inputs)), reference, "inplace")
+        if around is None:
+            found = difference(tensors(run(target, known.inputs)), propagate(gm, known.inputs), "inplace")
+        else:
+            found = around.compared(target, gm, known.inputs)
+        eps = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=math.inf)
         if found.relative > EXACT * eps:
             raise VerificationError(f"the outputs differ by {found.relative:.2g}")
     except BaseException as error:
-        for alias in aliases:
-            model.set_submodule(alias, modules[alias])
+        take_back(target, before)
         if not isinstance(error, FxlrdError):
             raise
-        raise VerificationError(
-            f"inplace: the model does not use its layers as its graph does ({error}); use inplace=False"
-        ) from error
-    return model
+        remedy = "use inplace=False" if around is None else "name what reads them in skip="
+        raise VerificationError(f"the model does not use its layers as its graph does ({error}); {remedy}") from error
+    return target if inplace else copy.deepcopy(target)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxlrd.graph import Inputs, evaluating, layers, positional, tensors
-from fxlrd.layers import channel_axis
+from fxlrd.around import runnable
+from fxlrd.graph import Inputs, calls, evaluating, layers, positional, tensors
+from fxlrd.layers import channel_axis, channels, layer
 
 PROBES = 2
 """Backward passes for each batch, with other random signs."""
@@ -47,18 +48,20 @@ class Effect:
         return True
 
     def _add(self, inputs: Inputs) -> None:
-        with evaluating(self.gm), torch.enable_grad():
-            watch = _Watch(self.gm, self.sums)
-            outputs = [
-                t
-                for t in tensors(watch.run(*positional(self.gm, inputs)))
-                if t.is_floating_point() and t.requires_grad and t.numel()
-            ]
+        model = runnable(self.gm)
+        with evaluating(model), torch.enable_grad():
+            if model is self.gm:
+                watch: _Watch | _WatchModel = _Watch(self.gm, self.sums)
+                given = tensors(watch.run(*positional(self.gm, inputs)))
+            else:
+                watch = _WatchModel(self.gm, model, self.sums)
+                given = tensors(watch.run(inputs))
+            outputs = [t for t in given if t.is_floating_point() and t.requires_grad and t.numel()]
             for i in range(PROBES if outputs else 0):
                 signs = [self._signs(t) for t in outputs]
                 torch.autograd.grad(outputs, watch.root, signs, retain_graph=i + 1 < PROBES, allow_unused=True)
                 self.rounds += 1
-            watch.env.clear()  # with an output in it, the graph would hold itself alive through its hooks
+            watch.clear()
 
     def _signs(self, output: Tensor) -> Tensor:
         v = torch.randint(0, 2, output.shape, generator=self.signs).to(output) * 2 - 1
@@ -90,11 +93,56 @@ class _Watch(fx.Interpreter):
         module = self.layers.get(str(n.target)) if n.op == "call_module" else None
         if module is None or not isinstance(value, Tensor):
             return value
-        axis = channel_axis(module, value.dim())
-        value = value + self.root.to(value)
-        value.register_hook(lambda g: self._take(n, g.detach().movedim(axis, -1)))
-        return value
+        return watched(n, module, value, self.root, self.sums)
 
-    def _take(self, node: fx.Node, gradient: Tensor) -> None:
-        rows = gradient.reshape(-1, gradient.shape[-1]).double()
-        self.sums[node] = self.sums.get(node, 0) + rows.mT @ rows
+    def clear(self) -> None:
+        """Let go of the values: with an output among them, the graph would hold itself alive through its hooks."""
+        self.env.clear()
+
+
+class _WatchModel:
+    """Runs the model around a graph's regions, as `_Watch` runs a graph. A layer's calls all go to its first node."""
+
+    def __init__(self, gm: fx.GraphModule, model: nn.Module, sums: dict[fx.Node, Tensor]) -> None:
+        self.gm, self.model, self.sums = gm, model, sums
+        self.root = torch.zeros((), requires_grad=True)
+
+    def run(self, inputs: Inputs) -> Any:
+        handles = []
+        for name, module in layers(self.gm).items():
+            first, *others = calls(self.gm, name)
+            hook = self._hook(first, module)
+            handles.append(self.model.get_submodule(name).register_forward_hook(hook))
+            _, c_out, groups = channels(module)
+            weight = layer(module).weight
+            for node in others:
+                self.sums[node] = torch.zeros(c_out * groups, c_out * groups, dtype=torch.float64, device=weight.device)
+        try:
+            own = inputs.fresh()
+            return self.model(*own.args, **own.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, node: fx.Node, module: nn.Module) -> Any:
+        def hook(_: nn.Module, args: Any, value: Tensor) -> Tensor:
+            return watched(node, module, value, self.root, self.sums)
+
+        return hook
+
+    def clear(self) -> None:
+        """Nothing is kept."""
+
+
+def watched(node: fx.Node, module: nn.Module, value: Tensor, root: Tensor, sums: dict[fx.Node, Tensor]) -> Tensor:
+    """Return a layer's output with ``root`` added; g·gᵀ of its channels goes to ``sums`` in a backward pass."""
+    axis = channel_axis(module, value.dim())
+
+    def take(gradient: Tensor) -> None:
+        moved = gradient.detach().movedim(axis, -1)
+        rows = moved.reshape(-1, moved.shape[-1]).double()
+        sums[node] = sums.get(node, 0) + rows.mT @ rows
+
+    value = value + root.to(value)
+    value.register_hook(take)
+    return value

@@ -28,6 +28,8 @@ from fxlrd.layers import LAYERS, Conv, is_stock, op
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
+    from fxlrd.around import Around
+
 KEY = "fxlrd"
 MOMENTS = "fxlrd.moments"
 """The key of a node's second moments, see fxlrd/moments.py."""
@@ -114,12 +116,13 @@ class Unreached:
 @dataclass(frozen=True)
 class Captured:
     """What capture knows of the whole model: its example inputs, the layers that no node of the graph stands
-    for, by name, and what had to be frozen or left out.
+    for, by name, what had to be frozen or left out and, where the graph is of regions only, what is ``around`` them.
     """
 
     inputs: Inputs
     unreached: dict[str, Unreached]
     warnings: tuple[str, ...] = ()
+    around: Around | None = None
 
 
 def provenance(node: fx.Node) -> Provenance | None:
@@ -200,14 +203,14 @@ def replaceable(gm: fx.GraphModule, norms: bool = False) -> dict[str, str | None
 
     With ``norms``, also for every other module of torch.nn that has parameters or buffers (BatchNorm, PReLU).
     """
-    owners = _owners(gm)
+    owned = owners(gm)
     targets = set(called(gm))
     found = called(gm) if norms else layers(gm)
-    return {target: _guard(gm, target, module, owners, targets) for target, module in found.items()}
+    return {target: _guard(gm, target, module, owned, targets) for target, module in found.items()}
 
 
 def _guard(
-    gm: fx.GraphModule, target: str, module: nn.Module, owners: dict[int, list[str]], targets: set[str]
+    gm: fx.GraphModule, target: str, module: nn.Module, owned: dict[int, list[str]], targets: set[str]
 ) -> str | None:
     if is_parametrized(module):
         return "its weight is parametrized: remove that with torch.nn.utils.parametrize.remove_parametrizations first"
@@ -218,7 +221,7 @@ def _guard(
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks:
             return f"its {name} has hooks, which a replacement would drop"
-        others = [owner for owner in owners[id(parameter)] if not owner.startswith(f"{target}.")]
+        others = [owner for owner in owned[id(parameter)] if not owner.startswith(f"{target}.")]
         if others:
             return f"its {name} is shared with {others[0]}"
     for node in gm.graph.find_nodes(op="get_attr", sort=False):
@@ -276,17 +279,17 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def _owners(gm: fx.GraphModule) -> dict[int, list[str]]:
+def owners(gm: nn.Module) -> dict[int, list[str]]:
     """Return every name of every parameter, by the parameter's identity: two names are a tie."""
-    owners: dict[int, list[str]] = {}
+    found: dict[int, list[str]] = {}
     aliases: dict[int, str] = {}
     for prefix, module in gm.named_modules(remove_duplicate=False):
         canonical = aliases.setdefault(id(module), prefix)
         if canonical != prefix:
             continue
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
-    return owners
+            found.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    return found
 
 
 def replace(
@@ -396,7 +399,13 @@ def propagate(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
 
 
 def positional(gm: fx.GraphModule, inputs: Inputs) -> list[Any]:
-    """Return the inputs in the order of the graph's placeholders; defaults fill what was not given."""
+    """Return the model's inputs in the order of the graph's placeholders; defaults fill what was not given.
+
+    Where the graph is of regions, what those get while the model runs on the inputs.
+    """
+    known = captured(gm)
+    if known is not None and known.around is not None:
+        return list(known.around.feed(inputs))
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     inputs = inputs.fresh()
     values: list[Any] = list(inputs.args)

@@ -142,18 +142,23 @@ def compiled(module: nn.Module) -> Callable[..., Any]:
     per code object is never met. Dynamo's caches are left as they are. The first call has to be made with
     gradients off: weights freeze into constants then or not at all.
     """
-    gm = module if isinstance(module, fx.GraphModule) else fx.symbolic_trace(module)
-    optimized = torch.compile(fx.GraphModule(gm, gm.graph))
+    try:
+        gm = module if isinstance(module, fx.GraphModule) else fx.symbolic_trace(module)
+        optimized = torch.compile(fx.GraphModule(gm, gm.graph))
+    except Exception:  # whatever stops a trace: as its user would compile it
+        optimized = torch.compile(module)
     frozen = False
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal frozen
         if frozen:
             return optimized(*args, **kwargs)
+        from torch._dynamo import config as dynamo
         from torch._inductor import config
 
         # As an option of torch.compile it would reach Inductor alone, and Dynamo hands weights over as inputs.
-        with config.patch(freezing=True):
+        # Copies of one untraceable model have one code object: past the limit Dynamo would run it eagerly.
+        with config.patch(freezing=True), dynamo.patch(recompile_limit=256, accumulated_recompile_limit=4096):
             result = optimized(*args, **kwargs)
         frozen = True
         return result

@@ -10,7 +10,19 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxlrd import FxlrdError, capture
-from fxlrd.calibration import EVERY, as_batches, as_inputs, failed, held, hold, let_go, outputs, reference, split
+from fxlrd.calibration import (
+    EVERY,
+    as_batches,
+    as_inputs,
+    failed,
+    held,
+    hold,
+    let_go,
+    outputs,
+    reference,
+    split,
+    too_few,
+)
 from fxlrd.graph import Inputs
 
 X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12)
@@ -180,6 +192,10 @@ def test_what_is_held_out_and_the_graph_as_it_was_are_kept():
     let_go(gm)
     hold(gm, [])
     assert held(gm) is None
+    assert too_few(gm)
+    hold(gm, None)
+    assert held(gm) is None
+    assert not too_few(gm)
     assert reference(gm) is not None
 
 

@@ -58,8 +58,8 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     if not reference:
         raise CaptureError(f"{type(model).__name__} returns no tensor for the example inputs")
     with evaluating(model):
-        gm, warnings = _trace(model, inputs)
-    if _train_path_differs(model, inputs, gm):
+        gm, warnings = trace(model, constants(model, inputs))
+    if train_path_differs(model, constants(model, inputs), gm):
         warnings.append("forward takes another path in training mode: the eval path was captured")
     annotate(gm)
     unreached = _unreached(model, gm)
@@ -149,11 +149,14 @@ class _Tracer(fx.Tracer):
             raise
 
 
-def _trace(model: nn.Module, inputs: Inputs) -> tuple[fx.GraphModule, list[str]]:
-    constants = _constants(model, inputs)
+def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, list[str]]:
+    """Return the trace of a module in its present mode with some arguments frozen, and what a user should know of it.
+
+    Raises CaptureError, naming the module and the line, where it cannot be traced.
+    """
     tracer = _Tracer()
     try:
-        graph = tracer.trace(model, constants or None)
+        graph = tracer.trace(model, frozen or None)
     except Exception as error:
         where = tracer.failed_in or type(model).__name__
         raise CaptureError(
@@ -161,16 +164,15 @@ def _trace(model: nn.Module, inputs: Inputs) -> tuple[fx.GraphModule, list[str]]
             "rewrite that line without control flow on tensors, or compress its submodules one by one"
         ) from error
     _plain_checks(graph)
-    _keep_argument_names(model, graph, constants)
+    _keep_argument_names(model, graph, frozen)
     # The tracer belongs to capture: what is handed on unpickles with plain torch.fx.
     graph._tracer_cls = None
     graph.eliminate_dead_code(partial(_is_impure, model))
     gm = fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
     set_container_mode(gm, training=False)
-    frozen = [f"{name}={value!r}" for name, value in constants.items()]
-    hooks = hooked(model)
-    warnings = [f"frozen arguments of forward: {', '.join(frozen)}"] if frozen else []
-    if hooks:
+    said = [f"{name}={value!r}" for name, value in frozen.items()]
+    warnings = [f"frozen arguments of forward: {', '.join(said)}"] if said else []
+    if hooked(model):
         warnings.append("the model's own hooks are not carried over: register them on the result")
     return gm, warnings
 
@@ -187,14 +189,14 @@ def _is_impure(model: nn.Module, node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or in_place or node.is_impure()
 
 
-def _constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+def constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """Return the arguments of forward to freeze: defaults that were not overridden, and non-tensors."""
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*inputs.args, **inputs.kwargs)
     except TypeError as error:
         raise FxlrdError(f"example inputs do not fit forward{signature}: {error}") from error
-    constants = {
+    found = {
         name: p.default
         for name, p in signature.parameters.items()
         if name not in bound.arguments and (p.default is None or isinstance(p.default, (bool, int, float, str)))
@@ -205,8 +207,8 @@ def _constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
             inspect.Parameter.VAR_KEYWORD,
         )
         if not variadic and (value is None or isinstance(value, (bool, int, float, str))):
-            constants[name] = value
-    return constants
+            found[name] = value
+    return found
 
 
 def _plain_checks(graph: fx.Graph) -> None:
@@ -227,12 +229,12 @@ def _keep_argument_names(model: nn.Module, graph: fx.Graph, constants: dict[str,
             node.args = (constants[name],)
 
 
-def _train_path_differs(model: nn.Module, inputs: Inputs, gm: fx.GraphModule) -> bool:
+def train_path_differs(model: nn.Module, frozen: dict[str, Any], gm: fx.GraphModule) -> bool:
     """Whether forward, traced in training mode, is another graph."""
     modes = [(m, m.training) for m in model.modules()]
     model.train()
     try:
-        graph = _Tracer().trace(model, _constants(model, inputs) or None)
+        graph = _Tracer().trace(model, frozen or None)
     except Exception:  # whatever stops the trace in training mode, it is another path
         return True
     finally:

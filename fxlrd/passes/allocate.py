@@ -25,6 +25,7 @@ import torch
 from torch import fx, nn
 
 from fxlrd import cost
+from fxlrd.around import runnable
 from fxlrd.budget import Budget, spend
 from fxlrd.channels import Group
 from fxlrd.choices import Choice, Curve, candidate_ranks, flops, pareto
@@ -213,7 +214,11 @@ class Allocate:
 
     def _within(self, gm: fx.GraphModule, problem: Problem) -> tuple[Plan, str]:
         """Return the best plan for a budget of parameters or FLOPs."""
+        known = captured(gm)
+        around = known.around if known is not None else None
         total = cost.params(gm) if self.params else cost.flops(gm)
+        if around is not None:
+            total += around.params if self.params else around.flops
         if not total:
             raise FxlrdError("allocate: the model's FLOPs are not known: give example inputs")
         fixed = total - problem.original()
@@ -474,8 +479,9 @@ def _ratio(gm: fx.GraphModule, new: fx.GraphModule, known: Captured, under_induc
 
 def _timed(models: Mapping[str, fx.GraphModule], known: Captured, under_inductor: bool) -> dict[str, Timing]:
     inputs = known.inputs.fresh()
-    with torch.no_grad(), evaluating(nn.ModuleList(models.values())):
-        runs = {name: compiled(model) if under_inductor else model for name, model in models.items()}
+    whole = {name: runnable(gm) for name, gm in models.items()}
+    with torch.no_grad(), evaluating(nn.ModuleList(whole.values())):
+        runs = {name: compiled(model) if under_inductor else model for name, model in whole.items()}
         calls_ = {name: (lambda run=run: run(*inputs.args, **inputs.kwargs)) for name, run in runs.items()}
         device = next(next(iter(models.values())).parameters()).device
         return compare(calls_, device, seconds=3.0)

@@ -55,5 +55,5 @@ class Calibrate:
         batches = as_inputs(gm, progress(as_batches(self.calibration), "calibrate"))
         aside: list[Inputs] = []
         sweep(gm, split(batches, aside) if self.holdout else batches, self.outputs, self.patches, self.effects)
-        hold(gm, aside)
+        hold(gm, aside if self.holdout else None)
         return PassResult(gm)

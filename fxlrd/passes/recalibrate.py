@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxlrd.calibration import NOTHING, as_batches, as_inputs, failed, held, split
+from fxlrd.calibration import NOTHING, TOO_FEW, as_batches, as_inputs, failed, held, split, too_few
 from fxlrd.errors import FxlrdError
 from fxlrd.graph import annotate, called, calls, evaluating, fork, hooked, positional, provenance
 from fxlrd.passes.result import PassResult, Site, Skip
@@ -31,7 +31,7 @@ ONE_VALUE = "a batch of one input has no variance: give larger batches"
 class Recalibrate:
     """Re-estimate the statistics of every BatchNorm on ``calibration``: batches as for `Calibrate`.
 
-    ``guard`` keeps them only where that lowers the error on the inputs held out, if there are any. Raises
+    ``guard`` keeps them only where that lowers the error on the inputs that `Calibrate` was asked to hold out. Raises
     FxlrdError for data that is empty, does not fit the model or is not finite.
     """
 
@@ -55,6 +55,9 @@ class Recalibrate:
             else:
                 norms[name] = copy.deepcopy(module)
                 gm.set_submodule(name, norms[name])
+        if norms and self.guard and too_few(gm):
+            skipped += [Skip(_origin(gm, name), TOO_FEW) for name in norms]
+            gm, norms = fork(before), {}
         if norms:
             reason = _estimate(gm, list(norms.values()), progress(as_batches(self.calibration), "recalibrate"))
             if reason is not None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxlrd.calibration import NOTHING, as_batches, as_inputs, failed, held, reference, split
+from fxlrd.calibration import NOTHING, TOO_FEW, as_batches, as_inputs, failed, held, reference, split, too_few
 from fxlrd.errors import FxlrdError
 from fxlrd.graph import (
     FACTORS,
@@ -56,9 +56,9 @@ class Refit:
     """Refit the last factor of each decomposed layer, and each merged layer, to the original's outputs.
 
     ``calibration`` are batches as for `Calibrate`, of which the first ``inputs`` examples are used: their activations
-    are in memory all at once. ``guard`` keeps the result only where that lowers the error on the inputs held out, if
-    there are any. Needs `Calibrate` before the first pass that rewrites. Raises FxlrdError for data that is empty, does
-    not fit the model or is not finite.
+    are in memory all at once. ``guard`` keeps the result only where that lowers the error on the inputs that
+    `Calibrate` was asked to hold out. Needs `Calibrate` before the first pass that rewrites. Raises FxlrdError for data
+    that is empty, does not fit the model or is not finite.
     """
 
     calibration: Any = field(default=None, compare=False, repr=False)
@@ -77,6 +77,9 @@ class Refit:
         before, gm = gm, fork(gm)
         annotate(gm)
         places, skipped = _places(gm, original)
+        if self.guard and too_few(gm):
+            skipped += [Skip(name, TOO_FEW) for name in places]
+            places = {}
         if not places:
             return PassResult(gm, (), tuple(skipped))
         batches = _few(split(as_inputs(gm, as_batches(self.calibration)), []), self.inputs)

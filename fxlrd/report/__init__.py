@@ -53,12 +53,17 @@ ADJUSTING = ("refit", "recalibrate")
 UNSEEN = "no pass looks at it"
 
 
-def figures(gm: fx.GraphModule, latency: Timing | None = None, aside: int = 0) -> dict[str, Any]:
-    """Return params (and ``aside``), flops, depth and latency_ms of a propagated graph module."""
+def figures(gm: fx.GraphModule, latency: Timing | None = None, params: int = 0, flops: int = 0) -> dict[str, Any]:
+    """Return params, flops, depth and latency_ms of a propagated graph module, and of what is outside of it.
+
+    The depth of regions alone is not that of the model: None.
+    """
+    known = captured(gm)
+    whole = known is None or known.around is None
     return {
-        "params": cost.params(gm) + aside,
-        "flops": cost.flops(gm),
-        "depth": cost.depth(gm),
+        "params": cost.params(gm) + params,
+        "flops": cost.flops(gm) + flops,
+        "depth": cost.depth(gm) if whole else None,
         "latency_ms": None if latency is None else latency.seconds * 1e3,
     }
 

@@ -33,11 +33,14 @@ def headline(report: Mapping[str, Any]) -> str:
             change(before["params"], after["params"]),
         ],
         ["FLOPs", giga(before["flops"]), giga(after["flops"]), change(before["flops"], after["flops"])],
-        ["depth (layers)", before["depth"], after["depth"], ""],
     ]
+    if before["depth"] is not None:
+        rows.append(["depth (layers)", before["depth"], after["depth"], ""])
     if before["latency_ms"] is not None:
         speed = f"{report['settings']['speedup']:.2f}× ± {report['settings']['speedup_spread']:.2f}"
         rows.append(["latency", ms(before["latency_ms"]), ms(after["latency_ms"]), speed])
+    if (moved := report["settings"].get("output_error")) is not None:
+        rows.append(["output error", "", error(moved), "of the whole model, relative"])
     title = f"{report['model']} on {report['device']}\n{report['settings']['inputs']}, {report['settings']['mode']}"
     return (
         title
