@@ -40,18 +40,18 @@ MERGES = {
     "merge as published (relocate), α = 2.75": ("merge{mode=relocate}", None),
 }
 SETTINGS = {  # ratio, share of the latency, share of the channels to remove
-    "lrd": (1.5, 2.0, 3.0),
+    "auto": (0.8, 0.65, 0.5, 0.4),
+    "merge": (2.0, 2.75, 4.0),
     "ranks": (1.5, 2.0, 3.0),
     "branch": (2.0,),
-    "merge": (2.0, 2.75, 4.0),
-    "auto": (0.8, 0.65, 0.5, 0.4),
+    "lrd": (1.5, 2.0, 3.0),
     "pruning": (0.1, 0.15, 0.2, 0.3, 0.4),
 }
 TUNED = {
     "lrd": (),
-    "ranks": (2.0,),
+    "ranks": (),
     "branch": (),
-    "merge": (2.75,),
+    "merge": (),
     "auto": (0.65, 0.5),
     "pruning": (0.15, 0.2, 0.3),
 }
@@ -207,7 +207,7 @@ def variant(bench: Bench, method: str, setting: float) -> nn.Module:
 
 
 def frontier(bench: Bench, methods: list[str]) -> list[Point]:
-    points = []
+    found = []
     for method in methods:
         for setting in SETTINGS[method]:
             try:
@@ -217,18 +217,10 @@ def frontier(bench: Bench, methods: list[str]) -> list[Point]:
                 continue
             again = bench.estimated(model)
             tuned = bench.tuned(again) if bench.epochs and setting in TUNED[method] else None
-            points.append(
-                Point(
-                    method,
-                    setting,
-                    bench.share(model),
-                    bench.timed(model),
-                    bench.right(model),
-                    bench.right(again),
-                    tuned,
-                )
-            )
-            print(points[-1], flush=True)
+            found.append((method, setting, model, bench.right(model), bench.right(again), tuned))
+            print(method, setting, *(f"{right:.2f}" for right in found[-1][3:] if right is not None), flush=True)
+    print("timing", flush=True)  # last and all together: training beside it would disturb it
+    points = [Point(method, setting, bench.share(m), bench.timed(m), *right) for method, setting, m, *right in found]
     rows = [["original", "", "1.000", "1.00×", "", f"{bench.accuracy:.2f}", f"{bench.again:.2f}", "", "", ""]]
     for p in points:
         rows.append([p.method, f"{p.setting:g}", f"{p.params:.3f}", f"{1 / p.timing.ratio:.2f}×"])
