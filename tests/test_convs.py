@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video import r3d_18
 
 import fxlrd
-from fxlrd import Budget, FxlrdError, capture
+from fxlrd import Budget, FxlrdError, capture, cost
 from fxlrd.graph import SEEN, calls, layers, provenance
 from fxlrd.latency import example, layout
 from fxlrd.layer_latency import placed
 from fxlrd.layers import LAYERS, TRANSPOSED, op, weight_blocks
 from fxlrd.passes import Allocate, Branch, Calibrate, Decompose, Freeze, Merge, Refit, Snap
 from fxlrd.passes.snap import _places
-from fxlrd.plan import planned
+from fxlrd.plan import Plan, planned, sketch
 
 KINDS = {
     "Conv1d": (lambda: nn.Conv1d(24, 32, 3, padding=1, stride=2), (24, 12)),
@@ -282,6 +282,28 @@ def test_the_report_tells_the_memory_format_of_volumes():
     for inputs, said in ((x, "contiguous"), (x.to(memory_format=torch.channels_last_3d), "channels_last")):
         result = fxlrd.compress(model, inputs, ratio=1.2, measure=False)
         assert result.report.settings["layout"] == said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_plan_costs_what_it_says(kind, bias):
+    model, x = nn.Sequential(KINDS[kind][0](), nn.ReLU(), KINDS[kind][0]()), given(kind)
+    model[2] = type(model[2])(32, 8, 3, padding=1, bias=bias)
+    gm = Calibrate(x, effects=4)(captured(model, x)).graph_module
+    result = Allocate(params=0.4)(gm)
+    after = Decompose()(result.graph_module).graph_module
+    assert len(planned(result.graph_module).ranks) == 2
+    assert result.note.startswith(f"{cost.params(after) / cost.params(gm):.3f} of params")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sketch_averages(kind):
+    """What is timed neither overflows nor vanishes, however narrow a layer gets."""
+    wide = type(KINDS[kind][0]())(64, 4, 3)
+    model, x = nn.Sequential(wide), torch.ones(1, 64, *[7] * (len(KINDS[kind][1]) - 1)).double()
+    nn.init.zeros_(wide.bias)
+    made = sketch(captured(model, x), Plan({"0": (4, 2)}), {})(x)
+    assert made.max().item() == pytest.approx(1, rel=1e-9)
 
 
 # -- whole models
