@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -514,6 +515,37 @@ def test_dynamic_shapes(inner):
         warnings.simplefilter("error")
         model.load_state_dict(net(3).state_dict())
         close(f(images(5)), expected(model, images(5)))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_new_weights_that_call_for_another_graph(dynamic, monkeypatch):
+    """As where a pass chooses other ranks for other weights."""
+    model = net()
+    f = torch.compile(model, backend="fxlrd", dynamic=dynamic, options={"inner": "aot_eager"})
+    f(images(2))
+    model.load_state_dict(net(3).state_dict())
+    monkeypatch.setattr("fxlrd.backend._code", lambda lowered: object())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n in (2, 3) if dynamic else (2,):
+            close(f(images(n)), expected(model, images(n)))
+    assert any("runs uncompiled" in str(w.message) for w in caught) is dynamic
+
+
+@torch.no_grad()
+def test_threads_with_models_of_their_own():
+    models, x = [net(i) for i in range(2)], images()
+    want = [expected(m, x) for m in models]
+    f = torch.compile(lambda m, v: m(v), backend="fxlrd", options=EAGER)
+    f(models[0], x)
+
+    def wrong(i):
+        with torch.no_grad():
+            return sum(not torch.allclose(f(models[i], x), want[i], atol=1e-6) for _ in range(50))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(wrong, range(2))) == [0, 0]
 
 
 @torch.no_grad()
