@@ -2,12 +2,13 @@
 
 What torch.compile hands to a backend has functions on tensors, and the weights are arguments of the graph
 (placeholders) or, while Inductor freezes weights, attributes (get_attr). To *raise* it is to put a stock module around
-the very same Parameters wherever a function stands for one:
+the very same Parameters wherever a function is such a module's call:
 
     conv2d(x, weight, bias, stride, …)      →     layer1.0.conv1(x)
 
-under the name that the layer has in the model, so that the passes find what they find in a captured model. What else
-reads a weight reads it as an attribute. What is left of the placeholders is the model's inputs.
+under the name that the layer has in the model, so that the passes find what they find in a captured model: not more,
+so a function that the model's own code calls on a weight stays one. What else reads a weight reads it as an attribute.
+What is left of the placeholders is the model's inputs.
 
 To *lower* the rewritten graph is the way back: placeholders as they were, in their order, and a function for each
 module. A layer that no pass touched is the original call of the original function on the original placeholder, so that
@@ -237,9 +238,7 @@ def _modules(gm: fx.GraphModule, weights: dict[str, Tensor]) -> dict[fx.Node, tu
     known: dict[str, nn.Module] = {}
     names: dict[object, str] = {}
     for node, module in nodes.items():
-        root, path, cls, key = _path(node)
-        if not issubclass(cls, type(module)):  # a function that the user's own forward calls
-            path = f"{path}.{node.target.__name__}".strip(".")
+        root, path, _, key = _path(node)
         first = ".".join(filter(None, [root if len(roots) > 1 else "", path])) or "0"
         what = (key, repr(module), tuple(id(t) for t in (*module.parameters(), *module.buffers())))
         if what not in names:  # a layer that is called again, be it by another name, is one module
@@ -271,8 +270,9 @@ def _path(node: fx.Node) -> _Path:
 
 
 def _layer(node: fx.Node) -> type[nn.Module] | None:
+    """Return the stock layer whose call the function is; None where other code calls it, such as a subclass."""
     cls = _LAYERS[node.target][0] if node.target in _LAYERS else None
-    return cls if cls in LAYERS else None
+    return cls if cls in LAYERS and cls is _path(node).cls else None
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
