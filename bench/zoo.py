@@ -64,11 +64,10 @@ REASONS = {
     "depthwise": "depthwise",
     "too narrow": "too narrow",
     "saves parameters": "nothing to save",
-    "never called": "never called",
     "kept whole": "kept whole",
-    "read": "read directly",
+    "is read": "read directly",
+    "never called": "never called",
     "more than its input": "more than its input",
-    "it is called otherwise": "called otherwise",
 }
 """What a reason to leave a layer alone has in it: the word for that in the table."""
 
@@ -95,10 +94,11 @@ def build(name: str) -> nn.Module:
     quiet = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}  # they warn of it otherwise
     torch.manual_seed(0)
     model = models.get_model(name, weights=None, **backbone, **quiet, **options)
-    # Some start with branches, or the last layer, at nothing or nearly so: no error would show.
+    # Some start with branches, or the last layer, at nothing or nearly so: no error would show. Larger weights, as for
+    # ReLU, make EfficientNets so chaotic that rounding alone moves their outputs.
     for module in model.modules():
         if isinstance(module, LAYERS):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         if isinstance(getattr(module, "layer_scale", None), nn.Parameter):
             nn.init.ones_(module.layer_scale)
     return model.eval()

@@ -50,11 +50,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Slot:
-    """A region's call that placeholders of the graph stand for: the ``call``-th, with so many ``arguments``."""
+    """A region's call that placeholders of the graph stand for: the ``call``-th, with so many ``arguments``.
+
+    It is the first of ``times`` calls with arguments of these shapes.
+    """
 
     name: str
     call: int
     arguments: int
+    times: int = 1
 
 
 @dataclass(frozen=True)

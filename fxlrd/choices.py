@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.factor.basis import left_basis
-from fxlrd.graph import source
+from fxlrd.graph import source, times
 from fxlrd.layers import (
     TRANSPOSED,
     Fit,
@@ -126,11 +126,14 @@ def _grid(full: int, step: int, count: int) -> list[int]:
 
 
 def flops(node: fx.Node, module: nn.Module, ranks: Ranks | None) -> int:
-    """Return the FLOPs of one call of the layer in a form (2 × multiply-adds), for the shapes on the nodes."""
+    """Return the FLOPs of the layer's call in a form (2 × multiply-adds), for the shapes on the nodes.
+
+    Those of all calls that the node stands for.
+    """
     weight = layer(module).weight
-    made = _positions(node, module)
+    made = times(node) * _positions(node, module)
     given = source(node)
-    read = _positions(given, module) if given is not None else made
+    read = times(node) * _positions(given, module) if given is not None else made
     applied = read if isinstance(module, TRANSPOSED) else made  # where the kernel is
     if ranks is None:
         return 2 * applied * weight.numel()

@@ -37,6 +37,8 @@ SEEN = "fxlrd.seen"
 """The key of what calibration saw of a layer, on its call and on those of its factors; see fxlrd/moments.py."""
 KEPT = "fxlrd.kept"
 """The key of the output channels of the original layer that a merged one still makes (a tensor of indices)."""
+TIMES = "fxlrd.times"
+"""The key of how many calls in one run of the model a node stands for, where those are several; see `times`."""
 FACTORS = ("first", "core", "branch", "last")
 """The roles of the parts of a layer that stands decomposed."""
 NEVER_CALLED = "it is never called in eval mode and is no part of the captured model"
@@ -183,6 +185,11 @@ def called(gm: fx.GraphModule) -> dict[str, nn.Module]:
 def calls(gm: fx.GraphModule, target: str) -> list[fx.Node]:
     """Return the nodes that call the module ``target``, in graph order."""
     return list(gm.graph.find_nodes(op="call_module", target=target))
+
+
+def times(node: fx.Node) -> int:
+    """Return how many calls of the same shapes the node stands for: several where a region was called so often."""
+    return int(node.meta.get(TIMES, 1))
 
 
 def source(node: fx.Node) -> fx.Node | None:
@@ -381,7 +388,7 @@ class _Propagation(fx.Interpreter):
         metadata = fx.node.map_aggregate(result, lambda o: _extract_tensor_metadata(o) if isinstance(o, Tensor) else o)
         if tensors(result):
             n.meta["tensor_meta"] = metadata
-        n.meta["flops"] = self.counter.get_total_flops() - before
+        n.meta["flops"] = (self.counter.get_total_flops() - before) * times(n)
         return result
 
 

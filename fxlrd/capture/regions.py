@@ -31,6 +31,7 @@ from fxlrd.errors import CaptureError
 from fxlrd.graph import (
     KEY,
     NEVER_CALLED,
+    TIMES,
     Captured,
     Inputs,
     Unreached,
@@ -308,17 +309,20 @@ def _side_by_side(
     slots: list[Slot] = []
     example: list[Tensor] = []
     for name in found:
-        shapes: set[Any] = set()
-        for i, call in enumerate(calls[name]):
-            shape = tuple((v.shape, v.dtype) for v in call.arguments)
-            if shape not in shapes and len(shapes) < SHAPES:
-                shapes.add(shape)
-                slots.append(Slot(name, i, len(call.arguments)))
-                example += call.arguments
+        every = [tuple((v.shape, v.dtype) for v in call.arguments) for call in calls[name]]
+        for shape in list(dict.fromkeys(every))[:SHAPES]:
+            i = every.index(shape)
+            slots.append(Slot(name, i, len(shape), every.count(shape)))
+            example += calls[name][i].arguments
     graph = fx.Graph()
     given = [[graph.placeholder(f"{s.name.replace('.', '_')}_{s.call}_{i}") for i in range(s.arguments)] for s in slots]
     modules: dict[str, Any] = {}
-    outputs = [_copied(graph, model, s.name, found[s.name], g, modules) for s, g in zip(slots, given, strict=True)]
+    outputs = []
+    for slot, arguments in zip(slots, given, strict=True):
+        known = len(graph.nodes)
+        outputs.append(_copied(graph, model, slot.name, found[slot.name], arguments, modules))
+        for node in list(graph.nodes)[known:]:
+            node.meta[TIMES] = slot.times
     graph.output(tuple(outputs))
     return fx.GraphModule(modules, graph, class_name=type(model).__name__).eval(), tuple(slots), tuple(example)
 

@@ -44,6 +44,7 @@ from fxlrd.graph import (
     matches,
     provenance,
     replaceable,
+    times,
 )
 from fxlrd.group_latency import time_group
 from fxlrd.interpolation import curve, mergeable, readers
@@ -178,7 +179,7 @@ class Allocate:
             timings = time_ranks(
                 where, [c.ranks for c in few if c.ranks], self.compile, self.seconds, self.cache, shared
             )
-            whole = timings[ORIGINAL].seconds * len(nodes)
+            whole = timings[ORIGINAL].seconds * sum(times(n) for n in nodes)
             original = changed(original, cost=whole)
             priced = [changed(c, cost=whole * timings[ranks_text(c.ranks)].ratio) for c in few if c.ranks]
         return [*pareto(c for c in priced if c.cost < original.cost), original]
