@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph import (
     FACTORS,
     Difference,
@@ -36,7 +36,9 @@ from fxlrd.graph import (
 
 CALLS = 32
 """So many calls of one module are recorded in one run of the model at most; a decoder makes one for each token."""
-DESCRIBING = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding")
+DESCRIBING = (
+    "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "nf", "nx",
+)  # fmt: skip
 """What the code around a layer may ask it for, besides its weights."""
 
 
@@ -83,39 +85,58 @@ class Around:
     def feed(self, inputs: Inputs) -> list[Tensor]:
         """Return what the placeholders get while the model runs on ``inputs``.
 
-        A region that is called less often than with the example inputs gets one of its calls again, and one
-        that is not called at all what it got then.
+        A region that is called less often than with the example inputs gets one of its calls again, and one that is
+        not called, or not with tensors for all of its arguments, what it got then.
         """
         if inputs is self.inputs:
             return [t.clone() for t in self.example]
         calls = record(self.model, inputs, {slot.name for slot in self.slots})
         values: list[Tensor] = []
         for slot in self.slots:
-            found = calls.get(slot.name)
+            found = [call.arguments for call in calls.get(slot.name, ()) if all_tensors(call.arguments, slot.arguments)]
             if found:
-                values += found[slot.call % len(found)].arguments
+                values += copies(found[slot.call % len(found)])
             else:
                 values += self.example[len(values) : len(values) + slot.arguments]
         return values
 
     def compared(self, model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> Difference:
-        """Return how far what the regions of ``model`` give lies from what the graph gives for the same arguments."""
+        """Return how far what the regions of ``model`` give lies from what the graph gives for the same arguments.
+
+        What ``model`` does not call any more, as its values are others now, does not count.
+        """
         calls = record(model, inputs, {slot.name for slot in self.slots})
-        here = [calls[slot.name][slot.call] for slot in self.slots]
-        given = [value for call in here for value in call.arguments]
+        here: list[Call | None] = []
+        given: list[Tensor] = []
+        for slot in self.slots:
+            found = [c for c in calls.get(slot.name, ()) if all_tensors(c.arguments, slot.arguments)]
+            call = found[slot.call % len(found)] if found else None
+            here.append(call)
+            given += call.arguments if call else self.example[len(given) : len(given) + slot.arguments]
         with evaluating(gm), torch.no_grad():
-            outputs = tensors(fx.Interpreter(gm).run(*given))
-        return difference(tensors([call.output for call in here]), outputs, "regions")
+            outputs = fx.Interpreter(gm).run(*copies(given))
+        both = [(call.output, output) for call, output in zip(here, outputs, strict=True) if call is not None]
+        return difference(tensors([a for a, _ in both]), tensors([b for _, b in both]), "regions")
 
 
 def structure(model: nn.Module) -> nn.Module:
     """Return a copy of the model with modules of its own around the very same parameters and buffers."""
-    memo = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    return _copied(model, {id(t): t for t in chain(model.parameters(), model.buffers())})
+
+
+def own(model: nn.Module) -> nn.Module:
+    """Return a copy of the model that shares nothing with it."""
+    return _copied(model, {})
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    # What a forward left on its module with a history of gradients is no parameter, and cannot be copied with it.
+    left = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, {id(t): t.detach().clone() for t in left} | memo)
     except Exception as error:
         raise FxlrdError(
-            f"{type(model).__name__} cannot be copied ({error}): is a tensor or lock kept on it?"
+            f"{type(model).__name__} cannot be copied ({one_line(error)}): is a lock or a file kept on it?"
         ) from error
 
 
@@ -137,7 +158,7 @@ def _watching(
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             wanted = len(calls.get(name, ())) < CALLS
-            open_[name].append(_copies(bound(module, args, kwargs)) if wanted else None)
+            open_[name].append(copies(bound(module, args, kwargs)) if wanted else None)
 
         return hook
 
@@ -145,7 +166,7 @@ def _watching(
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             arguments = open_[name].pop()
             if arguments is not None:
-                take(name, Call(arguments, _copies(output)))
+                take(name, Call(arguments, copies(output)))
 
         return hook
 
@@ -165,7 +186,7 @@ def bound(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
     return tuple(inspect.signature(module.forward).bind(*args, **kwargs).arguments.values())
 
 
-def _copies(value: Any) -> Any:
+def copies(value: Any) -> Any:
     """Return the value with copies of its tensors: what comes next may write into them."""
     return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, value)
 
@@ -184,12 +205,12 @@ def put(model: nn.Module, gm: fx.GraphModule, was: Mapping[str, nn.Module]) -> d
     for name in names:
         for alias in [alias for alias, m in modules.items() if m is modules[name]]:
             before[alias] = modules[alias]
-            _describe(new[name], modules[alias])
+            describe(new[name], modules[alias])
             model.set_submodule(alias, new[name].train(modules[alias].training))
     return before
 
 
-def _describe(new: nn.Module, old: nn.Module) -> None:
+def describe(new: nn.Module, old: nn.Module) -> None:
     """Leave on a layer's factors what forwards around it may read of the layer: its strides, its features."""
     if type(new) is nn.Sequential:
         for name in DESCRIBING:
@@ -224,10 +245,14 @@ def runnable(gm: fx.GraphModule) -> nn.Module:
     return model
 
 
+def all_tensors(arguments: tuple[Any, ...], count: int) -> bool:
+    """Whether a call gave as many arguments, each a tensor."""
+    return len(arguments) == count and all(isinstance(v, Tensor) for v in arguments)
+
+
 def plain(module: nn.Module, args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a call gives every argument of forward, each a tensor: nothing of it is then frozen in a trace."""
     parameters = inspect.signature(module.forward).parameters.values()
     if any(p.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for p in parameters):
         return False
-    given = bound(module, args, kwargs)
-    return len(given) == len(parameters) and all(isinstance(v, Tensor) for v in given)
+    return all_tensors(bound(module, args, kwargs), len(parameters))

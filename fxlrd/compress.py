@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -12,11 +11,11 @@ import torch
 from torch import fx, nn
 
 from fxlrd import cost
-from fxlrd.around import put, runnable, structure, take_back
+from fxlrd.around import own, put, runnable, structure, take_back
 from fxlrd.budget import Budget
 from fxlrd.calibration import as_batches, let_go
-from fxlrd.capture import capture, capture_regions
-from fxlrd.errors import CaptureError, FxlrdError, VerificationError
+from fxlrd.capture import capture, capture_regions, counted
+from fxlrd.errors import CaptureError, FxlrdError, VerificationError, one_line
 from fxlrd.graph import (
     KEPT,
     KEY,
@@ -30,13 +29,16 @@ from fxlrd.graph import (
     layers,
     propagate,
     provenance,
+    rounding,
     run,
+    seeded,
     tensors,
+    unmoved,
 )
 from fxlrd.latency import Setting, Timing, compare, compiled
 from fxlrd.layers import LAYERS
 from fxlrd.passes import Allocate
-from fxlrd.pipeline import EXACT, Pass, Pipeline, Record
+from fxlrd.pipeline import Pass, Pipeline, Record
 from fxlrd.progress import Progress, bar, quiet
 from fxlrd.report import Report, figures, layer_rows
 
@@ -108,6 +110,8 @@ def compress(
     known = captured(original)
     assert known is not None
     warnings = list(known.warnings)
+    around = known.around
+    reference = seeded(model, inputs) if around is not None else None  # before anything is put into the model
     timings = _measure(model, original, gm, inputs, compile) if measure else {}
     if timings and done.modified and not timings["after"].faster():
         warnings.append(
@@ -115,23 +119,29 @@ def compress(
             "try a larger ratio, the ranks preset, or another batch size"
         )
     # What no node stands for stays in the model: layers that are never called in eval mode, and all around regions.
-    around = known.around
     aside = cost.params(model) - cost.params(original) if inplace or around is not None else 0
     aside_flops = 0 if around is None else around.flops
-    compressed = _independent(gm, model) if around is None and not inplace else _install(gm, original, model, inplace)
+    last = None
+    if around is None and not inplace:
+        compressed: nn.Module = _independent(gm, model)
+    else:
+        compressed, last = _install(gm, original, model, inplace)
+    after = figures(gm, timings.get("after"), aside, aside_flops)
+    if last is not None:  # a graph has one call of a region for each shape of its inputs; the model may have more
+        after["flops"] = last[1]
     report = Report(
         model=type(model).__name__,
         device=Setting.here(_device(model, inputs), compile).device,
         settings=_settings(steps, inputs, compile, timings),
         before=figures(original, timings.get("before"), aside, aside_flops),
-        after=figures(gm, timings.get("after"), aside, aside_flops),
+        after=after,
         layers=layer_rows(original, gm, done.ledger, dropped=not inplace and around is None),
         passes=[_pass_row(record) for record in done.ledger],
         warnings=warnings,
         ledger=done.ledger,
     )
-    if around is not None and verify:
-        report.settings["output_error"] = _moved(compressed, model, inputs) if not inplace else None
+    if last is not None and verify:
+        report.settings["output_error"] = _moved(last[0], reference)
     return Result(compressed, report)
 
 
@@ -140,22 +150,35 @@ def _capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     try:
         return capture(model, inputs)
     except CaptureError as error:
-        gm = capture_regions(model, inputs)
+        why = str(error).split(";")[0]
+        try:
+            gm = capture_regions(model, inputs)
+        except CaptureError as none:
+            raise CaptureError(f"{why}; {none}") from error
         known = captured(gm)
         assert known is not None
         assert known.around is not None
         names = {slot.name for slot in known.around.slots}
         single = len(names & set(layers(gm)))
-        why = str(error).split(";")[0]
         text = f"taken as {len(names)} regions ({single} of them single layers), as the whole is not traceable: {why}"
         gm.meta[KEY] = replace(known, warnings=(text, *known.warnings))
         return gm
 
 
-def _moved(new: nn.Module, model: nn.Module, inputs: Inputs) -> float | None:
-    """Return how far the whole model's outputs lie from the original's, relative; None where they do not compare."""
+def _last_run(model: nn.Module, inputs: Inputs) -> tuple[Any, int]:
     try:
-        return difference(tensors(run(new, inputs)), tensors(run(model, inputs)), "output").relative
+        return counted(model, inputs)
+    except FxlrdError as error:
+        cause = one_line(error.__cause__ or error)
+        raise VerificationError(f"the compressed model fails on the example inputs: {cause}") from error
+
+
+def _moved(outputs: Any, reference: Any) -> float | None:
+    """Return how far the whole model's outputs lie from the original's, relative; None where they do not compare."""
+    if not tensors(reference):
+        return None
+    try:
+        return difference(tensors(outputs), tensors(reference), "output").relative
     except VerificationError:  # a detector may find another number of boxes
         return None
 
@@ -233,7 +256,7 @@ def _measure(
     known = captured(original)
     regions = known is not None and known.around is not None
     new = runnable(gm)
-    with torch.no_grad(), evaluating(model), evaluating(new):
+    with torch.no_grad(), unmoved(model), evaluating(model), evaluating(new):
         before, after = (compiled(model if regions else original), compiled(new)) if under_inductor else (model, new)
         return compare(
             {
@@ -313,23 +336,26 @@ def _restore_modes(result: nn.Module, model: nn.Module) -> None:
         module.training = modes[around]
 
 
-def _install(gm: fx.GraphModule, original: fx.GraphModule, model: nn.Module, inplace: bool) -> nn.Module:
+def _install(
+    gm: fx.GraphModule, original: fx.GraphModule, model: nn.Module, inplace: bool
+) -> tuple[nn.Module, tuple[Any, int] | None]:
     """Return ``model``, or a copy of it, with the rewritten layers in it under their names.
 
-    Undone if it then computes anything else than the graph.
+    Where the graph is of regions, also its outputs and FLOPs then. Undone if it computes anything else than the graph.
     """
     known = captured(original)
     assert known is not None
     around = known.around
     target = model if inplace else structure(model)
+    last = None
     before = put(target, gm, called(original) if around is None else around.modules)
     try:
         if around is None:
             found = difference(tensors(run(target, known.inputs)), propagate(gm, known.inputs), "inplace")
         else:
             found = around.compared(target, gm, known.inputs)
-        eps = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=math.inf)
-        if found.relative > EXACT * eps:
+            last = _last_run(target, known.inputs)
+        if found.relative > rounding(list(model.parameters())):
             raise VerificationError(f"the outputs differ by {found.relative:.2g}")
     except BaseException as error:
         take_back(target, before)
@@ -337,4 +363,4 @@ def _install(gm: fx.GraphModule, original: fx.GraphModule, model: nn.Module, inp
             raise
         remedy = "use inplace=False" if around is None else "name what reads them in skip="
         raise VerificationError(f"the model does not use its layers as its graph does ({error}); {remedy}") from error
-    return target if inplace else copy.deepcopy(target)
+    return target if inplace else own(target), last

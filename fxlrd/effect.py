@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxlrd.around import runnable
-from fxlrd.graph import Inputs, calls, evaluating, layers, positional, tensors
+from fxlrd.graph import Inputs, calls, evaluating, layers, positional, tensors, unmoved
 from fxlrd.layers import channel_axis, channels, layer
 
 PROBES = 2
@@ -49,7 +49,7 @@ class Effect:
 
     def _add(self, inputs: Inputs) -> None:
         model = runnable(self.gm)
-        with evaluating(model), torch.enable_grad():
+        with evaluating(model), unmoved(model), torch.enable_grad():
             if model is self.gm:
                 watch: _Watch | _WatchModel = _Watch(self.gm, self.sums)
                 given = tensors(watch.run(*positional(self.gm, inputs)))

@@ -95,8 +95,10 @@ class Inputs:
         return self
 
     def fresh(self) -> Inputs:
-        """Return a copy with tensors of its own, for a forward that may write into them."""
-        args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (self.args, self.kwargs))
+        """Return a copy with tensors, and caches, of its own, for a forward that may write into them."""
+        args, kwargs = tree_map(
+            lambda v: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v), (self.args, self.kwargs)
+        )
         return Inputs(args, kwargs)
 
     def describe(self) -> str:
@@ -219,15 +221,11 @@ def replaceable(gm: fx.GraphModule, norms: bool = False) -> dict[str, str | None
 def _guard(
     gm: fx.GraphModule, target: str, module: nn.Module, owned: dict[int, list[str]], targets: set[str]
 ) -> str | None:
-    if is_parametrized(module):
-        return "its weight is parametrized: remove that with torch.nn.utils.parametrize.remove_parametrizations first"
-    if isinstance(module, LAYERS) and not is_stock(module):
+    if isinstance(module, LAYERS) and not is_stock(module) and not is_parametrized(module):
         return f"{type(module).__name__} is a subclass of {op(module)} with a behaviour of its own"
-    if hooked(module):
-        return "it has hooks (as weight_norm and spectral_norm do), which a replacement would drop"
+    if (reason := added(module)) is not None:
+        return reason
     for name, parameter in module.named_parameters():
-        if parameter._backward_hooks:
-            return f"its {name} has hooks, which a replacement would drop"
         others = [owner for owner in owned[id(parameter)] if not owner.startswith(f"{target}.")]
         if others:
             return f"its {name} is shared with {others[0]}"
@@ -239,6 +237,20 @@ def _guard(
         return "a module around it is called as a whole as well"
     if any(source(node) is None for node in calls(gm, target)):
         return "it is called with more than its input"
+    return None
+
+
+def added(module: nn.Module) -> str | None:
+    """Return what was added to this one module that a replacement would drop, or None."""
+    if is_parametrized(module):
+        return "its weight is parametrized: remove that with torch.nn.utils.parametrize.remove_parametrizations first"
+    if hooked(module):
+        return "it has hooks (as weight_norm and spectral_norm do), which a replacement would drop"
+    if "forward" in vars(module):
+        return "its forward was replaced on the module itself (as accelerate does), which a replacement would drop"
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks:
+            return f"its {name} has hooks, which a replacement would drop"
     return None
 
 
@@ -480,9 +492,41 @@ def difference(outputs: list[Tensor], reference: list[Tensor], where: str) -> Di
     return Difference(largest, (above / below) ** 0.5 if below else above**0.5)
 
 
+def rounding(values: Sequence[Tensor]) -> float:
+    """Return the relative difference of such tensors that rounding explains."""
+    eps = max((torch.finfo(t.dtype).eps for t in values if t.is_floating_point() or t.is_complex()), default=0.0)
+    return min(1e3 * eps, 0.1)  # a thousand roundings of bfloat16 would explain anything
+
+
+@contextmanager
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """On leaving, the model's buffers hold what they held: a forward may count its calls, or keep a cache."""
+    found = [(m._buffers, *each) for m in model.modules() for each in m._buffers.items()]
+    kept = [(buffers, name, t, t.clone()) for buffers, name, t in found if t is not None and not t.is_meta]
+    try:
+        yield
+    finally:
+        for buffers, name, tensor, value in kept:
+            buffers[name] = tensor
+            if not torch.equal(tensor, value):
+                with torch.no_grad():
+                    tensor.copy_(value)
+
+
+def seeded(model: nn.Module, inputs: Inputs) -> Any:
+    """`run`, always with the same random numbers; the generators are left as they were."""
+    here = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=list(here)):
+        torch.manual_seed(0)
+        return run(model, inputs)
+
+
 def run(model: nn.Module, inputs: Inputs) -> Any:
-    """Run the model in eval mode without gradients. Raises FxlrdError where it fails on these inputs."""
-    with evaluating(model), torch.no_grad():
+    """Run the model in eval mode without gradients, its buffers as before afterwards.
+
+    Raises FxlrdError where it fails on these inputs.
+    """
+    with evaluating(model), unmoved(model), torch.no_grad():
         try:
             own = inputs.fresh()
             return model(*own.args, **own.kwargs)

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, fx
 
 from fxlrd import cost
 from fxlrd.errors import FxlrdError, VerificationError, unknown
-from fxlrd.graph import Inputs, annotate, captured, difference, fork, propagate
+from fxlrd.graph import Inputs, annotate, captured, difference, fork, propagate, rounding
 from fxlrd.passes import PASSES, PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
 
@@ -31,9 +30,6 @@ PRESETS = {
     "merge,decompose,refit,recalibrate",
 }
 """The presets in text form: the paper's rows, and the best that we know."""
-
-EXACT = 1e3
-"""An exact pass may change the outputs by this multiple of the dtype's epsilon, relative."""
 
 
 class Pass(Protocol):
@@ -183,11 +179,11 @@ def _verify(
     moved = difference(outputs, before, name)
     total = difference(outputs, reference, name)
     if all(site.exact for site in result.sites):
-        eps = max((torch.finfo(t.dtype).eps for t in outputs if t.is_floating_point()), default=0.0)
-        if moved.relative > EXACT * eps:
+        allowed = rounding(outputs)
+        if moved.relative > allowed:
             raise VerificationError(
                 f"{name}: said to be exact, but the outputs moved by {moved.relative:.2g} relative "
-                f"(allowed: {EXACT * eps:.2g}); first site: {result.sites[0].name}. Please report this"
+                f"(allowed: {allowed:.2g}); first site: {result.sites[0].name}. Please report this"
             )
     return total.max_abs, total.relative, moved.relative
 

@@ -4,10 +4,12 @@ The model is run once on its example inputs, and watched: which modules are call
 their weights read by others. A submodule is a region if
 
     - every call gave each argument of its forward a tensor, so that its trace freezes nothing;
-    - its trace is the same in training mode, it calls its layers as often as was seen, and no one else does;
+    - its trace is the same in training mode, it calls what has weights as often as was seen, and no one else does;
     - the trace gives what the submodule gave, on all that it was called with.
 
-Where no such submodule is around a conv or linear, that layer is a region of its own. What passes make of the layers
+Where no such submodule is around a conv or linear, that layer is a region of its own. Once more the model is run with
+each layer inside another module, as its factors will be: what asks for a layer's type or parts is found so, and those
+layers are left alone. What passes make of the others
 goes back into a copy of the model (fxlrd/around.py), whose forward stays the user's: no control flow is frozen, the
 traces serve to find and to check what is rewritten.
 """
@@ -15,8 +17,10 @@ traces serve to find and to check what is rewritten.
 from __future__ import annotations
 
 import functools
+import re
 import sys
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +29,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import BaseTorchFunctionMode
 
 from fxlrd import cost
-from fxlrd.around import Around, Call, Slot, plain, record, structure
+from fxlrd.around import Around, Call, Slot, copies, describe, plain, record, structure
 from fxlrd.capture.whole import check_weights, trace, train_path_differs
-from fxlrd.errors import CaptureError
+from fxlrd.errors import CaptureError, FxlrdError
 from fxlrd.graph import (
     KEY,
     NEVER_CALLED,
@@ -35,13 +39,15 @@ from fxlrd.graph import (
     Captured,
     Inputs,
     Unreached,
+    added,
     annotate,
     difference,
     evaluating,
     hooked,
     owners,
     propagate,
-    run,
+    rounding,
+    seeded,
     tensors,
 )
 from fxlrd.layers import LAYERS, op
@@ -50,7 +56,10 @@ SHAPES = 4
 """Calls of one region that stand in the graph: one for each set of argument shapes, up to so many."""
 
 MORE = "it is called with more than its input"
-_READ = ("weight", "bias")
+UNLIKE = "it gives something else alone than in the model: is its forward wrapped, or under autocast?"
+ASKED = "the model does something else once another module stands in its place: is its type or its weight asked for?"
+COMPILED = "{} is compiled: compress the model first, then compile it"
+_READ = ("weight", "bias", "running_mean", "running_var")
 
 
 def capture_regions(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
@@ -64,22 +73,10 @@ def capture_regions(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     check_weights(model)
     watch = _Watch(model, inputs)
     around = structure(model)
-    found = _search(around, watch)
-    graphs = {name: graph for name, graph in found.items() if graph is not None}
-    calls = record(around, inputs, found)
-    for name, graph in graphs.items():
-        if not _reproduces(around, name, graph, calls[name]):
-            found.pop(name)
-            found.update(dict.fromkeys(_layer_names(graph, name)))
-    if found.keys() - calls.keys():
-        calls = record(around, inputs, found)
-    for name in [name for name, graph in found.items() if graph is None]:
-        reason = _unlike(_stand_in(around.get_submodule(name)), calls[name])
-        if reason is not None:
-            watch.reasons[name] = reason
-            found.pop(name)
+    found, calls = _regions(around, inputs, watch)
     if not found:
-        raise CaptureError(f"{type(model).__name__}: no conv or linear layer in it could be captured")
+        why = next((f"; {name}: {u.reason}" for name, u in watch.unreached().items()), "")
+        raise CaptureError(f"{type(model).__name__}: no conv or linear layer in it could be captured{why}")
     gm, slots, example = _side_by_side(around, found, calls)
     annotate(gm)
     unreached = {name: u for name, u in watch.unreached().items() if name not in _reached(gm)}
@@ -89,6 +86,24 @@ def capture_regions(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     rest = cost.params(model) - cost.params(gm), max(0, watch.flops - cost.flops(gm))
     gm.meta[KEY] = Captured(inputs, unreached, (), Around(around, meta.modules, slots, inputs, example, *rest))
     return gm
+
+
+def _regions(
+    model: nn.Module, inputs: Inputs, watch: _Watch
+) -> tuple[dict[str, fx.GraphModule | None], dict[str, list[Call]]]:
+    """Return the regions that hold what was asked of them, and their calls."""
+    refused: set[str] = set()
+    while True:
+        found = _search(model, watch, refused)
+        calls = record(model, inputs, found)
+        wrong = {name for name, gm in found.items() if not _reproduces(model, name, gm, calls.get(name, ()))}
+        watch.reasons.update(dict.fromkeys([name for name in wrong if found[name] is None], UNLIKE))
+        if not wrong:
+            wrong = watch.asked(inputs, [n for name, gm in found.items() for n in _layer_names(gm, name)])
+            watch.reasons.update(dict.fromkeys(wrong, ASKED))
+        if not wrong:
+            return found, calls
+        refused |= wrong
 
 
 @dataclass
@@ -101,34 +116,44 @@ class _Seen:
 
 
 class _Watch:
-    """Runs the model once, as a copy whose layers say when they are read by others."""
+    """What was seen of the model while it ran, as a copy whose layers say when they are read by others."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        from torch.utils.flop_counter import FlopCounterMode
+        self.model = model
+        outputs, self.flops = counted(structure(model), inputs)
+        self.outputs = copies(tensors(outputs))
+        self.reasons: dict[str, str] = {}
+        outputs = self._look(inputs, readers=True)
+        if not _same(tensors(outputs), self.outputs):  # it asks for types: those of the layers looked at are not theirs
+            self._look(inputs, readers=False)
 
-        self.copy = structure(model)
+    def _look(self, inputs: Inputs, readers: bool) -> Any:
+        """Run a copy and see what is called and, by ``readers``, who reads parts of a module other than itself."""
+        self.copy = structure(self.model)
         self.modules = dict(self.copy.named_modules())
         self.layers = {name: m for name, m in self.modules.items() if is_layer(m)}
-        self.reasons: dict[str, str] = {}
         self.seen: dict[str, _Seen] = {}
         self._tied()
         for name, module in self.modules.items():
             if not is_layer(module) and kept_whole(module):
-                inside = [n for n in self.layers if n.startswith(f"{name}.")]
-                for each in inside:
-                    self.reasons[each] = f"{name} ({type(module).__name__}) reads its weight itself and is kept whole"
-        for name, module in self.layers.items():
-            if not hooked(module):
+                why = f"{name} ({type(module).__name__}) reads its weight itself and is kept whole"
+                why = COMPILED.format(name) if hasattr(module, "_orig_mod") else why
+                self.reasons.update({n: why for n in self.layers if n.startswith(f"{name}.")})
+        for name, module in self.modules.items():
+            if transposed_linear(module) and (reason := added(module)) is not None:
+                self.reasons[name] = reason  # a stand-in for it has nothing of that
+            if readers and _has_weights(module) and not hooked(module):
                 _watched(name, module, self.reasons)
-        handles = [m.register_forward_pre_hook(self._hook(n), with_kwargs=True) for n, m in self.modules.items() if n]
-        counter = FlopCounterMode(display=False)
+        handles = [
+            m.register_forward_pre_hook(self._hook(n), with_kwargs=True)
+            for n, m in self.modules.items()
+            if n and not isinstance(m, torch.jit.ScriptModule)
+        ]
         try:
-            with BaseTorchFunctionMode(), counter:
-                run(self.copy, inputs)
+            return counted(self.copy, inputs)[0]
         finally:
             for handle in handles:
                 handle.remove()
-        self.flops = counter.get_total_flops()
 
     def _tied(self) -> None:
         names = owners(self.copy)
@@ -148,6 +173,34 @@ class _Watch:
 
         return hook
 
+    def asked(self, inputs: Inputs, names: Sequence[str]) -> set[str]:
+        """Return those layers that cannot be inside another module without the model doing something else."""
+
+        def found(some: Sequence[str]) -> set[str]:
+            if self._alike(inputs, some):
+                return set()
+            half = len(some) // 2
+            return found(some[:half]) | found(some[half:]) if half else set(some)
+
+        if self._alike(inputs, names) or not self._alike(inputs, ()):  # no two runs of it are alike: it cannot be told
+            return set()
+        return found(names)
+
+    def _alike(self, inputs: Inputs, names: Sequence[str]) -> bool:
+        """Whether the model gives what it gave with each of these layers inside a module like that of factors."""
+        model = structure(self.model)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name in names:
+            old = modules[name]
+            new = nn.Sequential(OrderedDict(first=_stand_in(old))).train(old.training)
+            describe(new, old)
+            for alias in [alias for alias, m in modules.items() if m is old]:
+                model.set_submodule(alias, new)
+        try:
+            return _same(tensors(counted(model, inputs)[0]), self.outputs)
+        except FxlrdError:
+            return False
+
     def called(self, name: str) -> int:
         """How often the module was called."""
         return self.seen[name].calls if name in self.seen else 0
@@ -163,6 +216,18 @@ class _Watch:
         return found
 
 
+def counted(model: nn.Module, inputs: Inputs) -> tuple[Any, int]:
+    """Return what the model gives, always with the same random numbers, and the FLOPs that it takes.
+
+    nn.MultiheadAttention's fused path, whose FLOPs torch does not count, is kept off.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton
+
+    counter = FlopCounterMode(display=False)
+    with BaseTorchFunctionMode(), counter:
+        return seeded(model, inputs), counter.get_total_flops()
+
+
 def is_layer(module: nn.Module) -> bool:
     """Whether this is a conv or linear, or one in disguise."""
     return isinstance(module, LAYERS) or transposed_linear(module)
@@ -175,8 +240,16 @@ def transposed_linear(module: nn.Module) -> bool:
 
 def kept_whole(module: nn.Module) -> bool:
     """Whether this is a module of torch's own with layers inside that its forward does not call as modules."""
+    if hasattr(module, "_orig_mod"):  # torch.compile's
+        return True
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict, *LAYERS)
     return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, containers)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Whether a pass may put another module in the place of this one: a layer, a norm, an activation with weights."""
+    own = module._parameters or module._buffers
+    return is_layer(module) or (bool(own) and type(module).__module__.startswith("torch.nn.modules"))
 
 
 def _watched(name: str, module: nn.Module, reasons: dict[str, str]) -> None:
@@ -206,9 +279,9 @@ def _watched(name: str, module: nn.Module, reasons: dict[str, str]) -> None:
     module.__class__ = Watched
 
 
-def _search(model: nn.Module, watch: _Watch) -> dict[str, fx.Graph | None]:
+def _search(model: nn.Module, watch: _Watch, refused: set[str]) -> dict[str, fx.GraphModule | None]:
     """Return the regions by name, in the order of the model's modules: their graphs, or None for single layers."""
-    found: dict[str, fx.Graph | None] = {}
+    found: dict[str, fx.GraphModule | None] = {}
     done: set[int] = set()
 
     def visit(name: str, module: nn.Module) -> None:
@@ -221,9 +294,9 @@ def _search(model: nn.Module, watch: _Watch) -> dict[str, fx.Graph | None]:
             return
         if kept_whole(module) or not any(is_layer(m) for m in module.modules()):
             return
-        graph = _traced(model, name, module, watch)
-        if graph is not None:
-            found[name] = graph
+        gm = None if name in refused else _traced(name, module, watch)
+        if gm is not None:
+            found[name] = gm
             done.update(id(m) for m in module.modules())
             return
         for child, inner in module.named_children():
@@ -233,12 +306,12 @@ def _search(model: nn.Module, watch: _Watch) -> dict[str, fx.Graph | None]:
     return found
 
 
-def _traced(model: nn.Module, name: str, module: nn.Module, watch: _Watch) -> fx.Graph | None:
+def _traced(name: str, module: nn.Module, watch: _Watch) -> fx.GraphModule | None:
     """Return the graph of a submodule that may be a region, as far as can be told without running it."""
     if not name or not watch.called(name) or not watch.seen[name].plain or hooked(module):
         return None
-    inside = [n for n in watch.layers if n.startswith(f"{name}.") and watch.called(n)]
-    if len(inside) < 2 or any(n in watch.reasons for n in inside):
+    inside = [n for n in watch.modules if n.startswith(f"{name}.") and watch.called(n)]
+    if sum(n in watch.layers for n in inside) < 2 or any(n in watch.reasons for n in inside):
         return None
     try:
         with evaluating(module):
@@ -247,46 +320,37 @@ def _traced(model: nn.Module, name: str, module: nn.Module, watch: _Watch) -> fx
             return None
     except CaptureError:
         return None
-    counts: dict[str, int] = {}
-    for node in gm.graph.nodes:
-        if node.op == "call_module":
-            counts[f"{name}.{node.target}"] = counts.get(f"{name}.{node.target}", 0) + 1
-    if any(watch.called(n) != counts.get(n, 0) * watch.called(name) for n in inside):
+    # What has weights is called by no one else, nor under another name: then a pass may rewrite all of its calls.
+    counts = Counter(f"{name}.{n.target}" for n in gm.graph.nodes if n.op == "call_module")
+    wanted = {n for n in {*counts, *inside} if _has_weights(module.get_submodule(n[len(name) + 1 :]))}
+    if any(watch.called(n) != counts[n] * watch.called(name) for n in wanted):
         return None
-    return gm.graph
+    return gm
 
 
-def _layer_names(graph: fx.Graph, name: str) -> list[str]:
-    root = graph.owning_module
-    assert root is not None
-    targets = dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module")
-    return [f"{name}.{t}" for t in targets if is_layer(root.get_submodule(t))]
+def _layer_names(gm: fx.GraphModule | None, name: str) -> list[str]:
+    if gm is None:
+        return [name]
+    targets = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op == "call_module")
+    return [f"{name}.{t}" for t in targets if is_layer(gm.get_submodule(t))]
 
 
-def _reproduces(model: nn.Module, name: str, graph: fx.Graph, calls: Iterable[Call]) -> bool:
-    """Whether the graph gives what the submodule gave."""
-    gm = fx.GraphModule(model.get_submodule(name), graph)
-    with evaluating(gm), torch.no_grad():
-        return all(_same(lambda c=c: gm(*c.arguments), c.output) for c in calls)
-
-
-def _unlike(module: nn.Module, calls: Iterable[Call]) -> str | None:
-    """Return why a layer is no region of its own, or None if it is one."""
-    for call in calls:
-        (given,) = call.arguments
-        with evaluating(module), torch.no_grad():
-            if not _same(lambda given=given: module(given), call.output):
-                return "its module gives something else than in the model: is its forward wrapped, or under autocast?"
-    return None
-
-
-def _same(compute: Any, reference: Any) -> bool:
-    wanted = tensors(reference)
+def _reproduces(model: nn.Module, name: str, gm: fx.GraphModule | None, calls: Iterable[Call]) -> bool:
+    """Whether the graph, or the layer alone, gives what it gave in the model."""
+    calls = list(calls)
+    module = _stand_in(model.get_submodule(name)) if gm is None else gm
     try:
-        found = difference(tensors(compute()), wanted, "region")
+        with evaluating(module), torch.no_grad():
+            return bool(calls) and all(_same(tensors(module(*copies(c.arguments))), tensors(c.output)) for c in calls)
     except Exception:  # a graph that fails where the module ran is no region, whatever the reason
         return False
-    return found.relative <= 1e3 * max((torch.finfo(t.dtype).eps for t in wanted if t.is_floating_point()), default=0.0)
+
+
+def _same(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    try:
+        return difference(found, wanted, "region").relative <= rounding(wanted)
+    except FxlrdError:
+        return False
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
@@ -303,7 +367,7 @@ def _stand_in(module: nn.Module) -> nn.Module:
 
 
 def _side_by_side(
-    model: nn.Module, found: dict[str, fx.Graph | None], calls: dict[str, list[Call]]
+    model: nn.Module, found: dict[str, fx.GraphModule | None], calls: dict[str, list[Call]]
 ) -> tuple[fx.GraphModule, tuple[Slot, ...], tuple[Tensor, ...]]:
     """Return the regions' graphs as one, a slot for each call with shapes of its own, and what those were given."""
     slots: list[Slot] = []
@@ -315,7 +379,7 @@ def _side_by_side(
             slots.append(Slot(name, i, len(shape), every.count(shape)))
             example += calls[name][i].arguments
     graph = fx.Graph()
-    given = [[graph.placeholder(f"{s.name.replace('.', '_')}_{s.call}_{i}") for i in range(s.arguments)] for s in slots]
+    given = [[graph.placeholder(_identifier(f"{s.name}_{s.call}_{i}")) for i in range(s.arguments)] for s in slots]
     modules: dict[str, Any] = {}
     outputs = []
     for slot, arguments in zip(slots, given, strict=True):
@@ -328,7 +392,12 @@ def _side_by_side(
 
 
 def _copied(
-    graph: fx.Graph, model: nn.Module, name: str, inner: fx.Graph | None, given: list[fx.Node], modules: dict[str, Any]
+    graph: fx.Graph,
+    model: nn.Module,
+    name: str,
+    inner: fx.GraphModule | None,
+    given: list[fx.Node],
+    modules: dict[str, Any],
 ) -> Any:
     """Append a region to the graph and return what it gives; ``modules`` gets those that it calls."""
     if inner is None:
@@ -336,7 +405,7 @@ def _copied(
         return graph.call_module(name, tuple(given))
     values: dict[fx.Node, fx.Node] = {}
     left = iter(given)
-    for node in inner.nodes:
+    for node in inner.graph.nodes:
         if node.op == "placeholder":
             values[node] = next(left)
         elif node.op == "output":
@@ -346,9 +415,14 @@ def _copied(
             if node.op in ("call_module", "get_attr"):
                 target = f"{name}.{node.target}"
                 values[node].target = target
-                value = _attribute(model, target)
+                value = _attribute(inner, str(node.target))
                 modules[target] = _stand_in(value) if isinstance(value, nn.Module) else value
     raise AssertionError("a graph has an output")
+
+
+def _identifier(name: str) -> str:
+    """Return a module's name as one of a forward's argument: modules may be called 0, or a-b."""
+    return "in_" + re.sub(r"\W", "_", name)
 
 
 def _attribute(model: nn.Module, target: str) -> Any:

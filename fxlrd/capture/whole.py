@@ -34,6 +34,7 @@ from fxlrd.graph import (
     evaluating,
     hooked,
     propagate,
+    rounding,
     run,
     set_container_mode,
     tensors,
@@ -80,8 +81,7 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
             f"{where}: the trace fails where the model runs: {one_line(error)}; compress its submodules one by one"
         ) from error
     found = difference(outputs, reference, where)
-    eps = max(torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0 for t in reference)
-    if found.relative > 1e3 * eps:
+    if found.relative > rounding(reference):
         raise CaptureError(
             f"{where}: the trace differs from the model by {found.relative:.2g} relative; is its forward "
             "random in eval mode, or does it depend on values?"
@@ -155,9 +155,11 @@ def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, lis
     Raises CaptureError, naming the module and the line, where it cannot be traced.
     """
     tracer = _Tracer()
+    attributes = set(vars(model))
     try:
         graph = tracer.trace(model, frozen or None)
     except Exception as error:
+        _forget(model, attributes)
         where = tracer.failed_in or type(model).__name__
         raise CaptureError(
             f"{where} cannot be traced at {_line(error)}: {one_line(error).split('. ')[0]}; "
@@ -169,12 +171,20 @@ def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, lis
     graph._tracer_cls = None
     graph.eliminate_dead_code(partial(_is_impure, model))
     gm = fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
+    _forget(model, attributes)
     set_container_mode(gm, training=False)
     said = [f"{name}={value!r}" for name, value in frozen.items()]
     warnings = [f"frozen arguments of forward: {', '.join(said)}"] if said else []
     if hooked(model):
         warnings.append("the model's own hooks are not carried over: register them on the result")
     return gm, warnings
+
+
+def _forget(model: nn.Module, attributes: set[str]) -> None:
+    """Take the constants that torch.fx left on the model off it again; a graph has its own."""
+    for name in set(vars(model)) - attributes:
+        if name.startswith("_tensor_constant"):
+            delattr(model, name)
 
 
 def _is_impure(model: nn.Module, node: fx.Node) -> bool:
@@ -232,12 +242,14 @@ def _keep_argument_names(model: nn.Module, graph: fx.Graph, constants: dict[str,
 def train_path_differs(model: nn.Module, frozen: dict[str, Any], gm: fx.GraphModule) -> bool:
     """Whether forward, traced in training mode, is another graph."""
     modes = [(m, m.training) for m in model.modules()]
+    attributes = set(vars(model))
     model.train()
     try:
         graph = _Tracer().trace(model, frozen or None)
     except Exception:  # whatever stops the trace in training mode, it is another path
         return True
     finally:
+        _forget(model, attributes)
         for m, training in modes:
             m.training = training
     _plain_checks(graph)
