@@ -23,6 +23,7 @@ SECTIONS = {
     "backend": [{}],
     "trained": [{}],
     "frontier": [{}],
+    "zoo": [{}],
 }
 
 
