@@ -404,16 +404,38 @@ class _Propagation(fx.Interpreter):
         return result
 
 
-def propagate(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
-    """Run the graph in eval mode, leave shape, dtype and FLOPs on every node, and return the output tensors.
+class _Nowhere:
+    """Stands in for torch's tracker of modules, whose hooks fail on modules that are given a parameter."""
 
-    FLOPs are those of torch.utils.flop_counter (2 × multiply-adds) for these inputs. nn.MultiheadAttention's
-    fused path, whose FLOPs torch does not count, is kept off for the run.
+    parents = ("Global",)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Count FLOPs as torch.utils.flop_counter does (2 × multiply-adds).
+
+    nn.MultiheadAttention's fused path, whose FLOPs torch does not count, is kept off meanwhile.
     """
     from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton
 
     counter = FlopCounterMode(display=False)
-    with evaluating(gm), torch.no_grad(), BaseTorchFunctionMode(), counter:
+    counter.mod_tracker = _Nowhere()  # type: ignore[assignment]
+    with BaseTorchFunctionMode(), counter:
+        yield counter
+
+
+def propagate(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
+    """Run the graph in eval mode, leave shape, dtype and FLOPs on every node, and return the output tensors.
+
+    FLOPs are those for these inputs, see `counting`.
+    """
+    with evaluating(gm), torch.no_grad(), counting() as counter:
         return tensors(_Propagation(gm, counter).run(*positional(gm, inputs)))
 
 

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import BaseTorchFunctionMode
 
 from fxlrd import cost
 from fxlrd.around import Around, Call, Slot, copies, describe, plain, record, structure
@@ -41,6 +40,7 @@ from fxlrd.graph import (
     Unreached,
     added,
     annotate,
+    counting,
     difference,
     evaluating,
     hooked,
@@ -217,14 +217,8 @@ class _Watch:
 
 
 def counted(model: nn.Module, inputs: Inputs) -> tuple[Any, int]:
-    """Return what the model gives, always with the same random numbers, and the FLOPs that it takes.
-
-    nn.MultiheadAttention's fused path, whose FLOPs torch does not count, is kept off.
-    """
-    from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton
-
-    counter = FlopCounterMode(display=False)
-    with BaseTorchFunctionMode(), counter:
+    """Return what the model gives, always with the same random numbers, and the FLOPs that it takes."""
+    with counting() as counter:
         return seeded(model, inputs), counter.get_total_flops()
 
 
