@@ -28,6 +28,7 @@ from fxlrd.graph import (
     Inputs,
     annotate,
     calls,
+    captured,
     evaluating,
     fork,
     positional,
@@ -112,12 +113,21 @@ def _places(gm: fx.GraphModule, original: fx.GraphModule) -> tuple[dict[str, tup
     for name, nodes in by_name.items():
         last = [n for n in nodes if not any(user in nodes for user in n.users)]
         there = calls(original, name)
-        reason = _why_not(gm, name, last, there)
+        reason = _why_not(gm, name, last, there) or _fed_by_the_original(gm, nodes)
         if reason is None:
             found[name] = (last[0], there[0])
         else:
             skipped.append(Skip(name, reason))
     return found, skipped
+
+
+def _fed_by_the_original(gm: fx.GraphModule, nodes: list[fx.Node]) -> str | None:
+    """Return why a layer at the start of a region is left alone: it gets the original's activations there."""
+    known = captured(gm)
+    first = source(nodes[0])
+    if known is None or known.around is None or first is None or first.op != "placeholder":
+        return None
+    return "what the compressed model feeds it is not known: only regions could be captured"
 
 
 def _why_not(gm: fx.GraphModule, name: str, last: list[fx.Node], there: list[fx.Node]) -> str | None:
