@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections import Counter
 from fnmatch import fnmatch
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -68,6 +69,11 @@ REASONS = {
     "is read": "read directly",
     "never called": "never called",
     "more than its input": "more than its input",
+    "is an output": "output",
+    "each channel alone": "channels meet",
+    "no layer": "channels meet",
+    "saves nothing": "nothing to save",
+    "only Conv2d and Linear": "only 2-d merges",
 }
 """What a reason to leave a layer alone has in it: the word for that in the table."""
 
@@ -148,8 +154,8 @@ def main() -> None:
         print(f"interrupted: {len(rows)} of {len(chosen)}")
     finally:
         print(tabulate(rows, headers=[*HEADERS, "time"], disable_numparse=True))
-        whole, refused = (sum(row[1] == which for row in rows) for which in ("whole", "refused"))
-        print(f"\n{len(rows)} models: {whole} whole, {len(rows) - whole - refused} by regions, {refused} refused")
+        counts = Counter(row[1].rpartition(" ")[2] for row in rows)
+        print(f"\n{len(rows)} models:", ", ".join(f"{number} {how}" for how, number in counts.most_common()))
 
 
 def _row(name: str, preset: str, exact: bool, largest: float) -> list[str]:
@@ -205,8 +211,8 @@ def _cells(report: Report) -> list[str]:
 
 
 def short(reason: str) -> str:
-    """Return the word for a reason, or the reason where there is none."""
-    return next((word for part, word in REASONS.items() if part in reason), reason)
+    """Return the word for a reason, or the reason, shortened, where there is none."""
+    return next((word for part, word in REASONS.items() if part in reason), shorten(reason, 40, placeholder=" …"))
 
 
 def _at_full_rank(model: nn.Module, example: Inputs) -> str:
