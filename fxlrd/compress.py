@@ -101,7 +101,7 @@ def compress(
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise FxlrdError("compress under autocast: call it outside, with model and example inputs in one dtype")
     _check_model(model, inplace)
-    steps = _pipeline(ratio, preset, pipeline, budget, skip, calibration, compile)
+    steps = steps_for(ratio, preset, pipeline, budget, skip, calibration, compile)
     inputs = Inputs.of(example_inputs)
     show: Progress[Any] = bar if progress else quiet
     original = _capture(model, inputs)
@@ -175,7 +175,7 @@ def _last_run(model: nn.Module, inputs: Inputs) -> tuple[Any, int]:
 
 def _moved(outputs: Any, reference: Any) -> float | None:
     """Return how far the whole model's outputs lie from the original's, relative; None where they do not compare."""
-    if not tensors(reference):
+    if not any(t.numel() for t in tensors(reference)):  # such as a detector that finds nothing
         return None
     try:
         return difference(tensors(outputs), tensors(reference), "output").relative
@@ -196,7 +196,7 @@ def _check_model(model: Any, inplace: bool) -> None:
         raise FxlrdError("inplace: a bare layer cannot replace itself; wrap it in nn.Sequential first")
 
 
-def _pipeline(
+def steps_for(
     ratio: float | None,
     preset: str | None,
     pipeline: Pipeline | Sequence[Pass] | str | None,
@@ -205,6 +205,7 @@ def _pipeline(
     calibration: Any,
     under_inductor: bool,
 ) -> Pipeline:
+    """Return the passes that these options of `compress` ask for. Raises FxlrdError where they contradict each other."""
     if pipeline is not None and preset is not None:
         raise FxlrdError("preset and pipeline: give one of the two")
     if pipeline is None:

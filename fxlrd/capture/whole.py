@@ -38,6 +38,7 @@ from fxlrd.graph import (
     run,
     set_container_mode,
     tensors,
+    unmoved,
 )
 from fxlrd.layers import LAYERS, op
 
@@ -157,7 +158,8 @@ def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, lis
     tracer = _Tracer()
     attributes = set(vars(model))
     try:
-        graph = tracer.trace(model, frozen or None)
+        with unmoved(model):
+            graph = tracer.trace(model, frozen or None)
     except Exception as error:
         _forget(model, attributes)
         where = tracer.failed_in or type(model).__name__
@@ -245,7 +247,8 @@ def train_path_differs(model: nn.Module, frozen: dict[str, Any], gm: fx.GraphMod
     attributes = set(vars(model))
     model.train()
     try:
-        graph = _Tracer().trace(model, frozen or None)
+        with unmoved(model):
+            graph = _Tracer().trace(model, frozen or None)
     except Exception:  # whatever stops the trace in training mode, it is another path
         return True
     finally:
