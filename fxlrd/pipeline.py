@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from torch import Tensor, fx
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from fxlrd import cost
 from fxlrd.errors import FxlrdError, VerificationError, unknown
 from fxlrd.graph import Inputs, annotate, captured, difference, fork, propagate, rounding
+from fxlrd.latency import Timing
 from fxlrd.passes import PASSES, PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
 
@@ -48,7 +49,8 @@ class Record:
     """One line of the ledger: what a pass did, and how far outputs moved on the example inputs.
 
     ``relative_error`` and ``max_abs_error`` are against the pipeline's input, ``step_error`` (relative) against
-    the pass's own; None where nothing was verified. ``exact`` says that every site was.
+    the pass's own; None where nothing was verified. ``exact`` says that every site was. ``timings`` holds what
+    the pass measured, by layer and ranks.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Record:
     flops: int
     depth: int
     note: str = ""
+    timings: Mapping[str, Mapping[str, Timing]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,7 @@ def _record(step: Pass, result: PassResult, errors: Errors, seconds: float) -> R
         cost.flops(gm),
         cost.depth(gm),
         result.note,
+        result.timings,
     )
 
 

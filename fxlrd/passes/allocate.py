@@ -113,7 +113,7 @@ class Allocate:
         free = [n for n in problem.items if n not in plan.ranks and n not in problem.touched(plan.kept)]
         reached = {s.name for s in skipped}
         skipped += [Skip(n, "no cheaper form is worth its error") for n in free if n not in reached]
-        return PassResult(gm, (), tuple(skipped), note)
+        return PassResult(gm, (), tuple(skipped), note, problem.timings)
 
     # -- the choices
 
@@ -124,7 +124,7 @@ class Allocate:
         for name, module in progress(list(layers(gm).items()), "allocate"):
             reason = self._left_alone(gm, name, module, reasons[name])
             if reason is None or reason == _STEM:
-                found = self._item(gm, name, module, known, alone=reason is not None)
+                found = self._item(gm, name, module, known, problem, alone=reason is not None)
                 if isinstance(found, str):
                     reason = found
                 else:
@@ -147,7 +147,13 @@ class Allocate:
         return _STEM if is_stem(gm, name, module) else None
 
     def _item(
-        self, gm: fx.GraphModule, name: str, module: nn.Module, known: dict[str, dict[str, Timing]], alone: bool
+        self,
+        gm: fx.GraphModule,
+        name: str,
+        module: nn.Module,
+        known: dict[str, dict[str, Timing]],
+        problem: Problem,
+        alone: bool,
     ) -> list[Choice] | str:
         """Return the layer's forms that no other beats, the original last, or why they cannot be told."""
         nodes = calls(gm, name)
@@ -179,6 +185,7 @@ class Allocate:
             timings = time_ranks(
                 where, [c.ranks for c in few if c.ranks], self.compile, self.seconds, self.cache, shared
             )
+            problem.timings[name] = timings
             whole = timings[ORIGINAL].seconds * sum(times(n) for n in nodes)
             original = changed(original, cost=whole)
             priced = [changed(c, cost=whole * timings[ranks_text(c.ranks)].ratio) for c in few if c.ranks]
@@ -292,10 +299,11 @@ class Merging:
 
 @dataclass
 class Problem:
-    """The layers' forms and the groups that may be merged."""
+    """The layers' forms and the groups that may be merged, and the times measured of the forms."""
 
     items: dict[str, list[Choice]] = field(default_factory=dict)
     groups: dict[str, Merging] = field(default_factory=dict)
+    timings: dict[str, dict[str, Timing]] = field(default_factory=dict)
 
     def original(self) -> float:
         """Return what the layers cost as they are."""

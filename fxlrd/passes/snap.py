@@ -71,6 +71,7 @@ class Snap:
         sites: list[Site] = []
         skipped: list[Skip] = []
         known: dict[str, dict[str, Timing]] = {}
+        measured: dict[str, dict[str, Timing]] = {}
         for name, place in progress(list(_places(gm).items()), "snap"):
             if isinstance(place, str):
                 skipped.append(Skip(name, place))
@@ -78,6 +79,7 @@ class Snap:
             shared = known.setdefault(place.where.signature, {}) if self.search == "grid" else {}
             candidates = self._candidates(place)
             timings = time_ranks(place.where, candidates, self.compile, self.seconds, self.cache, shared)
+            measured[name] = timings
             chosen = self._choose(place, timings)
             _apply(gm, name, place, chosen, timings)
             if chosen == place.ranks:
@@ -86,7 +88,7 @@ class Snap:
                 sites.append(Site(name, False, _note(place, chosen, timings), timings))
         gm.graph.lint()
         gm.recompile()
-        return PassResult(gm, tuple(sites), tuple(skipped))
+        return PassResult(gm, tuple(sites), tuple(skipped), timings=measured)
 
     def _candidates(self, place: Decomposed) -> list[Ranks]:
         """Return the ranks to time, from the present one downward."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
 
 from fxlrd import cost
+from fxlrd.files import write_whole
 from fxlrd.graph import FACTORS, NEVER_CALLED, Provenance, calls, captured, layers, provenance
 from fxlrd.latency import Timing
-from fxlrd.layers import form, layer, op
+from fxlrd.layer_latency import ORIGINAL
+from fxlrd.layers import form, layer, op, ranks_text
 from fxlrd.pipeline import Record
 from fxlrd.report import table
 
@@ -21,7 +24,8 @@ class Report:
 
     ``before`` and ``after`` have params, flops (for the example inputs, 2 × multiply-adds), depth and
     latency_ms (None if not measured). ``layers`` has a dict for every conv and linear layer of the original,
-    ``passes`` one for each pass, as `to_dict` gives them.
+    ``passes`` one for each pass, as `to_dict` gives them. ``diff`` is the graph before against that after, as plain
+    data (`fxlrd.diff`).
     """
 
     model: str
@@ -33,6 +37,7 @@ class Report:
     passes: list[dict[str, Any]]
     warnings: list[str] = field(default_factory=list)
     ledger: tuple[Record, ...] = field(default=(), repr=False)
+    diff: dict[str, Any] | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data, fit for JSON."""
@@ -42,6 +47,12 @@ class Report:
     def to_table(self) -> str:
         """Return the report as text: the headline, the passes, the layers."""
         return table.whole(self.to_dict())
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the report as one page that needs nothing else: no server, no network."""
+        from fxlrd.report.html import page
+
+        write_whole(Path(path), page(self.to_dict(), self.diff))
 
     def ranks_table(self) -> str:
         """Return the paper's Table 2 of this model: ranks by ratio and as snapped, with the times behind them."""
@@ -82,6 +93,10 @@ def layer_rows(
             # What made the layer what it is comes first; later fine-tuning of it is added.
             added = record.name in ADJUSTING and site.name in notes
             notes[site.name] = f"{notes[site.name]}, {site.note}" if added else site.note
+    measured: dict[str, dict[str, Timing]] = {}
+    for record in ledger:
+        for name, timings in record.timings.items():
+            measured.setdefault(name, {}).update(timings)
     touched = {site.name for record in ledger for site in record.sites}
     nodes: dict[str, list[fx.Node]] = {}
     for node in after.graph.nodes:
@@ -95,6 +110,8 @@ def layer_rows(
         roles = {p.role for n in here if (p := provenance(n)) is not None}
         decision = "branched" if "branch" in roles else _decision(known, module, name in touched)
         targets = dict.fromkeys(str(n.target) for n in here)
+        timings = measured.get(name, {})
+        now = _timed(known, decision, timings)
         rows.append(
             {
                 "name": name,
@@ -104,11 +121,15 @@ def layer_rows(
                 "ranks": list(known.ranks) if factored and known is not None else None,
                 "params": sum(cost.params(after.get_submodule(t)) for t in targets),
                 "flops": sum(int(n.meta.get("flops", 0)) for n in here),
-                "latency_ms": known.latency * 1e3 if known is not None and known.latency is not None else None,
+                "latency_ms": None if now is None else now * 1e3,
                 "error": known.error if factored and known is not None else 0.0,
                 "reason": notes.get(name) or (FOLDED if decision == "merged" else reasons.get(name, UNSEEN)),
                 "params_before": cost.params(module),
                 "flops_before": sum(int(n.meta.get("flops", 0)) for n in calls(before, name)),
+                "latency_ms_before": timings[ORIGINAL].seconds * 1e3 if ORIGINAL in timings else None,
+                "timings": {
+                    ranks: {"ms": t.seconds * 1e3, "ratio": t.ratio, "spread": t.spread} for ranks, t in timings.items()
+                },
             }
         )
     known_whole = captured(before)
@@ -127,9 +148,24 @@ def layer_rows(
                 "reason": unreached.reason,
                 "params_before": unreached.params,
                 "flops_before": None,
+                "latency_ms_before": None,
+                "timings": {},
             }
         )
     return rows
+
+
+def _timed(known: Provenance | None, decision: str, timings: dict[str, Timing]) -> float | None:
+    """Return the measured seconds of a layer as it is now, if they are known."""
+    if known is None or known.latency is not None:
+        return None if known is None else known.latency
+    if decision in ("svd", "tucker2"):
+        timed = ranks_text(known.ranks)
+    elif decision in ("original", "skipped"):
+        timed = ORIGINAL
+    else:  # a merged layer's channels and a branched core's groups are not what was timed
+        return None
+    return timings[timed].seconds if timed in timings else None
 
 
 def _decision(known: Provenance | None, module: nn.Module, touched: bool) -> str:
