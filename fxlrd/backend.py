@@ -35,7 +35,7 @@ from torch._subclasses.fake_tensor import is_fake
 from fxlrd.budget import Budget
 from fxlrd.capture.dynamo import Lowered, has_layers, lower_graph, raise_graph, weights_of
 from fxlrd.capture.whole import check_weights
-from fxlrd.compress import _pipeline
+from fxlrd.compress import steps_for
 from fxlrd.errors import FxlrdError, one_line, unknown
 from fxlrd.graph import KEY, Captured, Inputs, layers, matches
 from fxlrd.pipeline import Pipeline
@@ -100,7 +100,7 @@ class Options:
         """Return the passes. Raises FxlrdError for those that read calibration inputs."""
         budget = None if self.budget is None else Budget.parse(self.budget)
         skip = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
-        steps = _pipeline(self.ratio, self.preset, self.passes, budget, skip, None, self.inner == "inductor")
+        steps = steps_for(self.ratio, self.preset, self.passes, budget, skip, None, self.inner == "inductor")
         fitted = [type(p).__name__.lower() for p in steps.passes if hasattr(p, "calibration")]
         if fitted:
             raise FxlrdError(
@@ -343,6 +343,7 @@ def example(value: Any) -> Any:
 
 
 def _hint(size: Any) -> int:
-    from torch.fx.experimental.symbolic_shapes import optimization_hint
-
-    return optimization_hint(size, 2)
+    """Return a size as a number: for a symbolic one, what it was when Dynamo met it."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 2

@@ -205,7 +205,7 @@ def steps_for(
     calibration: Any,
     under_inductor: bool,
 ) -> Pipeline:
-    """Return the passes that these options of `compress` ask for. Raises FxlrdError where they contradict each other."""
+    """Return the passes that these options of `compress` ask for. Raises FxlrdError where they do not go together."""
     if pipeline is not None and preset is not None:
         raise FxlrdError("preset and pipeline: give one of the two")
     if pipeline is None:
