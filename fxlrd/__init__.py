@@ -4,6 +4,7 @@ from fxlrd import ranks
 from fxlrd.budget import Budget
 from fxlrd.capture import capture
 from fxlrd.compress import Result, compress
+from fxlrd.diff import diff
 from fxlrd.errors import CaptureError, FxlrdError, VerificationError
 from fxlrd.finetune import finetune
 from fxlrd.pipeline import Pipeline
@@ -17,6 +18,7 @@ __all__ = [
     "VerificationError",
     "capture",
     "compress",
+    "diff",
     "finetune",
     "ranks",
 ]

@@ -1,0 +1,263 @@
+"""A diff as text, one line a thing, and blocks that changed alike told once.
+
+Nothing in a line depends on other changes (columns line up within one change only), so that a change of the model
+changes its own lines of a golden file or a pull request and no others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fxlrd.layers import ranks_text
+from fxlrd.report.table import change as percent
+from fxlrd.report.table import error, giga
+
+if TYPE_CHECKING:
+    from fxlrd.diff import Change, Diff, Edit
+    from fxlrd.match import Item
+
+_WIDEST = 100
+_STYLES = {"head": "1", "-": "31", "+": "32", "~": "33", "same": "2"}
+Paint = Callable[[str, str], str]
+
+
+def whole(diff: Diff, color: bool, times: bool) -> str:
+    """Return the figures, the changes, what was left alone and why; nothing where nothing is to be said."""
+
+    def paint(style: str, text: str) -> str:
+        return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if color else text
+
+    parts = []
+    if diff.changes:
+        parts.append("\n".join(_figures(diff)))
+        parts.append("\n".join(_block(_tree(diff.changes), paint, times)))
+    if diff.skipped:
+        parts.append("\n".join([paint("head", "left alone"), *_reasons(diff.skipped)]))
+    if diff.passes and diff.changes:
+        parts.append("applied in order: " + ", ".join(str(p["text"]) for p in diff.passes))
+    if parts:
+        parts += [f"note: {note}" for note in diff.notes]
+    return "\n\n".join(parts)
+
+
+def _figures(diff: Diff) -> Iterator[str]:
+    before, after = diff.before, diff.after
+    yield f"{'parameters':10}  {_pair(before['params'], after['params'], '{:,}'.format)}"
+    if None not in (before["flops"], after["flops"]):
+        yield f"{'FLOPs':10}  {_pair(before['flops'], after['flops'], giga)}"
+    if None not in (before["depth"], after["depth"]):
+        yield f"{'depth':10}  {_pair(before['depth'], after['depth'], str)}"
+    yield f"{'nodes':10}  {before['nodes']} → {after['nodes']}, {len(diff.untouched)} untouched"
+    counts = Counter(c.kind for c in diff.changes)
+    yield f"{'changes':10}  {', '.join(f'{n} {kind}' for kind, n in counts.items())}"
+
+
+def _pair(before: float, after: float, text: Callable[[float], str]) -> str:
+    return text(before) if before == after else f"{text(before)} → {text(after)} ({percent(before, after)})"
+
+
+# -- one change
+
+
+def _lines(change: Change, paint: Paint, times: bool) -> Iterator[str]:
+    said = [*_what(change), *_costs(change, times)]
+    rows = [row for edit in change.edits for row in _rows(change, edit)]
+    if len(rows) == 1 and rows[0][0] == "~":
+        yield paint("head", change.name) + ": " + ", ".join([change.kind, *filter(None, rows[0][2:]), *said])
+        return
+    yield paint("head", change.name) + ": " + ", ".join(said)
+    width = max(len(row[1]) for row in rows)
+    for (sign, name, *rest), count in _counted(rows):
+        text = "  ".join([f"{name:{width}}", *filter(None, rest)])
+        yield "  " + paint(sign, f"{sign} {text.rstrip()}{f'  ({count} calls)' if count > 1 else ''}")
+
+
+def _counted(rows: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], int]]:
+    """Return each row once, in order of first appearance, and how often there is such a one."""
+    return list(Counter(rows).items())
+
+
+def _what(change: Change) -> Iterator[str]:
+    went, came = len(change.went), len(change.came)
+    single = not went and not came and len(change.edits) == 1
+    if change.kind in ("added", "removed"):
+        yield change.kind if went + came == 1 else f"{change.kind}, {went + came} nodes"
+    elif went or came:
+        yield f"{change.kind} {went} → {came}" if change.kind == "rewritten" else change.kind
+    elif not single or change.kind in ("changed", "merged"):
+        yield change.kind
+    ranks, before = change.figures["ranks"], change.figures["ranks_before"]
+    if ranks != before and change.form != "original":
+        form = f"{change.form} at " if change.form in ("svd", "tucker2", "branched") and not before else ""
+        yield f"{form}rank {f'{ranks_text(tuple(before))} → ' if before else ''}{ranks_text(tuple(ranks or ()))}"
+    elif change.form == "original":
+        yield "original back"
+    elif change.form == "branched" and change.kind != "reshaped":
+        yield "branched"
+
+
+def _costs(change: Change, times: bool) -> Iterator[str]:
+    f = change.figures
+    if f["params_before"] != f["params"]:
+        yield f"parameters {f['params_before']:,} → {f['params']:,}"
+    if None not in (f["flops_before"], f["flops"]) and f["flops_before"] != f["flops"]:
+        yield f"FLOPs {giga(f['flops_before'])} → {giga(f['flops'])}"
+    if times and f["latency_ms"] is not None and f["latency_ms"] != f["latency_ms_before"]:
+        before = "" if f["latency_ms_before"] is None else f"{f['latency_ms_before']:.3g} → "
+        yield f"{before}{f['latency_ms']:.3g} ms"
+    if times and f["error"] is not None and f["error"] != f["error_before"]:
+        before = "" if f["error_before"] is None else f"{error(f['error_before'])} → "
+        yield f"error {before}{error(f['error'])}"
+
+
+def _rows(change: Change, edit: Edit) -> Iterator[tuple[str, ...]]:
+    """Return (sign, name, text, shape) of the lines of one edit."""
+    a, b = edit.before, edit.after
+    if a is None or b is None or edit.kind == "changed":
+        for sign, item in (("-", a), ("+", b)):
+            if item is not None:
+                yield sign, _called(item), _text(item), _shape(item)
+        if edit.kind == "changed" and a is not None and b is not None and a.text == b.text and a.call == b.call:
+            yield "~", _called(b), "; ".join(edit.what), ""
+        return
+    shapes = f"{_shape(a)} → {_shape(b)}" if a.shape != b.shape and edit.kind == "reshaped" else ""
+    yield "~", _called(b), "; ".join(edit.what), shapes
+
+
+def _called(item: Item) -> str:
+    return item.target if item.owner is not None and item.target else item.name
+
+
+def _text(item: Item) -> str:
+    """Return what a node computes, with the names of its inputs where it is a function's call."""
+    text = item.text
+    if item.op.startswith("call") and item.owner is None:
+        names = iter([i.name for i in item.inputs])
+        text = item.target + re.sub("%", lambda found: next(names, found[0]), item.call)
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
+
+
+def _shape(item: Item) -> str:
+    return "" if item.shape is None else "×".join(map(str, item.shape)) or "scalar"
+
+
+def _reasons(skipped: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """Return a line for each name and reason; names that differ in numbers only are told as one if they are many."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for skip in skipped:
+        alike.setdefault((re.sub(r"\d+", "*", skip["name"]), skip["reason"]), []).append(skip["name"])
+    for (pattern, reason), names in alike.items():
+        for name in names if len(names) < 3 else [f"{pattern} ({len(names)} layers)"]:
+            yield f"  {name}: {reason}"
+
+
+# -- blocks that changed alike
+
+
+@dataclass
+class _Block:
+    """A module with the changes at it and inside of it."""
+
+    path: str
+    changes: list[Change] = field(default_factory=list)
+    parts: dict[str, _Block] = field(default_factory=dict)
+    alike: Hashable = None
+
+    def every(self) -> Iterator[Change]:
+        yield from self.changes
+        for part in self.parts.values():
+            yield from part.every()
+
+
+def runs(changes: Sequence[Change]) -> list[tuple[str, list[str]]]:
+    """Return the runs of sibling blocks that changed alike: the first one's path and the others'."""
+    found: list[tuple[str, list[str]]] = []
+
+    def walk(block: _Block) -> None:
+        for first, same in _siblings(block):
+            if same:
+                found.append((first.path, [s.path for s in same]))
+            walk(first)
+
+    walk(_tree(changes))
+    return found
+
+
+def _tree(changes: Sequence[Change]) -> _Block:
+    root = _Block("")
+    for change in changes:
+        block = root
+        for part in change.path.split("."):
+            path = f"{block.path}.{part}" if block.path else part
+            block = block.parts.setdefault(part, _Block(path))
+        block.changes.append(change)
+    _mark(root)
+    return root
+
+
+def _mark(block: _Block) -> None:
+    """Leave on each block what it has in common with blocks that changed alike."""
+    for part in block.parts.values():
+        _mark(part)
+    inside = tuple((_label(name, part), part.alike) for name, part in block.parts.items())
+    block.alike = (inside, tuple(_alike(c) for c in block.changes))
+
+
+def _label(name: str, block: _Block) -> str:
+    function = any(
+        i is not None and i.site is None for c in block.changes for e in c.edits for i in (e.before, e.after)
+    )
+    return re.sub(r"_\d+$", "", name) if function else name
+
+
+def _alike(change: Change) -> Hashable:
+    """Return a change without names and without what was measured."""
+    figures = {k: str(v) for k, v in change.figures.items() if not k.startswith(("error", "latency"))}
+    edits = tuple(
+        (
+            e.kind,
+            *((i.text, i.call, i.shape, _label_of(change, i)) if i is not None else () for i in (e.before, e.after)),
+        )
+        for e in change.edits
+    )
+    return change.kind, change.form, len(change.merged), tuple(figures.items()), edits
+
+
+def _label_of(change: Change, item: Item) -> str:
+    return "" if item.site is None else item.target.removeprefix(change.name)
+
+
+def _siblings(block: _Block) -> list[tuple[_Block, list[_Block]]]:
+    """Return the parts of a block, of those in a run that changed alike the first, with the others."""
+    found: list[tuple[_Block, list[_Block]]] = []
+    stem = None
+    for name, part in block.parts.items():
+        here = re.sub(r"\d+$", "", name) if re.search(r"\d+$", name) else None
+        if found and here is not None and here == stem and found[-1][0].alike == part.alike:
+            found[-1][1].append(part)
+        else:
+            found.append((part, []))
+        stem = here
+    return found
+
+
+def _block(block: _Block, paint: Paint, times: bool) -> Iterator[str]:
+    for change in block.changes:
+        yield from _lines(change, paint, times)
+    for first, same in _siblings(block):
+        yield from _block(first, paint, times)
+        if same:
+            errors = [e for s in same for c in s.every() if (e := c.figures["error"]) is not None]
+            range_ = f", errors {error(min(errors))} to {error(max(errors))}" if errors and times else ""
+            yield paint("same", f"{_names([s.path for s in same])}: the same as {first.path}{range_}")
+
+
+def _names(paths: Sequence[str]) -> str:
+    numbers = [int(m[0]) for p in paths if (m := re.search(r"\d+$", p))]
+    if len(paths) > 2 and numbers == list(range(numbers[0], numbers[0] + len(paths))):
+        return f"{paths[0]} … {paths[-1]}"
+    return ", ".join(paths)
