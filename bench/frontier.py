@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ class Bench:
         self.calibration = list(images[torch.randperm(len(images), generator=generator)[:1024]].split(128))
         self.loader = Batches(images, labels, count=arguments.quick)
         self.epochs, self.lr = arguments.finetune, arguments.lr
+        self.results = arguments.results
         self.test = tuple(t[: arguments.images] for t in load(train=False))
         self.x = self.test[0][:BATCH].contiguous(memory_format=torch.channels_last)
         self.original = capture(self.model, self.x)
@@ -119,11 +121,17 @@ class Bench:
     def share(self, model: nn.Module) -> float:
         return cost.params(model) / cost.params(self.model)
 
-    def tuned(self, model: nn.Module) -> float:
-        """Return the accuracy after fine-tuning a copy."""
-        model = copy.deepcopy(model)
-        finetune(model, self.loader, epochs=self.epochs, lr=self.lr, teacher=self.model)
-        return self.right(model)
+    def tuned(self, name: str, model: nn.Module) -> float:
+        """Return the accuracy after fine-tuning a copy; with ``--results``, one that an earlier run found."""
+        key = f"{name}, {cost.params(model)} parameters, {self.epochs} epoch(s), lr {self.lr:g}"
+        known = json.loads(self.results.read_text()) if self.results and self.results.exists() else {}
+        if key not in known:
+            model = copy.deepcopy(model)
+            finetune(model, self.loader, epochs=self.epochs, lr=self.lr, teacher=self.model)
+            known[key] = self.right(model)
+            if self.results:
+                self.results.write_text(json.dumps(known, indent=1))
+        return float(known[key])
 
     def timed(self, model: nn.Module) -> Timing:
         torch.compiler.reset()
@@ -175,7 +183,7 @@ def drops(bench: Bench) -> None:
         row = [name, f"{bench.share(model):.3f}", f"{made:.2f}", f"{bench.accuracy - made:+.2f}"]
         row += [f"{found:.2f}", f"{bench.again - found:+.2f}", target(most)]
         if after is not None and bench.epochs:
-            tuned = bench.tuned(again)
+            tuned = bench.tuned(name, again)
             row += [f"{tuned:.2f}", f"{bench.accuracy - tuned:+.2f}", target(after)]
         print(" | ".join(row), flush=True)
         rows.append(row)
@@ -216,7 +224,7 @@ def frontier(bench: Bench, methods: list[str]) -> list[Point]:
                 print(f"{method} {setting:g}: {error}", flush=True)
                 continue
             again = bench.estimated(model)
-            tuned = bench.tuned(again) if bench.epochs and setting in TUNED[method] else None
+            tuned = bench.tuned(f"{method} {setting:g}", again) if bench.epochs and setting in TUNED[method] else None
             found.append((method, setting, model, bench.right(model), bench.right(again), tuned))
             print(method, setting, *(f"{right:.2f}" for right in found[-1][3:] if right is not None), flush=True)
     print("timing", flush=True)  # last and all together: training beside it would disturb it
@@ -319,6 +327,7 @@ def main() -> None:
     parser.add_argument("--table", choices=("drops", "frontier"), help="only this one")
     parser.add_argument("--methods", default=",".join(SETTINGS), help="of the frontier, as auto,pruning")
     parser.add_argument("--images", type=int, default=10000, help="to try it out: on so many test images")
+    parser.add_argument("--results", type=Path, help="a JSON file that keeps what fine-tuning came to, for the next run")
     parser.add_argument("--quick", type=int, metavar="N", help="to try it out: an epoch is N batches")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch")
