@@ -164,7 +164,7 @@ def sweep(
     watch.finish()
     for node in gm.graph.nodes:
         if SEEN in node.meta:
-            node.meta[SEEN].matters = effect.gamma(node)
+            node.meta[SEEN].matters = effect.estimate(node)
 
 
 def _rows(inputs: Inputs) -> int:

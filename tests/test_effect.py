@@ -9,7 +9,7 @@ from torch import nn
 
 from fxlrd import capture
 from fxlrd.calibration import as_inputs
-from fxlrd.effect import PROBES, Effect
+from fxlrd.effect import PROBES, Effect, Samples
 from fxlrd.graph import SEEN, Inputs, layers
 from fxlrd.moments import sweep
 
@@ -167,7 +167,7 @@ def test_parameters_are_left_alone(frozen, training):
     assert gm.training == training
     assert not x.requires_grad
     assert all(effect.gamma(node(gm, name)) is not None for name in layers(gm))
-    assert not any(t.requires_grad for t in effect.sums.values())
+    assert not any(s.total.requires_grad for s in effect.sums.values())
 
 
 def test_frozen_parameters_do_not_change_it():
@@ -298,3 +298,46 @@ def test_it_is_kept_in_float64(dtype):
     effect.add(Inputs((torch.randn(2, 3, 4, 5, dtype=dtype),)))
     assert effect.gamma(node(gm, "a")).dtype == torch.float64
     assert torch.linalg.eigvalsh(effect.gamma(node(gm, "a"))).min() > -1e-12
+
+
+def test_an_estimate_from_few_samples_is_shrunk_towards_the_same_in_all_directions():
+    few, many = (Samples(torch.zeros(40, 40, dtype=torch.float64)) for _ in "ab")
+    few.add(randn(10, 1, 40))
+    many.add(randn(20000, 1, 40))
+    truth = torch.eye(40, dtype=torch.float64)
+    for samples, count in [(few, 10), (many, 20000)]:
+        assert samples.shrunk().trace() == pytest.approx(float(samples.total.trace()))
+        raw, shrunk = samples.total / count, samples.shrunk() / count
+        assert (shrunk - truth).norm() < 0.5 * (raw - truth).norm()
+        assert torch.linalg.eigvalsh(shrunk).min() > 0.3
+
+
+def test_an_estimate_from_samples_that_agree_stays():
+    rows = randn(1, 3, 8).expand(5, -1, -1)
+    samples = Samples(torch.zeros(8, 8, dtype=torch.float64))
+    samples.add(rows)
+    torch.testing.assert_close(samples.shrunk(), samples.total, rtol=1e-12, atol=1e-12)
+    wanted = 5 * rows[0].mT @ rows[0]
+    torch.testing.assert_close(samples.total, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_positions_of_one_input_are_one_sample():
+    rows = randn(6, 7, 4)
+    whole, parts = (Samples(torch.zeros(4, 4, dtype=torch.float64)) for _ in "ab")
+    whole.add(rows)
+    for each in rows:
+        parts.add(each[None])
+    assert whole.count == parts.count == 6
+    assert whole.squares == pytest.approx(sum(float((r.mT @ r).square().sum()) for r in rows))
+    assert parts.squares == pytest.approx(whole.squares)
+    torch.testing.assert_close(whole.shrunk(), parts.shrunk(), rtol=1e-12, atol=1e-12)
+
+
+def test_what_a_fit_goes_by_is_shrunk():
+    net, x = nn.Sequential(nn.Linear(6, 30)).double(), randn(5, 6)
+    gm = capture(net, x)
+    effect = Effect(gm)
+    effect.add(Inputs((x,)))
+    raw, shrunk = effect.gamma(node(gm, "0")), effect.estimate(node(gm, "0"))
+    assert torch.linalg.matrix_rank(raw) == 10
+    assert torch.linalg.eigvalsh(shrunk).min() > 0.5 * shrunk.trace() / 30
