@@ -15,6 +15,7 @@ from fxlrd.around import own, put, runnable, structure, take_back
 from fxlrd.budget import Budget
 from fxlrd.calibration import as_batches, let_go
 from fxlrd.capture import capture, capture_regions, counted
+from fxlrd.diff import diff
 from fxlrd.errors import CaptureError, FxlrdError, VerificationError, one_line
 from fxlrd.graph import (
     KEPT,
@@ -139,6 +140,7 @@ def compress(
         passes=[_pass_row(record) for record in done.ledger],
         warnings=warnings,
         ledger=done.ledger,
+        diff=diff(original, gm, report=done.ledger).to_dict(),
     )
     if last is not None and verify:
         report.settings["output_error"] = _moved(last[0], reference)
