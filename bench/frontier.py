@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--table", choices=("drops", "frontier"), help="only this one")
     parser.add_argument("--methods", default=",".join(SETTINGS), help="of the frontier, as auto,pruning")
     parser.add_argument("--images", type=int, default=10000, help="to try it out: on so many test images")
-    parser.add_argument("--results", type=Path, help="a JSON file that keeps what fine-tuning came to, for the next run")
+    parser.add_argument("--results", type=Path, help="JSON that keeps what fine-tuning came to for the next run")
     parser.add_argument("--quick", type=int, metavar="N", help="to try it out: an epoch is N batches")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch")
