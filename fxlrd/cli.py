@@ -15,6 +15,7 @@ from fxlrd.errors import FxlrdError, one_line
 
 if TYPE_CHECKING:
     from fxlrd.budget import Budget
+    from fxlrd.demo import Comparison
     from fxlrd.report import Report
 
 
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--compile", action="store_true", help="time under Inductor with frozen weights")
     common.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     common.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    common.add_argument("--html", type=Path, metavar="FILE", help="write the report as one HTML page")
 
     compress = commands.add_parser("compress", parents=[common], help="compress a model and report on it")
     compress.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: lrd)")
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="compare the presets on an embedded trained network, in two minutes")
     demo.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    demo.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as one HTML page")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -87,7 +90,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     from fxlrd.demo import run
 
     _set_threads(arguments.threads)
-    print(run())
+    _check_writable("--html", arguments.html)
+    comparison = run()
+    print(comparison.to_table())
+    _write_page(comparison, arguments.html)
 
 
 def _compress(arguments: argparse.Namespace) -> None:
@@ -124,7 +130,8 @@ def _run(arguments: argparse.Namespace, calibration: str | None = None, **option
     from fxlrd.models import DTYPES, calibration_for, example_for, load_model
 
     _set_threads(arguments.threads)
-    _check_writable(arguments.json)
+    _check_writable("--json", arguments.json)
+    _check_writable("--html", arguments.html)
     dtype = DTYPES[arguments.dtype]
     model = load_model(arguments.model, arguments.weights, arguments.seed).to(dtype)
     x = example_for(arguments.input, arguments.batch, dtype, arguments.channels_last)
@@ -151,7 +158,17 @@ def _run(arguments: argparse.Namespace, calibration: str | None = None, **option
             write_whole(arguments.json, json.dumps(report.to_dict(), indent=1) + "\n")
         except OSError as error:
             raise FxlrdError(f"--json {arguments.json}: {one_line(error)}") from error
+    _write_page(report, arguments.html)
     return report
+
+
+def _write_page(report: Report | Comparison, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        report.to_html(path)
+    except OSError as error:
+        raise FxlrdError(f"--html {path}: {one_line(error)}") from error
 
 
 def _set_threads(count: int | None) -> None:
@@ -163,15 +180,15 @@ def _set_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def _check_writable(path: Path | None) -> None:
+def _check_writable(option: str, path: Path | None) -> None:
     """Fail before the work, not after it."""
     if path is None:
         return
     if path.is_dir():
-        raise FxlrdError(f"--json {path}: that is a folder; name a file")
+        raise FxlrdError(f"{option} {path}: that is a folder; name a file")
     around = path.absolute().parent
     if not around.is_dir():
-        raise FxlrdError(f"--json {path}: the folder {around} does not exist")
+        raise FxlrdError(f"{option} {path}: the folder {around} does not exist")
 
 
 def _warn(message: Warning | str, category: type[Warning], *rest: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,28 +15,57 @@ from fxlrd import cost, fashion
 from fxlrd.budget import Budget
 from fxlrd.capture import capture
 from fxlrd.compress import compress
-from fxlrd.graph import Inputs, evaluating, propagate
-from fxlrd.latency import Setting, compare
+from fxlrd.files import write_whole
+from fxlrd.graph import evaluating
+from fxlrd.latency import Setting, Timing, compare
 from fxlrd.passes import Calibrate, Decompose, Merge, Recalibrate
 from fxlrd.progress import Progress, bar, quiet
+from fxlrd.report import Report
 from fxlrd.report.table import giga
 
+ABOUT = "A bottleneck ResNet trained on Fashion-MNIST, compressed without any training; 2,000 test images."
 SHARE = 0.5
 BATCH = 64
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the comparison: accuracies (0…1) as it is and with BatchNorm statistics re-estimated."""
+    """One model of the comparison: accuracies (0…1) as it is and with BatchNorm statistics re-estimated; speed is
+    against the original's.
+    """
 
     name: str
-    model: nn.Module
     accuracy: float
     recalibrated: float
+    params: int
+    flops: int
+    latency_ms: float
+    speed: float
+    speed_spread: float
 
 
-def run(share: float = SHARE, progress: bool = True) -> str:
-    """Compress the embedded network in each way and return the table."""
+@dataclass(frozen=True)
+class Comparison:
+    """The models side by side, the original first, where they were timed, and the report of the last of them."""
+
+    rows: tuple[Row, ...]
+    setting: str
+    report: Report
+
+    def to_table(self) -> str:
+        """Return the comparison as text."""
+        return _table(self.rows, self.setting)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the comparison as one page, with the report of the last model in it."""
+        from fxlrd.report.html import page
+
+        variants = [asdict(row) for row in self.rows]
+        write_whole(Path(path), page(self.report.to_dict(), self.report.diff, variants, _lead(self.rows)))
+
+
+def run(share: float = SHARE, progress: bool = True) -> Comparison:
+    """Compress the embedded network in each way and compare what comes out."""
     show: Progress[Any] = bar if progress else quiet
     model = fashion.trained().to(memory_format=torch.channels_last)
     images = fashion.calibration().to(memory_format=torch.channels_last)
@@ -56,11 +86,31 @@ def run(share: float = SHARE, progress: bool = True) -> str:
         ),
         ("auto", {"budget": Budget(params=share), "calibration": batches}),
     ]
-    rows = [_row("original", model, batches, test)]
+    models: dict[str, nn.Module] = {"original": model}
     for name, options in show(ways, "presets"):
         result = compress(model, x, measure=False, progress=progress, **options)
-        rows.append(_row(name, result.model, batches, test))
-    return _table(rows, x)
+        models[name] = result.model
+    with torch.no_grad():
+        timings = compare({n: lambda m=m: m(x) for n, m in models.items()}, x.device, seconds=8.0)  # type: ignore[misc]
+    rows = tuple(_row(name, m, timings[name], x, batches, test) for name, m in models.items())
+    here = Setting.here(x.device, False)
+    setting = f"{here.device}, eager, channels_last, {here.threads} threads, torch {here.torch_version}"
+    return Comparison(rows, setting, _measured(result.report, rows[0], rows[-1]))
+
+
+def _measured(report: Report, first: Row, row: Row) -> Report:
+    """Return the report with what was measured of the model beside the others."""
+    return replace(
+        report,
+        model="Fashion-MNIST, bottleneck ResNet",
+        settings={**report.settings, "speedup": row.speed, "speedup_spread": row.speed_spread},
+        before={**report.before, "latency_ms": first.latency_ms, "accuracy": first.accuracy},
+        after={**report.after, "latency_ms": row.latency_ms, "accuracy": row.accuracy},
+    )
+
+
+def _lead(rows: Sequence[Row]) -> str:
+    return f"{ABOUT} The figures below are those of the preset {rows[-1].name}."
 
 
 def _ratio(share: float, make: Callable[[float], fx.GraphModule], original: fx.GraphModule) -> float:
@@ -75,9 +125,21 @@ def _ratio(share: float, make: Callable[[float], fx.GraphModule], original: fx.G
     return round(high, 3)
 
 
-def _row(name: str, model: nn.Module, batches: list[Tensor], test: tuple[Tensor, Tensor]) -> Row:
-    gm = Recalibrate(calibration=batches, guard=False)(capture(model, batches[0][:2])).graph_module
-    return Row(name, model, accuracy(model, *test), accuracy(gm, *test))
+def _row(
+    name: str, model: nn.Module, timing: Timing, x: Tensor, batches: list[Tensor], test: tuple[Tensor, Tensor]
+) -> Row:
+    gm = capture(model, x)
+    recalibrated = Recalibrate(calibration=batches, guard=False)(gm).graph_module
+    return Row(
+        name,
+        accuracy(model, *test),
+        accuracy(recalibrated, *test),
+        cost.params(model),
+        cost.flops(gm),
+        timing.seconds * 1e3,
+        1 / timing.ratio,
+        timing.spread / timing.ratio**2,
+    )
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -89,41 +151,22 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return right / len(labels)
 
 
-def _table(rows: list[Row], x: Tensor) -> str:
-    with torch.no_grad():
-        timings = compare({r.name: lambda r=r: r.model(x) for r in rows}, x.device, seconds=8.0)  # type: ignore[misc]
+def _table(rows: Sequence[Row], setting: str) -> str:
     first = rows[0]
-    cells = []
-    for row in rows:
-        gm = capture(row.model, x)
-        propagate(gm, Inputs.of(x))
-        timing = timings[row.name]
-        cells.append(
-            [
-                row.name,
-                f"{100 * row.accuracy:.1f} %",
-                f"{100 * row.recalibrated:.1f} %",
-                "" if row is first else f"{100 * (row.recalibrated - first.recalibrated):+.1f}",
-                f"{cost.params(row.model):,}",
-                giga(cost.flops(gm)),
-                f"{timing.seconds * 1e3:.1f} ms",
-                "" if row is first else f"{1 / timing.ratio:.2f}× ± {timing.spread / timing.ratio**2:.2f}",
-            ]
-        )
-    headers = [
-        "",
-        "accuracy",
-        "BN re-estimated",
-        "points",
-        "parameters",
-        "FLOPs",
-        f"latency ({len(x)} images)",
-        "speed",
+    cells = [
+        [
+            row.name,
+            f"{100 * row.accuracy:.1f} %",
+            f"{100 * row.recalibrated:.1f} %",
+            "" if row is first else f"{100 * (row.recalibrated - first.recalibrated):+.1f}",
+            f"{row.params:,}",
+            giga(row.flops),
+            f"{row.latency_ms:.1f} ms",
+            "" if row is first else f"{row.speed:.2f}× ± {row.speed_spread:.2f}",
+        ]
+        for row in rows
     ]
-    setting = Setting.here(x.device, False)
-    title = (
-        "A bottleneck ResNet trained on Fashion-MNIST, compressed without any training; 2,000 test images.\n"
-        f"{setting.device}, eager, channels_last, {setting.threads} threads, torch {setting.torch_version}"
-    )
+    headers = ["", "accuracy", "BN re-estimated", "points", "parameters", "FLOPs", f"latency ({BATCH} images)", "speed"]
     align = ("left", *["right"] * 7)
+    title = f"{ABOUT}\n{setting}"
     return title + "\n\n" + tabulate(cells, headers=headers, tablefmt="simple", disable_numparse=True, colalign=align)
