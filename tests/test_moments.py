@@ -421,7 +421,7 @@ def test_effects_are_measured_on_so_many_inputs():
         for x in batches[:used]:
             effect.add(Inputs((x,)))
         for name in "02":
-            found, wanted = node(gm, name).meta[SEEN].matters, effect.gamma(node(gm, name))
+            found, wanted = node(gm, name).meta[SEEN].matters, effect.estimate(node(gm, name))
             assert found is wanted is None if used == 0 else torch.equal(found, wanted)
 
 
