@@ -216,7 +216,7 @@ def diff(before: Any, after: Any, *, report: Any = None) -> Diff:
     shapes = _same_inputs(found)
     if shapes is False:
         notes.append("the two were captured with inputs of different shapes: shapes are not compared")
-    passes = _passes(report)
+    passes = [_pass(record) for record in _records(report)]
     changes, untouched = _Grouping(found, bool(shapes), passes).changes()
     touched = {c.name for c in changes} | {name for c in changes for name in c.merged}
     return Diff(
@@ -249,12 +249,16 @@ class Steps:
         self.graphs.append(after)
 
     def diff(self, start: int = 0, end: int = -1, *, report: Any = None) -> Diff:
-        """Return what differs between two steps by number, 0 being the pipeline's input."""
+        """Return what differs between two steps by number, 0 being the pipeline's input.
+
+        Of a ``report`` on the pipeline, what is about the passes between the two is taken.
+        """
         count = len(self.graphs)
         if not -count <= start < count or not -count <= end < count:
             known = ", ".join(f"{i} {name}" for i, name in enumerate(self.names)) or "none"
             raise FxlrdError(f"steps {start} and {end}: there are {known}")
-        return diff(self.graphs[start], self.graphs[end], report=report)
+        first, last = sorted((start % count, end % count))
+        return diff(self.graphs[start], self.graphs[end], report=_records(report)[first:last])
 
 
 def _model(given: Any, where: str) -> nn.Module:
@@ -286,8 +290,8 @@ def _same_inputs(found: Matching) -> bool | None:
     return sides[0] == sides[1]
 
 
-def _passes(report: Any) -> list[dict[str, Any]]:
-    """Return what is known of the passes that were run, as a report has it."""
+def _records(report: Any) -> list[Any]:
+    """Return what a report, a result or a ledger has on each pass."""
     if isinstance(report, nn.Module):
         return []
     for name in ("report", "ledger", "passes"):  # a report that was read from a file has no ledger
@@ -296,7 +300,7 @@ def _passes(report: Any) -> list[dict[str, Any]]:
         report = report.get("passes", ())
     if not isinstance(report, Sequence) or isinstance(report, str):
         return []
-    return [_pass(p) for p in report if isinstance(p, Mapping) or hasattr(p, "skipped")]
+    return [p for p in report if isinstance(p, Mapping) or hasattr(p, "skipped")]
 
 
 def _pass(record: Any) -> dict[str, Any]:
@@ -325,9 +329,10 @@ class _Grouping:
 
     def __init__(self, found: Matching, shapes: bool, passes: Sequence[Mapping[str, Any]]) -> None:
         self.found, self.shapes, self.passes = found, shapes, passes
-        self.home: dict[Item, Item] = {}
-        """Of a node without counterpart or of a two-sided site: the node that stands for its group."""
         self.same_as: dict[Item, Item] = {}
+        """A node of the same group, of all but one node of each; see `_root`."""
+        self.alone: set[Item] = set()
+        """The nodes that went or came and have nothing of the other side in their place."""
         self.left_a = [i for i in found.a if i not in found.to_b]
         self.left_b = [i for i in found.b if i not in found.to_a]
         self.edits: dict[Item, Edit] = {}
@@ -344,6 +349,8 @@ class _Grouping:
         for item in self.left_b:
             self.edits[item] = Edit("came", None, item)
         merged = self._join()
+        replaced = {self._root(i) for i in self.left_a} & {self._root(i) for i in self.left_b}
+        self.alone = {i for i in (*self.left_a, *self.left_b) if self._root(i) not in replaced}
         for x, y in found.to_b.items():
             if (edit := self._of_place(x, y)) is not None:
                 self.edits[y] = edit
@@ -364,10 +371,11 @@ class _Grouping:
         """Return in what a pair of nodes computes something else, if it does."""
         what = []
         kinds = []
-        if x.text != y.text or x.call != y.call or x.dtype != y.dtype:
+        casts = self.shapes and None not in (x.dtype, y.dtype) and x.dtype != y.dtype
+        if x.text != y.text or x.call != y.call or casts:
             kinds.append("changed")
             what += [f"{p} → {q}" for p, q in ((x.text, y.text), (x.call, y.call)) if p != q][:1]
-            what += [f"{x.dtype} → {y.dtype}".replace("torch.", "")] if x.dtype != y.dtype else []
+            what += [f"{x.dtype} → {y.dtype}".replace("torch.", "")] if casts else []
         if x.target != y.target and x.op == y.op and x.op != "output":
             kinds.append("renamed")
             what.append(f"{x.target} → {y.target}")
@@ -424,7 +432,7 @@ class _Grouping:
             if current in seen:
                 continue
             seen.add(current)
-            alone = current not in self.found.to_b and current not in self.found.to_a and not self.found.both(current)
+            alone = current in self.alone
             if alone and current.inputs:
                 pending.extend(current.inputs)
             found.append(current) if not alone or current is item else None
@@ -455,16 +463,14 @@ class _Grouping:
             self._unite([*there, *self.found.sites_a.get(site, [])])
         gone = self._parts(self.left_a)
         come = self._parts(self.left_b)
-        places: dict[tuple[Item, Item], list[Item]] = {}
-        for part in come:
+        places: dict[tuple[Item, Item], list[list[Item]]] = {}
+        for part in reversed(come):
             if len(part) <= _LARGEST:
                 for place in self._between(part):
-                    places[place] = part
+                    places.setdefault(place, []).append(part)
         merged: dict[Item, list[str]] = {}
         for part in gone:
-            into = (
-                next((places[p] for p in self._between(part) if p in places), None) if len(part) <= _LARGEST else None
-            )
+            into = self._taken(places, part) if len(part) <= _LARGEST else None
             if into is not None:
                 self._unite([part[0], *part, *into])
                 continue
@@ -474,6 +480,15 @@ class _Grouping:
                 self._unite([survivor, *part])
                 merged.setdefault(self._root(survivor), []).extend(names)
         return merged
+
+    def _taken(self, places: dict[tuple[Item, Item], list[list[Item]]], part: Sequence[Item]) -> list[Item] | None:
+        """Return the part that came into the place of ``part``, in order if there are several, and take it out."""
+        for place in self._between(part):
+            while stack := places.get(place):
+                other = stack.pop()
+                if other[0] not in self.same_as:
+                    return other
+        return None
 
     def _parts(self, left: Sequence[Item]) -> list[list[Item]]:
         """Return the nodes that have no counterpart, and are of no site that both have, by what hangs together."""
@@ -534,7 +549,7 @@ class _Grouping:
         elif gone and came:
             kind = "rewritten"
         elif gone or came:
-            kind = "rewritten" if rest or (here and there) else "removed" if gone else "added"
+            kind = "rewritten" if any(e.kind != "reshaped" for e in rest) else "removed" if gone else "added"
         else:
             kind = min((e.kind for e in rest), key=KINDS.index)
         entries = [(p["text"], p["sites"][name]) for p in self.passes if name in p["sites"]]
@@ -652,5 +667,7 @@ def _moved(x: Tensor, y: Tensor) -> str | None:
     same = (x == y) | (x.isnan() & y.isnan())
     if bool(same.all()):
         return None
-    gap = torch.where(same, torch.zeros_like(x), y - x).norm().item() / max(x.norm().item(), 1e-300)
-    return f"moved by {gap:.2g}" if gap < 1e3 else "is another"
+    if not x.count_nonzero():
+        return "was zero"
+    gap = torch.where(same, torch.zeros_like(x), y - x).norm().item() / x.norm().item()
+    return f"moved by {gap:.2g}"

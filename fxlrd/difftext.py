@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _WIDEST = 100
 _STYLES = {"head": "1", "-": "31", "+": "32", "~": "33", "same": "2"}
+_WORDS = {"values": "other weights"}
 Paint = Callable[[str, str], str]
 
 
@@ -50,7 +51,7 @@ def _figures(diff: Diff) -> Iterator[str]:
     if None not in (before["flops"], after["flops"]):
         yield f"{'FLOPs':10}  {_pair(before['flops'], after['flops'], giga)}"
     if None not in (before["depth"], after["depth"]):
-        yield f"{'depth':10}  {_pair(before['depth'], after['depth'], str)}"
+        yield f"{'depth':10}  {before['depth']} → {after['depth']}"
     yield f"{'nodes':10}  {before['nodes']} → {after['nodes']}, {len(diff.untouched)} untouched"
     counts = Counter(c.kind for c in diff.changes)
     yield f"{'changes':10}  {', '.join(f'{n} {kind}' for kind, n in counts.items())}"
@@ -67,7 +68,10 @@ def _lines(change: Change, paint: Paint, times: bool) -> Iterator[str]:
     said = [*_what(change), *_costs(change, times)]
     rows = [row for edit in change.edits for row in _rows(change, edit)]
     if len(rows) == 1 and rows[0][0] == "~":
-        yield paint("head", change.name) + ": " + ", ".join([change.kind, *filter(None, rows[0][2:]), *said])
+        name, *rest = rows[0][1:]
+        where = f"{name} " if name != change.name else ""
+        words = [where + text for text in rest if text]
+        yield paint("head", change.name) + ": " + ", ".join([said[0], *words, *said[1:]])
         return
     yield paint("head", change.name) + ": " + ", ".join(said)
     width = max(len(row[1]) for row in rows)
@@ -83,21 +87,21 @@ def _counted(rows: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], int
 
 def _what(change: Change) -> Iterator[str]:
     went, came = len(change.went), len(change.came)
-    single = not went and not came and len(change.edits) == 1
+    word = _WORDS.get(change.kind, change.kind)
     if change.kind in ("added", "removed"):
-        yield change.kind if went + came == 1 else f"{change.kind}, {went + came} nodes"
-    elif went or came:
-        yield f"{change.kind} {went} → {came}" if change.kind == "rewritten" else change.kind
-    elif not single or change.kind in ("changed", "merged"):
-        yield change.kind
+        yield word if went + came == 1 else f"{word}, {went + came} nodes"
+    else:
+        yield f"{word} {went} → {came}" if change.kind == "rewritten" else word
     ranks, before = change.figures["ranks"], change.figures["ranks_before"]
-    if ranks != before and change.form != "original":
+    if change.form == "original":
+        yield "original back"
+    elif change.form == "merged" and len(ranks or ()) == 2 and ranks != before:
+        yield "keeps " + " and ".join(
+            f"{r} channels {way}" for r, way in zip(ranks, ("in", "out"), strict=True) if r is not None
+        )
+    elif ranks != before:
         form = f"{change.form} at " if change.form in ("svd", "tucker2", "branched") and not before else ""
         yield f"{form}rank {f'{ranks_text(tuple(before))} → ' if before else ''}{ranks_text(tuple(ranks or ()))}"
-    elif change.form == "original":
-        yield "original back"
-    elif change.form == "branched" and change.kind != "reshaped":
-        yield "branched"
 
 
 def _costs(change: Change, times: bool) -> Iterator[str]:
@@ -109,9 +113,13 @@ def _costs(change: Change, times: bool) -> Iterator[str]:
     if times and f["latency_ms"] is not None and f["latency_ms"] != f["latency_ms_before"]:
         before = "" if f["latency_ms_before"] is None else f"{f['latency_ms_before']:.3g} → "
         yield f"{before}{f['latency_ms']:.3g} ms"
-    if times and f["error"] is not None and f["error"] != f["error_before"]:
+    if times and _erred(change):
         before = "" if f["error_before"] is None else f"{error(f['error_before'])} → "
         yield f"error {before}{error(f['error'])}"
+
+
+def _erred(change: Change) -> bool:
+    return change.figures["error"] is not None and change.figures["error"] != change.figures["error_before"]
 
 
 def _rows(change: Change, edit: Edit) -> Iterator[tuple[str, ...]]:
@@ -228,7 +236,12 @@ def _alike(change: Change) -> Hashable:
 
 
 def _label_of(change: Change, item: Item) -> str:
-    return "" if item.site is None else item.target.removeprefix(change.name)
+    """Return a module's name as seen from the change."""
+    if item.site is None:
+        return ""
+    here, there = change.path.split("."), item.target.split(".")
+    same = next((i for i, (p, q) in enumerate(zip(here, there, strict=False)) if p != q), min(len(here), len(there)))
+    return ".".join(["^"] * (len(here) - same) + there[same:])
 
 
 def _siblings(block: _Block) -> list[tuple[_Block, list[_Block]]]:
@@ -251,9 +264,10 @@ def _block(block: _Block, paint: Paint, times: bool) -> Iterator[str]:
     for first, same in _siblings(block):
         yield from _block(first, paint, times)
         if same:
-            errors = [e for s in same for c in s.every() if (e := c.figures["error"]) is not None]
-            range_ = f", errors {error(min(errors))} to {error(max(errors))}" if errors and times else ""
-            yield paint("same", f"{_names([s.path for s in same])}: the same as {first.path}{range_}")
+            errors = [c.figures["error"] for s in same for c in s.every() if _erred(c)]
+            ends = sorted({error(min(errors)), error(max(errors))}, key=float) if errors and times else []
+            measured = f", error {' to '.join(ends)}" if ends else ""
+            yield paint("same", f"{_names([s.path for s in same])}: the same as {first.path}{measured}")
 
 
 def _names(paths: Sequence[str]) -> str:

@@ -4,8 +4,8 @@ A graph is read into a list of `Item`, one a node; so is the tree of modules of 
 layer has one *site*: the name that its provenance gives or, without any, the module's own name; a name that the other
 graph does not know belongs to the module around it that the other graph does know (``conv.first`` to ``conv``).
 
-Nodes are then paired, from what is certain to what is likely: arguments and outputs; modules that each graph calls
-once under the same name; the very same module under two names; then, by their neighbourhood, nodes that do the same
+Nodes are paired from what is certain to what is likely: arguments and outputs; the very same module, whatever its
+name; modules that each graph calls once under the same name; then, by their neighbourhood, nodes that do the same
 to the same inputs, or that are read in the same way; then nodes of the same name that do the same. Each step is
 linear in the number of nodes: what is looked up is the readers of one node that do one thing, a few at a time.
 """
@@ -176,12 +176,12 @@ def _attribute(gm: fx.GraphModule, target: str) -> Any:
     return found
 
 
-def settle_sites(a: Sequence[Item], b: Sequence[Item]) -> None:
+def _settle_sites(found: Matching) -> None:
     """Give what only one side knows by its name the site of the module around it that the other side knows."""
-    in_a, in_b = ({item.site for item in items} for items in (a, b))
-    for items, own, other in ((a, in_a, in_b), (b, in_b, in_a)):
+    in_a, in_b = ({item.site for item in items} for items in (found.a, found.b))
+    for items, own, other in ((found.a, in_a, in_b), (found.b, in_b, in_a)):
         for item in items:
-            if item.site is None or item.site in other:
+            if item.site is None or item.site in other or item in found.to_b or item in found.to_a:
                 continue
             around = item.site
             while around := around.rpartition(".")[0]:
@@ -219,15 +219,15 @@ class Matching:
 
 def match(a: list[Item], b: list[Item]) -> Matching:
     """Pair the nodes of two graphs, as the module docstring says."""
-    settle_sites(a, b)
     found = Matching(a, b)
+    _match_ends(found)
+    _match_single(found, lambda i: id(i.owner) if isinstance(i.owner, nn.Module) else None)
+    _settle_sites(found)
     for items, sites in ((a, found.sites_a), (b, found.sites_b)):
         for item in items:
             if item.site is not None:
                 sites.setdefault(item.site, []).append(item)
-    _match_ends(found)
     _match_single(found, lambda i: (i.site, i.target) if i.site is not None else None)
-    _match_single(found, lambda i: id(i.owner) if isinstance(i.owner, nn.Module) and not found.both(i) else None)
     _by_neighbours(found)
     _match_in_order(found, lambda i: (i.site, i.target) if i.site is not None else None)
     _match_single(found, lambda i: (i.name, _kind(found, i)))

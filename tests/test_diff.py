@@ -1,0 +1,397 @@
+from __future__ import annotations
+
+import copy
+import json
+import operator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+import fxlrd
+from fxlrd import FxlrdError, Pipeline
+from fxlrd.diff import KINDS, Steps, diff
+
+GOLDEN = Path(__file__).parent / "golden" / "diff.txt"
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        self.conv2 = nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        return self.relu(self.conv2(self.relu(self.bn1(self.conv1(x)))) + x)
+
+
+class Net(nn.Module):
+    def __init__(self, blocks: int = 4):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3)
+        self.blocks = nn.Sequential(*(Block() for _ in range(blocks)))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def captured(model: nn.Module | None = None, size: int = 10) -> fx.GraphModule:
+    return fxlrd.capture((model or Net()).eval(), torch.randn(2, 3, size, size))
+
+
+def changes(d) -> dict[str, str]:
+    return {c.name: c.kind for c in d.changes}
+
+
+def test_fxlrd_diff_is_a_function():
+    assert callable(fxlrd.diff)
+    assert fxlrd.diff is diff
+
+
+def test_nothing_differs_from_itself_or_a_copy():
+    gm = captured()
+    for other in (gm, copy.deepcopy(gm), fx.symbolic_trace(gm)):
+        d = diff(gm, other)
+        assert not d
+        assert d.changes == ()
+        assert d.to_text() == ""
+        assert d.to_dict()["same"] is True
+        assert len(d.untouched) == len(gm.graph.nodes)
+    assert set(changes(diff(gm, captured())).values()) == {"values"}
+
+
+def test_the_text_of_a_compression_is_that_of_the_golden_file():
+    """To renew it after a change that is meant: delete the file and run the test twice."""
+    gm = captured()
+    done = Pipeline.parse("decompose{ratio=2,skip=head},merge{mode=exact,norms=true}")(gm)
+    text = diff(gm, done).to_text(times=False) + "\n"
+    if not GOLDEN.exists():
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(text)
+        pytest.fail("there was no golden file")
+    assert text == GOLDEN.read_text()
+
+
+def test_a_decomposed_layer_is_one_change_with_its_figures():
+    gm = captured()
+    done = Pipeline.parse("decompose{ratio=2}")(gm)
+    d = diff(gm, done)
+    change = next(c for c in d.to_dict()["changes"] if c["name"] == "blocks.1.conv1")
+    assert (change["kind"], change["form"]) == ("rewritten", "tucker2")
+    assert [(e["kind"], (e["before"] or e["after"])["target"]) for e in change["edits"]] == [
+        ("went", "blocks.1.conv1"),
+        ("came", "blocks.1.conv1.first"),
+        ("came", "blocks.1.conv1.core"),
+        ("came", "blocks.1.conv1.last"),
+    ]
+    assert change["params_before"] == 32 * 32 * 9
+    assert change["params"] == sum(p.numel() for p in done.graph_module.get_submodule("blocks.1.conv1").parameters())
+    assert 0 < change["flops"] < change["flops_before"]
+    assert change["ranks"] == [19, 19]
+    assert 0 < change["error"] < 1
+    assert change["passes"] == ["decompose"]
+    assert change["notes"] == ["tucker2 at rank 19x19"]
+    assert {"name": "stem", "reason": "in_channels=3: the stem reads the model's input"} in d.to_dict()["skipped"]
+    assert d.to_dict()["blocks"] == [{"name": "blocks.0", "same": ["blocks.1", "blocks.2", "blocks.3"]}]
+    assert "blocks.1 … blocks.3: the same as blocks.0" in d.to_text()
+    json.dumps(d.to_dict())
+
+
+def test_the_other_way_round_the_original_is_back():
+    gm = captured()
+    d = diff(Pipeline.parse("decompose{ratio=2}")(gm), gm)
+    assert set(changes(d).values()) == {"rewritten"}
+    assert {c.form for c in d.changes} == {"original"}
+
+
+def test_what_was_composed_is_merged_and_its_neighbours_are_untouched():
+    gm = captured()
+    d = diff(gm, Pipeline.parse("merge{mode=exact,norms=true}")(gm))
+    assert changes(d) == {f"blocks.{i}.conv1": "merged" for i in range(4)}
+    assert [c.merged for c in d.changes] == [(f"blocks.{i}.bn1",) for i in range(4)]
+    assert "blocks_0_relu" in d.untouched
+
+
+def test_folding_that_fxlrd_did_not_do_is_merged_too():
+    from torch.fx.experimental.optimization import fuse
+
+    model = Net().eval()
+    for bn in (b.bn1 for b in model.blocks):
+        nn.init.uniform_(bn.running_var)
+    before = fx.symbolic_trace(model)
+    d = diff(before, fuse(model))
+    assert changes(d) == {f"blocks.{i}.conv1": "merged" for i in range(4)}
+
+
+def test_merged_channels_are_told_with_what_only_has_another_shape():
+    gm = captured()
+    data = [torch.randn(16, 3, 10, 10)]
+    done = Pipeline.parse("calibrate,merge{ranks=16}").with_options(calibration=data)(gm)
+    d = diff(gm, done)
+    assert changes(d)["blocks.0.conv1"] == "changed"
+    assert changes(d)["blocks.0.bn1"] == "changed"
+    assert changes(d)["blocks.0.relu"] == "reshaped"
+    assert "keeps 16 channels out" in d.to_text()
+
+
+@pytest.mark.parametrize(
+    ("spec", "kinds"),
+    [
+        ("recalibrate", {"values"}),
+        ("decompose{ratio=2},freeze", {"trainable"}),
+        ("decompose{ratio=2},branch{groups=2,steps=5}", {"changed"}),
+        ("calibrate", set()),
+    ],
+)
+def test_steps_of_a_pipeline(spec, kinds):
+    steps = Steps()
+    pipeline = Pipeline.parse(spec)
+    if "calib" in spec:
+        pipeline = pipeline.with_options(calibration=[torch.randn(16, 3, 10, 10) + 1])
+    done = pipeline(captured(), callback=steps)
+    assert len(steps.names) == len(pipeline.passes) + 1
+    d = steps.diff(-2, -1, report=done)
+    assert set(changes(d).values()) == kinds
+    assert [p["text"] for p in d.passes] == [done.ledger[-1].text]
+    with pytest.raises(FxlrdError, match="there are 0 input, 1"):
+        steps.diff(0, 7)
+
+
+def test_what_passes_did_is_in_the_order_of_application():
+    gm = captured()
+    done = Pipeline.parse("decompose{ratio=2},branch{groups=2,steps=5}")(gm)
+    change = next(c for c in diff(gm, done).changes if c.name == "blocks.0.conv1")
+    assert change.passes == ("decompose", "branch{groups=2,steps=5}")
+    assert change.form == "branched"
+
+
+def test_the_order_of_both_graphs_is_recoverable():
+    gm = captured()
+    done = Pipeline.parse("decompose{ratio=2}")(gm)
+    d = diff(gm, done).to_dict()
+    came = {e["after"]["index"]: e["after"]["name"] for c in d["changes"] for e in c["edits"] if e["after"]}
+    names = [n.name for n in done.graph_module.graph.nodes]
+    assert all(names[index] == name for index, name in came.items())
+    assert [came.get(i, name) for i, name in enumerate(names)] == names
+    assert sorted([*came.values(), *d["untouched"]]) == sorted(names)
+
+
+def test_a_result_of_compress_is_compared_with_the_model_by_names():
+    model = Net().eval()
+    result = fxlrd.compress(model, torch.randn(2, 3, 10, 10), measure=False)
+    d = diff(model, result)
+    assert changes(d)["blocks.0.conv1"] == "rewritten"
+    assert d.skipped
+    assert d.changes[0].figures["ranks"] == [19, 19]
+    assert "compared by the names" in d.to_text()
+    assert not diff(model, copy.deepcopy(model))
+
+
+def test_retraced_factors_are_still_those_of_their_layer():
+    model = Net().eval()
+    result = fxlrd.compress(model, torch.randn(2, 3, 10, 10), measure=False)
+    plain = fx.symbolic_trace(copy.deepcopy(result.model))
+    for node in plain.graph.nodes:
+        node.meta.clear()
+    d = diff(fx.symbolic_trace(model), plain)
+    assert changes(d)["blocks.2.conv1"] == "rewritten"
+    assert changes(diff(plain, fx.symbolic_trace(model)))["blocks.2.conv1"] == "rewritten"
+
+
+# -- graphs of a user's own
+
+
+def net(f, **modules) -> fx.GraphModule:
+    root = nn.Module()
+    for name, module in modules.items():
+        setattr(root, name, module)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(f(graph, x))
+    return fx.GraphModule(root, graph)
+
+
+def chain(*names: str):
+    def build(graph, value):
+        for name in names:
+            function = getattr(F, name[1:], None) if name[0] == "!" else None
+            value = graph.call_function(function, (value,)) if function else graph.call_module(name, (value,))
+        return value
+
+    return build
+
+
+@pytest.fixture
+def parts() -> dict[str, nn.Module]:
+    return {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "bn": nn.BatchNorm1d(4), "act": nn.ReLU()}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("a !relu b", "a !gelu b", {"relu": "rewritten"}),
+        ("a !relu b", "a b", {"relu": "removed"}),
+        ("a b", "a act b", {"act": "added"}),
+        ("a !relu b", "a act b", {"relu": "rewritten"}),
+        ("a act b bn", "a b act bn", {"act": "moved", "b": "moved", "bn": "moved"}),
+        ("a !relu !relu b", "a !relu b", {"relu_1": "removed"}),
+        ("a !relu !gelu !relu b", "a !relu !relu b", {"gelu": "removed"}),
+        ("act a act", "act a", {"act": "removed"}),
+    ],
+)
+def test_small_edits(before, after, expected, parts):
+    one, two = (net(chain(*text.split()), **parts) for text in (before, after))
+    assert changes(diff(one, two)) == expected
+
+
+def test_arguments_and_operands():
+    def build(args):
+        return net(lambda g, x: g.call_function(torch.flatten, (g.call_function(operator.sub, args(g, x)), 1)))
+
+    one = build(lambda g, x: (x, 1))
+    assert changes(diff(one, build(lambda g, x: (x, 2)))) == {"sub": "changed"}
+    assert "sub(x, 2)" in diff(one, build(lambda g, x: (x, 2))).to_text()
+    two = net(lambda g, x: g.call_function(operator.sub, (x, g.call_method("neg", (x,)))))
+    three = net(lambda g, x: g.call_function(operator.sub, (g.call_method("neg", (x,)), x)))
+    assert "moved" in changes(diff(two, three)).values()
+
+
+def test_a_model_under_another_name_is_renamed(parts):
+    inside = fx.symbolic_trace(nn.Sequential(parts["a"], parts["bn"], parts["b"]))
+    around = fx.symbolic_trace(nn.Sequential(nn.Sequential(parts["a"], parts["bn"], parts["b"])))
+    assert changes(diff(inside, around)) == {"0": "renamed", "1": "renamed", "2": "renamed"}
+    named = fx.symbolic_trace(nn.ModuleDict({"model": nn.Sequential(*parts.values())})["model"])
+    apart = net(
+        chain("p", "q", "r", "s"), **dict(zip("pqrs", copy.deepcopy(nn.ModuleList(parts.values())), strict=True))
+    )
+    assert changes(diff(named, apart)) == dict.fromkeys(["input_1", *"0123"], "renamed")
+
+
+def test_a_layer_replaced_under_unrelated_names_is_one_rewrite(parts):
+    one = net(chain("a", "act", "b"), **parts)
+    two = net(chain("p", "q", "act", "b"), p=nn.Linear(4, 1), q=nn.Linear(1, 4), **parts)
+    d = diff(one, two)
+    assert changes(d) == {"a": "rewritten"}
+    assert [e.kind for e in d.changes[0].edits] == ["went", "came", "came"]
+
+
+def test_shapes_are_not_compared_between_different_inputs():
+    model = Net().eval()
+    d = diff(captured(model, 10), captured(model, 12))
+    assert not d
+    assert d.notes
+
+
+def test_dtype_and_weights(parts):
+    one = net(chain("a", "act"), **parts)
+    parts["a"] = copy.deepcopy(parts["a"]).double()
+    two = net(chain("a", "act"), **parts)
+    assert changes(diff(one, two)) == {"a": "values"}
+    assert "float32[4, 4] → float64[4, 4]" in diff(one, two).to_text()
+    parts["a"] = copy.deepcopy(one.a)
+    with torch.no_grad():
+        parts["a"].weight *= 1.5
+    assert "weight moved by 0.5" in diff(one, net(chain("a", "act"), **parts)).to_text()
+
+
+def test_nan_in_both_is_the_same(parts):
+    with torch.no_grad():
+        parts["a"].bias[0] = float("nan")
+    one = net(chain("a"), **parts)
+    assert not diff(one, copy.deepcopy(one))
+
+
+def test_shared_modules_are_one_change_of_all_calls():
+    layer = nn.Linear(16, 16)
+    gm = fxlrd.capture(nn.Sequential(layer, nn.ReLU(), layer).eval(), torch.randn(2, 16))
+    d = diff(gm, Pipeline.parse("decompose{ratio=2}")(gm))
+    assert changes(d) == {"0": "rewritten"}
+    assert (len(d.changes[0].went), len(d.changes[0].came)) == (2, 4)
+    assert "(2 calls)" in d.to_text()
+    assert d.changes[0].figures["params_before"] == 16 * 16 + 16
+
+
+def test_colour_only_where_it_is_asked_for():
+    d = diff(captured(), captured())
+    assert "\x1b[" not in d.to_text()
+    assert "\x1b[" in d.to_text(color=True)
+
+
+def test_what_is_no_model():
+    with pytest.raises(FxlrdError, match="before is a str"):
+        diff("a", captured())
+
+
+# -- any graph
+
+
+@st.composite
+def graphs(draw) -> fx.GraphModule:
+    root, graph = nn.Module(), fx.Graph()
+    root.shared = nn.Tanh()
+    nodes = [graph.placeholder("x"), graph.placeholder("y")]
+    for i in range(draw(st.integers(1, 12))):
+        kind = draw(st.sampled_from(["module", "shared", "relu", "neg", "add"]))
+        value = draw(st.sampled_from(nodes))
+        if kind == "module":
+            setattr(root, f"m{i}", nn.Linear(2, 2))
+            nodes.append(graph.call_module(f"m{i}", (value,)))
+        elif kind == "shared":
+            nodes.append(graph.call_module("shared", (value,)))
+        elif kind == "relu":
+            nodes.append(graph.call_function(F.relu, (value,)))
+        elif kind == "neg":
+            nodes.append(graph.call_method("neg", (value,)))
+        else:
+            nodes.append(graph.call_function(operator.add, (value, draw(st.sampled_from(nodes)))))
+    graph.output(tuple(nodes[-2:]))
+    return fx.GraphModule(root, graph)
+
+
+def check_every_node_once(one: fx.GraphModule, two: fx.GraphModule) -> None:
+    d = diff(one, two)
+    edits = [e for c in d.changes for e in c.edits]
+    gone = [e.before.name for e in edits if e.before is not None]
+    come = [e.after.name for e in edits if e.after is not None]
+    assert len(set(gone)) == len(gone)
+    assert len(set(come)) == len(come)
+    assert sorted(come + list(d.untouched)) == sorted(n.name for n in two.graph.nodes)
+    went = sum(e.after is None for e in edits)
+    paired = sum(e.before is not None and e.after is not None for e in edits)
+    assert went + paired + len(d.untouched) == len(one.graph.nodes)
+    assert {c.kind for c in d.changes} <= set(KINDS)
+    names = [name for block in d.to_dict()["blocks"] for name in block["same"]]
+    assert len(set(names)) == len(names)
+    d.to_text(color=True)
+    json.dumps(d.to_dict())
+
+
+@settings(max_examples=40, deadline=None)
+@given(graphs(), graphs())
+def test_every_node_is_in_one_change_at_most_and_none_is_lost(one, two):
+    check_every_node_once(one, two)
+
+
+@settings(max_examples=40, deadline=None)
+@given(graphs(), st.data())
+def test_a_graph_is_itself_and_one_other_argument_is_seen(gm, data):
+    assert not diff(gm, gm)
+    assert not diff(gm, copy.deepcopy(gm))
+    other = copy.deepcopy(gm)
+    nodes = [n for n in other.graph.nodes if n.op not in ("placeholder", "output")]
+    node = data.draw(st.sampled_from(nodes))
+    with other.graph.inserting_after(node):
+        new = other.graph.call_method("exp", (node,))
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    other.recompile()
+    d = diff(gm, other)
+    assert changes(d) == {"exp": "added"}
+    assert changes(diff(other, gm)) == {"exp": "removed"}
+    check_every_node_once(gm, other)
