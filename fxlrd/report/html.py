@@ -10,18 +10,21 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fxlrd.layers import ranks_text
-from fxlrd.report.sides import arranged
+from fxlrd.report.sides import arranged, block_name
 from fxlrd.report.table import change, error, giga, ms
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
+_JOINT = re.compile(r"([._:])(?=[^\s])")
 _FOLDER = "report/page"
 _TIMES = "×"
 
@@ -92,13 +95,22 @@ def _render(name: str, data: Any, **context: Any) -> str:
 def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("fxlrd", _FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
+    return environment
+
+
+def _breakable(text: str) -> Markup:
+    """Return a dotted name that a narrow column may break between its parts."""
+    from markupsafe import Markup, escape
+
+    return Markup(_JOINT.sub(r"\1<wbr>", str(escape(text))))
 
 
 def _hash(text: str) -> str:
@@ -272,6 +284,7 @@ def _chart_row(row: Mapping[str, Any]) -> dict[str, Any]:
     chosen = ranks_text(tuple(row["ranks"])) if row["ranks"] else "original"
     return {
         "name": row["name"],
+        "block": block_name(row["name"]),
         "op": row["op"],
         "decision": row["decision"],
         "ranks": chosen if row["ranks"] else "",

@@ -19,7 +19,7 @@ def arranged(diff: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(entry, str):
             waiting.append(entry)
             continue
-        name = _block_name(entry["path"])
+        name = block_name(entry["path"])
         if not blocks or blocks[-1]["name"] != name:
             stem = name.replace(".", "_") + "_"
             own = next((i for i, node in enumerate(waiting) if node.startswith(stem)), len(waiting))
@@ -54,7 +54,7 @@ def _block(name: str, alike: str | None) -> dict[str, Any]:
     return {"name": name, "alike": alike, "rows": []}
 
 
-def _block_name(path: str) -> str:
+def block_name(path: str) -> str:
     """Return the block that a module is in: up to the first number in its path, or else what is right around it."""
     parts = path.split(".")
     for at, part in enumerate(parts[:-1]):
@@ -89,7 +89,8 @@ def _change_row(number: int, entry: Mapping[str, Any]) -> dict[str, Any]:
         for side, node in enumerate((edit["before"], edit["after"])):
             if node is not None:
                 sign = "~" if both else "−" if side == 0 else "+"
-                sides[side].append(_node(node, sign, edit["kind"], pair, edit["what"] if side == 1 else ()))
+                words = edit["what"] if side == 1 else ()
+                sides[side].append(_node(node, entry["name"], sign, edit["kind"], pair, words))
     sizes = [entry["params_before"] or 0, entry["params"] or 0]
     return {
         "name": entry["name"],
@@ -104,12 +105,13 @@ def _change_row(number: int, entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _node(node: Mapping[str, Any], sign: str, kind: str, pair: str, what: Sequence[str]) -> dict[str, Any]:
+def _node(node: Mapping[str, Any], site: str, sign: str, kind: str, pair: str, what: Sequence[str]) -> dict[str, Any]:
+    name = node["target"] if node["op"] == "call_module" else node["name"]
     return {
         "sign": sign,
         "kind": kind,
         "pair": pair,
-        "name": node["target"] if node["op"] == "call_module" else node["name"],
+        "name": name.removeprefix(site) if name.startswith(f"{site}.") else name,
         "text": node["text"],
         "shape": _TIMES.join(map(str, node["shape"])) if node["shape"] else "",
         "what": list(what),

@@ -147,22 +147,23 @@
     { key: "error", title: "Error", text: digits },
   ];
 
-  /** Neighbours that share the start of their names, as fine as there is room for. */
-  const blocks = (names, most) => {
-    const parts = names.map((n) => n.split("."));
-    const deepest = Math.max(1, ...parts.map((p) => p.length));
-    let found = [];
-    for (let depth = 1; depth <= deepest; depth++) {
-      const runs = [];
-      parts.forEach((p, i) => {
-        const start = p.slice(0, depth).join(".");
-        if (runs.length && runs.at(-1).start === start) runs.at(-1).end = i + 1;
-        else runs.push({ start, label: p.slice(0, depth).slice(-2).join("."), begin: i, end: i + 1 });
+  /** Neighbours of one block or, where those are more than there is room for, of one part of the model. */
+  const blocks = (layers, most) => {
+    const runs = (start) => {
+      const found = [];
+      layers.forEach((l, i) => {
+        const name = start(l);
+        if (found.length && found.at(-1).name === name) found.at(-1).end = i + 1;
+        else found.push({ name, label: name.split(".").slice(-2).join("."), begin: i, end: i + 1 });
       });
-      if (depth > 1 && runs.length > most) break;
-      found = runs;
+      return found;
+    };
+    const deepest = Math.max(1, ...layers.map((l) => l.block.split(".").length));
+    for (let depth = deepest; depth > 1; depth--) {
+      const found = runs((l) => l.block.split(".").slice(0, depth).join("."));
+      if (found.length <= most) return found;
     }
-    return found;
+    return runs((l) => l.block.split(".")[0]);
   };
 
   const profile = (root, pick) => {
@@ -200,7 +201,7 @@
       const step = plot / Math.max(1, layers.length);
       const x = (i) => left + i * step;
       const outer = Math.max(0.6, Math.min(step * 0.8, 34)), inner = Math.max(0.4, Math.min(outer * 0.62, 20));
-      const runs = blocks(layers.map((l) => l.name), Math.max(2, Math.floor(plot / 70)));
+      const runs = blocks(layers, Math.max(2, Math.floor(plot / 64)));
       const bottom = top + panels.length * (tall + gap) - gap;
       if (runs.length <= plot / 8) {
         for (const run of runs.slice(1)) node.append(svg("path", { class: "grid", d: `M${x(run.begin)} ${top}V${bottom + 6}` }));
@@ -269,7 +270,8 @@
     const target = root.querySelector(".drawing");
     const select = root.querySelector("select");
     const layers = data.layers.filter((l) => l.timings.length > 1);
-    const gain = (l) => (known(l.latency[0]) && known(l.latency[1]) ? l.latency[0] - l.latency[1] : 0);
+    // First the layer with the most to see.
+    const gain = (l) => l.timings.length + (known(l.latency[0]) && known(l.latency[1]) ? 1 - l.latency[1] / l.latency[0] : 0);
     for (const l of layers) select.append(html("option", { value: l.name }, l.name));
     select.value = layers.reduce((a, b) => (gain(b) > gain(a) ? b : a)).name;
     const readout = html("p", { class: "readout", "aria-live": "polite" });
@@ -281,8 +283,8 @@
       const original = layer.timings.find((t) => t[0] === "original");
       const kept = layer.chosen === "original";
       const taken = points.find((p) => p.chosen);
-      const width = Math.max(240, Math.min(target.clientWidth, 820)), height = 300;
-      const left = 52, right = 20, top = 28, base = height - 44;
+      const width = Math.max(240, Math.min(target.clientWidth, 820)), height = 310;
+      const left = 52, right = 20, top = 44, base = height - 44;
       const node = drawing(width, height, `Rank against time of ${layer.name}`,
         `${points.length} ranks; ${taken ? `taken: ${ranksText(taken.ranks)} at ${taken.ratio.toFixed(2)} of the original's time` : kept ? "the original layer was kept" : "another form was taken"}. The table below has the figures.`);
       const high = Math.max(1, ...points.map((p) => p.ratio + p.spread));
@@ -295,7 +297,7 @@
         node.append(svg("path", { class: mark ? "grid" : "axis", d: `M${left} ${y(mark)}H${width - right}` }));
         node.append(svg("text", { x: left - 8, y: y(mark) + 4, "text-anchor": "end" }, digits(mark)));
       }
-      node.append(svg("text", { x: left, y: 13 }, "time, of the original layer’s"));
+      node.append(svg("text", { x: left, y: 14 }, "time, of the original layer’s"));
       node.append(svg("text", { x: width - right, y: height - 6, "text-anchor": "end" }, points.some((p) => p.ranks.includes("x")) ? "first rank" : "rank"));
       node.append(svg("path", { class: "dash", d: `M${left} ${y(1)}H${width - right}` }));
       node.append(svg("text", { class: "name", x: width - right, y: y(1) - 6, "text-anchor": "end" },
