@@ -3,6 +3,7 @@
 from fxlrd import ranks
 from fxlrd.budget import Budget
 from fxlrd.capture import capture
+from fxlrd.checkpoint import load, save
 from fxlrd.compress import Result, compress
 from fxlrd.diff import diff
 from fxlrd.errors import CaptureError, FxlrdError, VerificationError
@@ -20,6 +21,8 @@ __all__ = [
     "compress",
     "diff",
     "finetune",
+    "load",
     "ranks",
+    "save",
 ]
 __version__ = "0.1.0"

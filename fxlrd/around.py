@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_map
 
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph import (
-    FACTORS,
     Difference,
     Inputs,
     called,
@@ -196,17 +195,23 @@ def put(model: nn.Module, gm: fx.GraphModule, was: Mapping[str, nn.Module]) -> d
 
     Returns the modules that were there, by name; setting them again undoes it.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
     names = rewritten(gm, was)
     gone = _gone(gm, was)
-    # In the model each must be callable, and aliases stay one module; what was composed away is passed through.
-    new = {name: nn.Identity() if name in gone else chained(gm.get_submodule(name)) for name in names}
+    # In the model each must be callable; what was composed away is passed through.
+    return put_modules(
+        model, {name: nn.Identity() if name in gone else chained(gm.get_submodule(name)) for name in names}
+    )
+
+
+def put_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put modules into ``model`` under their names, and return those that were there. Aliases stay one module."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     before = {}
-    for name in names:
+    for name, module in new.items():
         for alias in [alias for alias, m in modules.items() if m is modules[name]]:
             before[alias] = modules[alias]
-            describe(new[name], modules[alias])
-            model.set_submodule(alias, new[name].train(modules[alias].training))
+            describe(module, modules[alias])
+            model.set_submodule(alias, module.train(modules[alias].training))
     return before
 
 
@@ -220,7 +225,8 @@ def describe(new: nn.Module, old: nn.Module) -> None:
 
 def rewritten(gm: fx.GraphModule, was: Mapping[str, nn.Module]) -> set[str]:
     """Return the names of the modules ``was`` in whose place ``gm`` has others, or factors, or nothing."""
-    factored = {p.name for n in gm.graph.nodes if (p := provenance(n)) is not None and p.role in FACTORS}
+    known = [(str(n.target), p.name) for n in gm.graph.nodes if (p := provenance(n)) is not None]
+    factored = {name for target, name in known if target.startswith(f"{name}.")}  # or what merging left of factors
     others = {name for name, m in called(gm).items() if name in was and m is not was[name]}
     return factored | others | _gone(gm, was)
 

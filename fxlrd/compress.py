@@ -38,6 +38,7 @@ from fxlrd.graph import (
 )
 from fxlrd.latency import Setting, Timing, compare, compiled
 from fxlrd.layers import LAYERS
+from fxlrd.layout import lay_out, lay_out_graph, remember
 from fxlrd.passes import Allocate
 from fxlrd.pipeline import Pass, Pipeline, Record
 from fxlrd.progress import Progress, bar, quiet
@@ -125,6 +126,7 @@ def compress(
     last = None
     if around is None and not inplace:
         compressed: nn.Module = _independent(gm, model)
+        remember(compressed, lay_out_graph(model, original, gm))
     else:
         compressed, last = _install(gm, original, model, inplace)
     after = figures(gm, timings.get("after"), aside, aside_flops)
@@ -366,4 +368,6 @@ def _install(
             raise
         remedy = "use inplace=False" if around is None else "name what reads them in skip="
         raise VerificationError(f"the model does not use its layers as its graph does ({error}); {remedy}") from error
-    return target if inplace else own(target), last
+    result = target if inplace else own(target)
+    remember(result, lay_out(target, model, before))
+    return result, last

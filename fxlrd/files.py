@@ -14,6 +14,8 @@ def write_whole(path: Path, text: str) -> None:
     try:
         with scratch.open("x", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)

@@ -41,6 +41,7 @@ TIMES = "fxlrd.times"
 """The key of how many calls in one run of the model a node stands for, where those are several; see `times`."""
 FACTORS = ("first", "core", "branch", "last")
 """The roles of the parts of a layer that stands decomposed."""
+FACTOR = "it is a low-rank factor already"
 NEVER_CALLED = "it is never called in eval mode and is no part of the captured model"
 _STEM_CHANNELS = 4
 
@@ -225,6 +226,8 @@ def _guard(
         return f"{type(module).__name__} is a subclass of {op(module)} with a behaviour of its own"
     if (reason := added(module)) is not None:
         return reason
+    if _is_factor(gm, target):
+        return FACTOR
     for name, parameter in module.named_parameters():
         others = [owner for owner in owned[id(parameter)] if not owner.startswith(f"{target}.")]
         if others:
@@ -238,6 +241,31 @@ def _guard(
     if any(source(node) is None for node in calls(gm, target)):
         return "it is called with more than its input"
     return None
+
+
+def _is_factor(gm: fx.GraphModule, target: str) -> bool:
+    """Whether the layer is a factor of a model that came compressed: there is no provenance, names and calls tell.
+
+    It is one of several layers with the names of factors that are called in a chain; see `chained`.
+    """
+    around, _, role = target.rpartition(".")
+    known = provenance(calls(gm, target)[0])
+    if role not in FACTORS or not around or (known is not None and known.role != "original"):
+        return False
+    whole = captured(gm)
+    if whole is not None and whole.around is not None:
+        holder = whole.around.model.get_submodule(around)
+        if type(holder) is nn.Sequential and {name for name, _ in holder.named_children()} <= set(FACTORS):
+            return True
+    parts = {f"{around}.{other}" for other in FACTORS if other != role}
+
+    def beside(node: fx.Node | None) -> bool:
+        return node is not None and node.op == "call_module" and str(node.target) in parts
+
+    def chain(node: fx.Node) -> bool:
+        return beside(source(node)) or (len(node.users) == 1 and beside(next(iter(node.users))))
+
+    return all(chain(node) and isinstance(gm.get_submodule(target), LAYERS) for node in calls(gm, target))
 
 
 def added(module: nn.Module) -> str | None:

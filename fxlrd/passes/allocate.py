@@ -31,6 +31,7 @@ from fxlrd.channels import Group
 from fxlrd.choices import Choice, Curve, candidate_ranks, flops, pareto
 from fxlrd.errors import FxlrdError
 from fxlrd.graph import (
+    FACTOR,
     FACTORS,
     Captured,
     annotate,
@@ -136,7 +137,7 @@ class Allocate:
     def _left_alone(self, gm: fx.GraphModule, name: str, module: nn.Module, guard: str | None) -> str | None:
         p = provenance(calls(gm, name)[0])
         if p is not None and p.role in FACTORS:
-            return "it is a low-rank factor already"
+            return FACTOR
         if guard is not None:
             return guard
         if (pattern := matches(name, self.skip)) is not None:

@@ -24,7 +24,19 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxlrd.errors import FxlrdError
-from fxlrd.graph import annotate, calls, check_names, fork, is_stem, layers, matches, provenance, replace, replaceable
+from fxlrd.graph import (
+    FACTOR,
+    annotate,
+    calls,
+    check_names,
+    fork,
+    is_stem,
+    layers,
+    matches,
+    provenance,
+    replace,
+    replaceable,
+)
 from fxlrd.layers import TOO_NARROW, Ranks, decomposed, explicit_ranks, form, ranks_for_ratio, ranks_text
 from fxlrd.moments import seen
 from fxlrd.passes.result import PassResult, Site, Skip, names
@@ -97,7 +109,7 @@ class Decompose:
         node = calls(gm, name)[0]
         known = provenance(node)
         if known is not None and known.role != "original":
-            return "it is a low-rank factor already"
+            return FACTOR
         if guard is not None:
             return guard
         if (pattern := matches(name, self.skip)) is not None:
