@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxlrd.checkpoint import load, read_plan
 from fxlrd.errors import FxlrdError, one_line, unknown
 
 DTYPES = {
@@ -21,16 +24,20 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+NAMES = "torchvision:resnet50, package.module:factory or a saved directory"
+
 
 def load_model(name: str, weights: str | None, seed: int) -> nn.Module:
-    """Return the model ``torchvision:NAME`` or ``package.module:factory`` in eval mode.
+    """Return the model ``torchvision:NAME``, ``package.module:factory`` or of a saved directory in eval mode.
 
     Without ``weights`` (a torchvision weights name such as DEFAULT) its parameters are random, seeded by
     ``seed``. Raises FxlrdError for a name that leads to no module.
     """
+    if os.path.isdir(name):
+        return _saved(name, weights)
     package, colon, attribute = name.partition(":")
     if not colon or not attribute:
-        raise FxlrdError(f"model {name!r}: write torchvision:resnet50 or package.module:factory")
+        raise FxlrdError(f"model {name!r}: write {NAMES}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         build = _torchvision(attribute, weights) if package == "torchvision" else _factory(package, attribute, weights)
@@ -41,6 +48,34 @@ def load_model(name: str, weights: str | None, seed: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise FxlrdError(f"model {name!r} returns a {type(model).__name__}, not a torch.nn.Module")
     return model.eval()
+
+
+def source_of(name: str, weights: str | None = None) -> str | None:
+    """Return what names the architecture of MODEL: the name itself or, of a saved directory, what that was made from.
+
+    None where no name leads to the architecture.
+    """
+    if os.path.isdir(name):
+        source = read_plan(Path(name))["architecture"]["source"]
+        assert source is None or isinstance(source, str)
+        return source
+    # GoogLeNet and Inception v3 scale their inputs where they come with weights, and only then.
+    return None if weights is not None and name in ("torchvision:googlenet", "torchvision:inception_v3") else name
+
+
+def _saved(name: str, weights: str | None) -> nn.Module:
+    if weights is not None:
+        raise FxlrdError("--weights is for torchvision models; a saved directory holds its own")
+    source = source_of(name)
+    if source is None:
+        raise FxlrdError(f"model {name!r} does not tell its architecture: open it with fxlrd.load(path, model)")
+    if os.path.isdir(source):
+        raise FxlrdError(f"model {name!r} names the directory {source!r} as its architecture: the plan is damaged")
+    # Without weights where that is known to work; a factory may load some.
+    where = torch.device("meta") if source.startswith("torchvision:") else contextlib.nullcontext()
+    with where:
+        architecture = load_model(source, None, seed=0)
+    return load(name, architecture).eval()
 
 
 def _torchvision(name: str, weights: str | None) -> Callable[[], Any]:
