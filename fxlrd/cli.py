@@ -45,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from fxlrd import __version__
-    from fxlrd.models import DTYPES
+    from fxlrd.models import DTYPES, NAMES
     from fxlrd.pipeline import PRESETS
 
     parser = _Parser(prog="fxlrd", description="Trained PyTorch models, faster by low-rank decomposition.")
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     common = _Parser(add_help=False)
-    common.add_argument("model", metavar="MODEL", help="torchvision:resnet50, or package.module:factory")
+    common.add_argument("model", metavar="MODEL", help=NAMES)
     common.add_argument("--weights", help="torchvision weights, such as DEFAULT (default: random, seeded)")
     common.add_argument("--seed", type=int, default=0, help="seed of random weights")
     common.add_argument("--ratio", type=float, help="compression ratio of each layer (default: 2)")
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--passes", metavar="SPEC", help="passes in text form: decompose{ratio=2},snap")
     compress.add_argument("--budget", metavar="M=SHARE", help="latency=0.5, params=0.5 or flops=0.5 of the original's")
     compress.add_argument("--calibration", metavar="DATA", help=".npy or .pt file of inputs, or random (merge, auto)")
+    compress.add_argument("--save", type=Path, metavar="DIR", help="save the result, to be a MODEL or for fxlrd.load")
     compress.set_defaults(run=_compress)
 
     ranks = commands.add_parser("ranks", parents=[common], help="show each layer's rank by ratio and by timing")
@@ -98,7 +99,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _compress(arguments: argparse.Namespace) -> None:
     budget = None if arguments.budget is None else _budget(arguments.budget)
-    report = _run(arguments, arguments.calibration, preset=arguments.preset, pipeline=arguments.passes, budget=budget)
+    options = {"preset": arguments.preset, "pipeline": arguments.passes, "budget": budget}
+    report = _run(arguments, arguments.calibration, arguments.save, **options)
     print(report.to_table())
 
 
@@ -122,16 +124,21 @@ def _ranks(arguments: argparse.Namespace) -> None:
     print(report.ranks_table())
 
 
-def _run(arguments: argparse.Namespace, calibration: str | None = None, **options: Any) -> Report:
+def _run(
+    arguments: argparse.Namespace, calibration: str | None = None, folder: Path | None = None, **options: Any
+) -> Report:
     import torch
 
+    from fxlrd.checkpoint import save
     from fxlrd.compress import compress
     from fxlrd.files import write_whole
-    from fxlrd.models import DTYPES, calibration_for, example_for, load_model
+    from fxlrd.models import DTYPES, calibration_for, example_for, load_model, source_of
 
     _set_threads(arguments.threads)
     _check_writable("--json", arguments.json)
     _check_writable("--html", arguments.html)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise FxlrdError(f"--save {folder}: that is a file; name a directory")
     dtype = DTYPES[arguments.dtype]
     model = load_model(arguments.model, arguments.weights, arguments.seed).to(dtype)
     x = example_for(arguments.input, arguments.batch, dtype, arguments.channels_last)
@@ -153,6 +160,8 @@ def _run(arguments: argparse.Namespace, calibration: str | None = None, **option
         **options,
     )
     report: Report = replace(result.report, model=arguments.model)
+    if folder is not None:
+        save(result, folder, source=source_of(arguments.model, arguments.weights))
     if arguments.json is not None:
         try:
             write_whole(arguments.json, json.dumps(report.to_dict(), indent=1) + "\n")
