@@ -1,9 +1,10 @@
-"""The command line: fxlrd demo, fxlrd compress, fxlrd ranks."""
+"""The command line: fxlrd demo, compress, ranks, diff."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,18 +15,24 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from fxlrd.errors import FxlrdError, one_line
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from fxlrd.budget import Budget
     from fxlrd.demo import Comparison
+    from fxlrd.diff import Diff
     from fxlrd.report import Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0 done, 2 for a request that cannot be met."""
+    """Run the command line and return its exit status: 0 done, 2 for a request that cannot be met.
+
+    Of diff, as of diff(1): 0 the same, 1 different, 2 trouble.
+    """
     try:
         arguments = _parser().parse_args(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _warn  # type: ignore[assignment]
-            arguments.run(arguments)
+            return arguments.run(arguments) or 0
     except FxlrdError as error:
         print(f"fxlrd: {error}", file=sys.stderr)
         return 2
@@ -35,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fxlrd: interrupted; nothing was written, timings so far are kept", file=sys.stderr)
         return 130
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,6 +86,21 @@ def _parser() -> argparse.ArgumentParser:
     ranks.add_argument("--search", choices=["grid", "algorithm1"], default="grid")
     ranks.set_defaults(run=_ranks)
 
+    diff = commands.add_parser(
+        "diff",
+        parents=[common],
+        help="show what differs between two models, or what passes do to one",
+        description="Exit status: 0 the same, 1 different, 2 trouble.",
+        usage="%(prog)s MODEL (MODEL | --passes SPEC | --preset P) [--steps] [options]",
+    )
+    diff.add_argument("other", metavar="MODEL", nargs="?", help="the other model")
+    diff.add_argument("--passes", metavar="SPEC", help="compare with what these passes make of it")
+    diff.add_argument("--preset", help=f"compare with what a preset makes of it: {', '.join(PRESETS)}")
+    diff.add_argument("--calibration", metavar="DATA", help=".npy or .pt file of inputs, or random (merge)")
+    diff.add_argument("--steps", action="store_true", help="show what each of the passes does, in order")
+    diff.add_argument("--no-values", action="store_true", help="leave the weights out of the comparison")
+    diff.set_defaults(run=_diff)
+
     demo = commands.add_parser("demo", help="compare the presets on an embedded trained network, in two minutes")
     demo.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     demo.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as one HTML page")
@@ -102,6 +123,71 @@ def _compress(arguments: argparse.Namespace) -> None:
     options = {"preset": arguments.preset, "pipeline": arguments.passes, "budget": budget}
     report = _run(arguments, arguments.calibration, arguments.save, **options)
     print(report.to_table())
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from fxlrd.files import write_whole
+
+    given = [arguments.other, arguments.passes, arguments.preset]
+    if sum(g is not None for g in given) != 1:
+        raise FxlrdError("diff: give another model, or --passes, or --preset")
+    if arguments.steps and arguments.other is not None:
+        raise FxlrdError("--steps: that is for --passes and --preset; two models have no steps between them")
+    _set_threads(arguments.threads)
+    _check_writable("--json", arguments.json)
+    _check_writable("--html", arguments.html)
+    whole, steps = _compared(arguments)
+    color = _color()
+    text = "".join(f"{name}\n\n{d.to_text(color=color) or 'no difference'}\n\n\n" for name, d in steps)
+    text += f"all\n\n{whole.to_text(color=color)}" if steps else whole.to_text(color=color)
+    if text:
+        print(text)
+    data = whole.to_dict() | ({"steps": [{"pass": name, **d.to_dict()} for name, d in steps]} if steps else {})
+    try:
+        if arguments.json is not None:
+            write_whole(arguments.json, json.dumps(data, indent=1) + "\n")
+        if arguments.html is not None:
+            whole.to_html(arguments.html)
+    except OSError as error:
+        raise FxlrdError(f"{arguments.json or arguments.html}: {one_line(error)}") from error
+    return int(bool(whole))
+
+
+def _compared(arguments: argparse.Namespace) -> tuple[Diff, list[tuple[str, Diff]]]:
+    """Return the difference that is asked for and, with --steps, that of each pass."""
+    from fxlrd.capture import capture
+    from fxlrd.compress import _capture, steps_for
+    from fxlrd.diff import Steps, diff
+    from fxlrd.errors import CaptureError
+    from fxlrd.graph import Inputs
+    from fxlrd.models import calibration_for
+    from fxlrd.progress import bar
+
+    values = not arguments.no_values
+    model, x = _example(arguments, arguments.model)
+    if arguments.other is not None:
+        other, _ = _example(arguments, arguments.other)
+        try:
+            return diff(capture(model, x), capture(other, x), values=values), []
+        except CaptureError:  # not as graphs then
+            return diff(model, other, values=values), []
+    data = None if arguments.calibration is None else calibration_for(arguments.calibration, arguments.batch, x)
+    passes = steps_for(
+        arguments.ratio, arguments.preset, arguments.passes, None, arguments.skip, data, arguments.compile
+    )
+    steps = Steps()
+    done = passes(_capture(model, Inputs.of(x)), callback=steps, progress=bar)
+    each = [(record.text, steps.diff(i, i + 1, report=done, values=values)) for i, record in enumerate(done.ledger)]
+    return steps.diff(report=done, values=values), each if arguments.steps else []
+
+
+def _color() -> bool:
+    """Whether to colour: on a terminal, unless the environment says otherwise (no-color.org, force-color.org)."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR", "0") not in ("", "0"):
+        return True
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _budget(text: str) -> Budget:
@@ -127,27 +213,17 @@ def _ranks(arguments: argparse.Namespace) -> None:
 def _run(
     arguments: argparse.Namespace, calibration: str | None = None, folder: Path | None = None, **options: Any
 ) -> Report:
-    import torch
-
     from fxlrd.checkpoint import save
     from fxlrd.compress import compress
     from fxlrd.files import write_whole
-    from fxlrd.models import DTYPES, calibration_for, example_for, load_model, source_of
+    from fxlrd.models import calibration_for, source_of
 
     _set_threads(arguments.threads)
     _check_writable("--json", arguments.json)
     _check_writable("--html", arguments.html)
     if folder is not None and folder.exists() and not folder.is_dir():
         raise FxlrdError(f"--save {folder}: that is a file; name a directory")
-    dtype = DTYPES[arguments.dtype]
-    model = load_model(arguments.model, arguments.weights, arguments.seed).to(dtype)
-    x = example_for(arguments.input, arguments.batch, dtype, arguments.channels_last)
-    if arguments.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    try:
-        model, x = model.to(arguments.device), x.to(arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        raise FxlrdError(f"--device {arguments.device}: {one_line(error)}") from error
+    model, x = _example(arguments, arguments.model)
     result = compress(
         model,
         x,
@@ -178,6 +254,23 @@ def _write_page(report: Report | Comparison, path: Path | None) -> None:
         report.to_html(path)
     except OSError as error:
         raise FxlrdError(f"--html {path}: {one_line(error)}") from error
+
+
+def _example(arguments: argparse.Namespace, name: str) -> tuple[nn.Module, Tensor]:
+    """Return a model and an input for it as the options say."""
+    import torch
+
+    from fxlrd.models import DTYPES, example_for, load_model
+
+    dtype = DTYPES[arguments.dtype]
+    model = load_model(name, arguments.weights, arguments.seed).to(dtype)
+    x = example_for(arguments.input, arguments.batch, dtype, arguments.channels_last)
+    if arguments.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    try:
+        return model.to(arguments.device), x.to(arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise FxlrdError(f"--device {arguments.device}: {one_line(error)}") from error
 
 
 def _set_threads(count: int | None) -> None:

@@ -201,11 +201,12 @@ class Diff:
         }
 
 
-def diff(before: Any, after: Any, *, report: Any = None) -> Diff:
+def diff(before: Any, after: Any, *, report: Any = None, values: bool = True) -> Diff:
     """Return what differs between two graph modules, or two models, or results of `compress` or of a pipeline.
 
     ``report`` adds which pass did what and why layers were left alone: a `Report`, the result of `compress` or of a
-    pipeline, or a ledger; where ``after`` is a result, its own is taken. Raises FxlrdError for anything else.
+    pipeline, or a ledger; where ``after`` is a result, its own is taken. Without ``values``, weights are not compared,
+    nor which of them train. Raises FxlrdError for what is no model.
     """
     report = after if report is None else report
     a, b = _model(before, "before"), _model(after, "after")
@@ -217,7 +218,7 @@ def diff(before: Any, after: Any, *, report: Any = None) -> Diff:
     if shapes is False:
         notes.append("the two were captured with inputs of different shapes: shapes are not compared")
     passes = [_pass(record) for record in _records(report)]
-    changes, untouched = _Grouping(found, bool(shapes), passes).changes()
+    changes, untouched = _Grouping(found, bool(shapes), values, passes).changes()
     touched = {c.name for c in changes} | {name for c in changes for name in c.merged}
     return Diff(
         _figures(a, found.a, graphs),
@@ -248,7 +249,7 @@ class Steps:
         self.names.append(type(step).__name__.lower())
         self.graphs.append(after)
 
-    def diff(self, start: int = 0, end: int = -1, *, report: Any = None) -> Diff:
+    def diff(self, start: int = 0, end: int = -1, *, report: Any = None, values: bool = True) -> Diff:
         """Return what differs between two steps by number, 0 being the pipeline's input.
 
         Of a ``report`` on the pipeline, what is about the passes between the two is taken.
@@ -258,7 +259,7 @@ class Steps:
             known = ", ".join(f"{i} {name}" for i, name in enumerate(self.names)) or "none"
             raise FxlrdError(f"steps {start} and {end}: there are {known}")
         first, last = sorted((start % count, end % count))
-        return diff(self.graphs[start], self.graphs[end], report=_records(report)[first:last])
+        return diff(self.graphs[start], self.graphs[end], report=_records(report)[first:last], values=values)
 
 
 def _model(given: Any, where: str) -> nn.Module:
@@ -327,8 +328,8 @@ def _skipped(before: nn.Module, passes: Sequence[Mapping[str, Any]], touched: se
 class _Grouping:
     """Makes changes of what is not the same: first of nodes, then of sites, then of those that belong together."""
 
-    def __init__(self, found: Matching, shapes: bool, passes: Sequence[Mapping[str, Any]]) -> None:
-        self.found, self.shapes, self.passes = found, shapes, passes
+    def __init__(self, found: Matching, shapes: bool, values: bool, passes: Sequence[Mapping[str, Any]]) -> None:
+        self.found, self.shapes, self.values, self.passes = found, shapes, values, passes
         self.same_as: dict[Item, Item] = {}
         """A node of the same group, of all but one node of each; see `_root`."""
         self.alone: set[Item] = set()
@@ -336,7 +337,7 @@ class _Grouping:
         self.left_a = [i for i in found.a if i not in found.to_b]
         self.left_b = [i for i in found.b if i not in found.to_a]
         self.edits: dict[Item, Edit] = {}
-        self.values: dict[tuple[int, int], list[tuple[str, str]]] = {}
+        self.compared: dict[tuple[int, int], list[tuple[str, str]]] = {}
 
     def changes(self) -> tuple[tuple[Change, ...], tuple[str, ...]]:
         """Return the changes in the order of the graph, and the names of the nodes that are untouched."""
@@ -389,12 +390,12 @@ class _Grouping:
 
     def _weights(self, a: Any, b: Any) -> list[tuple[str, str]]:
         """Return (kind, words) on the weights of two modules of one configuration, or of two tensors."""
-        if a is b:
+        if a is b or not self.values:
             return []
         key = (id(a), id(b))
-        if key not in self.values:
-            self.values[key] = _weights(a, b)
-        return self.values[key]
+        if key not in self.compared:
+            self.compared[key] = _weights(a, b)
+        return self.compared[key]
 
     def _of_place(self, x: Item, y: Item) -> Edit | None:
         """Return the pair's edit, with that it reads something else, if it does."""

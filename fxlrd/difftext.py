@@ -95,7 +95,7 @@ def _what(change: Change) -> Iterator[str]:
     ranks, before = change.figures["ranks"], change.figures["ranks_before"]
     if change.form == "original":
         yield "original back"
-    elif change.form == "merged" and len(ranks or ()) == 2 and ranks != before:
+    elif change.form == "merged" and change.kind == "changed" and len(ranks or ()) == 2 and ranks != before:
         yield "keeps " + " and ".join(
             f"{r} channels {way}" for r, way in zip(ranks, ("in", "out"), strict=True) if r is not None
         )

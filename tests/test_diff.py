@@ -14,6 +14,7 @@ from torch import fx, nn
 
 import fxlrd
 from fxlrd import FxlrdError, Pipeline
+from fxlrd.cli import main
 from fxlrd.diff import KINDS, Steps, diff
 
 GOLDEN = Path(__file__).parent / "golden" / "diff.txt"
@@ -327,6 +328,65 @@ def test_colour_only_where_it_is_asked_for():
 def test_what_is_no_model():
     with pytest.raises(FxlrdError, match="before is a str"):
         diff("a", captured())
+
+
+# -- the command line
+
+SMALL = ["--input", "3x32x32"]
+MODEL = ["diff", "torchvision:resnet18", *SMALL]
+
+
+def test_the_exit_status_is_that_of_diff(capsys):
+    assert main([*MODEL, "torchvision:resnet18"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main([*MODEL, "torchvision:resnet18", "--seed", "0", "--passes", "decompose"]) == 2
+    assert "give another model, or --passes, or --preset" in capsys.readouterr().err
+    assert main([*MODEL, "torchvision:resnet34", "--no-values"]) == 1
+    assert "48 added" in capsys.readouterr().out
+
+
+def test_passes_and_steps_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    path = tmp_path / "d.json"
+    spec = "decompose{ratio=4},merge{mode=exact,norms=true}"
+    assert main([*MODEL, "--passes", spec, "--steps", "--json", str(path), "--html", str(tmp_path / "d.html")]) == 1
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "\x1b[" not in out
+    assert out.startswith("decompose{ratio=4}\n\nparameters")
+    assert "\nall\n\nparameters" in out
+    data = json.loads(path.read_text())
+    assert [step["pass"] for step in data["steps"]] == ["decompose{ratio=4}", "merge{mode=exact,norms=true}"]
+    assert data["counts"]["merged"] == 20
+    assert "layer4.1.conv1" in (tmp_path / "d.html").read_text()
+
+
+def test_the_environment_may_ask_for_colour_or_against_it(capsys, monkeypatch):
+    command = [*MODEL, "--passes", "decompose{ranks=4}"]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(command) == 1
+    assert "\x1b[32m+ layer1.0.conv1.core" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(command) == 1
+    assert "\x1b[" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give another model, or --passes, or --preset"),
+        (["torchvision:resnet81"], "did you mean resnet18"),
+        (["torchvision:resnet18", "--steps"], "two models have no steps"),
+        (["--passes", "decmopose"], "unknown pass"),
+        (["--preset", "lrd", "--html", "no/such/folder/d.html"], "does not exist"),
+    ],
+)
+def test_trouble_is_one_line_and_status_2(arguments, message, capsys):
+    assert main([*MODEL, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
 
 
 # -- any graph
