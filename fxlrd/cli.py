@@ -1,4 +1,4 @@
-"""The command line: fxlrd demo, compress, ranks, diff."""
+"""The command line: fxlrd demo, compress, ranks, diff, profile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Of diff, as of diff(1): 0 the same, 1 different, 2 trouble.
     """
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _arguments(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _warn  # type: ignore[assignment]
             return arguments.run(arguments) or 0
@@ -42,6 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fxlrd: interrupted; nothing was written, timings so far are kept", file=sys.stderr)
         return 130
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; the second model of diff may stand after options, where argparse does not look for it."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(arguments, "other", "") is None:
+        arguments.other, rest = rest[0], []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,6 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--steps", action="store_true", help="show what each of the passes does, in order")
     diff.add_argument("--no-values", action="store_true", help="leave the weights out of the comparison")
     diff.set_defaults(run=_diff)
+
+    profile = commands.add_parser(
+        "profile", parents=[common], help="show where a model's time goes and which layers are worth decomposing"
+    )
+    profile.set_defaults(run=_profile)
 
     demo = commands.add_parser("demo", help="compare the presets on an embedded trained network, in two minutes")
     demo.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -188,6 +204,27 @@ def _color() -> bool:
     if os.environ.get("FORCE_COLOR", "0") not in ("", "0"):
         return True
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    from fxlrd.files import write_whole
+    from fxlrd.profile import profile
+    from fxlrd.progress import bar
+
+    if getattr(arguments, "html", None) is not None:
+        raise FxlrdError("--html: profile writes no page; give --json")
+    _set_threads(arguments.threads)
+    _check_writable("--json", arguments.json)
+    model, x = _example(arguments, arguments.model)
+    ratio = 2.0 if arguments.ratio is None else arguments.ratio
+    found = profile(model, x, ratio=ratio, skip=arguments.skip, compile=arguments.compile, progress=bar)
+    found = replace(found, model=arguments.model)
+    if arguments.json is not None:
+        try:
+            write_whole(arguments.json, json.dumps(found.to_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise FxlrdError(f"--json {arguments.json}: {one_line(error)}") from error
+    print(found.to_table())
 
 
 def _budget(text: str) -> Budget:
