@@ -6,10 +6,10 @@ of the ratio and at the hardware multiples below them, the fastest counts. What 
 
     saves = its time · (1 − time of the form / time of the layer)
 
-or nothing where the form is not faster by more than the noise. A layer is *worth* decomposing where that is at least
-one percent of the model's time. The measured rate of each layer is set against that of a large matrix multiply in the
-same dtype on as many threads, the fastest of a few sizes: a layer far below is bound by memory, by overhead or by its
-shape, and fewer FLOPs may not make it faster.
+or nothing where the form is not faster by more than the noise. A layer is *worth* decomposing where that is at least a
+tenth of its own time, and a thousandth of the model's: small layers count, since a deep model has many. The measured
+rate of each layer is set against that of a large matrix multiply in the same dtype on as many threads, the fastest of a
+few sizes: a layer far below is bound by memory, by overhead or by its shape, and fewer FLOPs may not make it faster.
 
 What is left of the model's time is all the rest: norms, activations, pooling, and overhead. Layers are timed alone, so
 that the sum may be off by some percent: in the model inputs may be in the cache, and Inductor fuses over layers.
@@ -50,8 +50,8 @@ from fxlrd.ranks import check_ratio
 from fxlrd.report.table import giga
 from fxlrd.search import grid
 
-WORTH = 0.01
-"""A layer is worth decomposing where that saves this share of the model's time."""
+WORTH, FELT = 0.1, 0.001
+"""A layer is worth decomposing where that saves these shares of its own and of the model's time."""
 _SIZES = (512, 1024, 2048)
 _FLOOR = 0.75
 
@@ -252,11 +252,14 @@ def _judge(row: dict[str, Any], total_ms: float, peak: float) -> None:
     row["of_peak"] = row["rate"] / peak if peak else None
     if row["ratio"] is None:
         return
-    row["worth"] = row["saves_ms"] >= WORTH * total_ms
     if not row["saves_ms"]:
         row["reason"] = "its form is not faster" + ("" if row["ratio"] >= 1 else " by more than the noise")
-    elif not row["worth"]:
-        row["reason"] = f"saves less than {WORTH:.0%} of the model's time"
+    elif row["saves_ms"] < WORTH * row["latency_ms"]:
+        row["reason"] = f"saves less than {WORTH:.0%} of its time"
+    elif row["saves_ms"] < FELT * total_ms:
+        row["reason"] = f"saves less than {FELT:.1%} of the model's time"
+    else:
+        row["worth"] = True
 
 
 def _table(found: Profile) -> str:
@@ -304,7 +307,7 @@ def _table(found: Profile) -> str:
             "",
             f"worth decomposing: {worth} of {len(found.layers)} layers; at ratio {settings['ratio']:g} their forms "
             f"save {total['saves_ms'] / total['latency_ms']:.0%} of the model's time.",
-            f"Judged by timing each layer and its form in place; worth it from {WORTH:.0%} of the model's time on.",
+            f"Judged by timing each layer and its form in place; worth it where the form takes {WORTH:.0%} less time.",
         ]
     )
 
