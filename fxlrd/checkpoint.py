@@ -142,8 +142,10 @@ def _rewritten(model: nn.Module, layout: Layout) -> dict[str, Any]:
         module = modules.get(name)
         if not name or module is None or name in found or config(module) == was:
             continue
-        if type(module) is not nn.Module or name not in holders:  # what a graph has in the place of the user's module
-            found[name] = _spec(name, module)
+        # What a graph has in the place of a module of the user's, or of a layer whose weight is read, is bare as well.
+        if type(module) is nn.Module and (name in holders or not module._modules):
+            continue
+        found[name] = _spec(name, module)
     return found
 
 
@@ -250,7 +252,10 @@ def _write(folder: Path, plan: dict[str, Any], tensors: dict[str, Tensor]) -> No
     with _locked(folder):
         scratch = folder / f".weights-{uuid.uuid4().hex[:16]}.safetensors"
         try:
+            scratch.touch()
+            readers = scratch.stat().st_mode  # as the user's umask says; safetensors writes for the owner alone
             save_file(_apart(tensors), scratch)
+            scratch.chmod(readers)
             digest, size = _hashed(scratch)
             plan["weights"] = {"sha256": digest, "bytes": size}
             text = json.dumps({"checksum": _checksum(plan), **plan}, indent=1) + "\n"
@@ -428,6 +433,7 @@ def _check(plan: dict[str, Any]) -> None:
     layers = plan.get("layers")
     _need(isinstance(layers, dict), "layers")
     assert isinstance(layers, dict)
+    _need(layers.keys() <= modules.keys() | set(architecture["gone"]), "layers: one is not in the architecture")
     for name, spec in layers.items():
         _check_spec(spec, f"layers: {name[:80]!r}", parts=True)
     _need(isinstance(tensors, dict) and set(tensors) == {"same", "strides", "frozen", "attributes"}, "tensors")

@@ -95,7 +95,8 @@ def lay_out(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     gone = sorted(n for n, m in before.items() if type(modules[n]) is nn.Identity and type(m) is not nn.Identity)
-    found: Layout = {"modules": described(model, before), "gone": gone}
+    first = dict(model.named_modules())  # one name of each module, as graphs have it
+    found: Layout = {"modules": described(model, {n: m for n, m in before.items() if n in first}), "gone": gone}
     found |= {"arguments": arguments, "refused": None, "source": None}
     known = recall(original)
     if known is None:
