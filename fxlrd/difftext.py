@@ -52,7 +52,8 @@ def _figures(diff: Diff) -> Iterator[str]:
         yield f"{'FLOPs':10}  {_pair(before['flops'], after['flops'], giga)}"
     if None not in (before["depth"], after["depth"]):
         yield f"{'depth':10}  {before['depth']} → {after['depth']}"
-    yield f"{'nodes':10}  {before['nodes']} → {after['nodes']}, {len(diff.untouched)} untouched"
+    kind = "modules" if after["depth"] is None else "nodes"
+    yield f"{kind:10}  {before['nodes']} → {after['nodes']}, {len(diff.untouched)} untouched"
     counts = Counter(c.kind for c in diff.changes)
     yield f"{'changes':10}  {', '.join(f'{n} {kind}' for kind, n in counts.items())}"
 

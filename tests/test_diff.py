@@ -195,6 +195,25 @@ def test_a_result_of_compress_is_compared_with_the_model_by_names():
     assert not diff(model, copy.deepcopy(model))
 
 
+class Turning(nn.Module):
+    """No graph: what it does depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.one(x) if bool(x.sum() > -1e9) else x
+
+
+def test_a_model_around_regions_is_compared_by_names():
+    model = Turning().eval()
+    result = fxlrd.compress(model, torch.randn(2, 32), measure=False)
+    assert isinstance(result.model, Turning)
+    assert changes(diff(model, result)) == {"one": "rewritten"}
+    assert "modules" in diff(model, result).to_text()
+
+
 def test_retraced_factors_are_still_those_of_their_layer():
     model = Net().eval()
     result = fxlrd.compress(model, torch.randn(2, 3, 10, 10), measure=False)
@@ -245,6 +264,11 @@ def parts() -> dict[str, nn.Module]:
         ("a !relu !relu b", "a !relu b", {"relu_1": "removed"}),
         ("a !relu !gelu !relu b", "a !relu !relu b", {"gelu": "removed"}),
         ("act a act", "act a", {"act": "removed"}),
+        (
+            "!relu !sigmoid !relu b",
+            "!tanh !relu b",
+            {"relu": "rewritten"},
+        ),  # by what reads it: not the relu of that name
     ],
 )
 def test_small_edits(before, after, expected, parts):
