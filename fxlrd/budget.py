@@ -83,9 +83,9 @@ def spend(items: Sequence[Sequence[tuple[float, float]]], budget: float) -> list
     unit = spare / STEPS
 
     def steps_for(extra: float) -> int:
-        if unit == 0:
-            return STEPS + 1 if extra > 0 else 0
-        return math.ceil(extra / unit - 1e-9)
+        if extra > unit * (STEPS + 1):  # also where the unit is 0, or so small that the quotient is infinite
+            return STEPS + 1
+        return math.ceil(extra / unit - 1e-9) if unit else 0
 
     best = np.zeros(STEPS + 1)  # the least error for what is left, by what has been spent
     taken = []
