@@ -83,9 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--compile", action="store_true", help="time under Inductor with frozen weights")
     common.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     common.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
-    common.add_argument("--html", type=Path, metavar="FILE", help="write the report as one HTML page")
+    page = _Parser(add_help=False)
+    page.add_argument("--html", type=Path, metavar="FILE", help="write the same as one HTML page")
 
-    compress = commands.add_parser("compress", parents=[common], help="compress a model and report on it")
+    compress = commands.add_parser("compress", parents=[common, page], help="compress a model and report on it")
     compress.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: lrd)")
     compress.add_argument("--passes", metavar="SPEC", help="passes in text form: decompose{ratio=2},snap")
     compress.add_argument("--budget", metavar="M=SHARE", help="latency=0.5, params=0.5 or flops=0.5 of the original's")
@@ -93,13 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--save", type=Path, metavar="DIR", help="save the result, to be a MODEL or for fxlrd.load")
     compress.set_defaults(run=_compress)
 
-    ranks = commands.add_parser("ranks", parents=[common], help="show each layer's rank by ratio and by timing")
+    ranks = commands.add_parser("ranks", parents=[common, page], help="show each layer's rank by ratio and by timing")
     ranks.add_argument("--search", choices=["grid", "algorithm1"], default="grid")
     ranks.set_defaults(run=_ranks)
 
     diff = commands.add_parser(
         "diff",
-        parents=[common],
+        parents=[common, page],
         help="show what differs between two models, or what passes do to one",
         description="Exit status: 0 the same, 1 different, 2 trouble.",
         usage="%(prog)s MODEL (MODEL | --passes SPEC | --preset P) [--steps] [options]",
@@ -117,9 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     profile.set_defaults(run=_profile)
 
-    demo = commands.add_parser("demo", help="compare the presets on an embedded trained network, in two minutes")
+    demo = commands.add_parser(
+        "demo", parents=[page], help="compare the presets on an embedded trained network, in two minutes"
+    )
     demo.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    demo.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as one HTML page")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -142,8 +144,6 @@ def _compress(arguments: argparse.Namespace) -> None:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from fxlrd.files import write_whole
-
     given = [arguments.other, arguments.passes, arguments.preset]
     if sum(g is not None for g in given) != 1:
         raise FxlrdError("diff: give another model, or --passes, or --preset")
@@ -159,13 +159,8 @@ def _diff(arguments: argparse.Namespace) -> int:
     if text:
         print(text)
     data = whole.to_dict() | ({"steps": [{"pass": name, **d.to_dict()} for name, d in steps]} if steps else {})
-    try:
-        if arguments.json is not None:
-            write_whole(arguments.json, json.dumps(data, indent=1) + "\n")
-        if arguments.html is not None:
-            whole.to_html(arguments.html)
-    except OSError as error:
-        raise FxlrdError(f"{arguments.json or arguments.html}: {one_line(error)}") from error
+    _write_json(data, arguments.json)
+    _write_page(whole, arguments.html)
     return int(bool(whole))
 
 
@@ -207,23 +202,16 @@ def _color() -> bool:
 
 
 def _profile(arguments: argparse.Namespace) -> None:
-    from fxlrd.files import write_whole
     from fxlrd.profile import profile
     from fxlrd.progress import bar
 
-    if getattr(arguments, "html", None) is not None:
-        raise FxlrdError("--html: profile writes no page; give --json")
     _set_threads(arguments.threads)
     _check_writable("--json", arguments.json)
     model, x = _example(arguments, arguments.model)
     ratio = 2.0 if arguments.ratio is None else arguments.ratio
     found = profile(model, x, ratio=ratio, skip=arguments.skip, compile=arguments.compile, progress=bar)
     found = replace(found, model=arguments.model)
-    if arguments.json is not None:
-        try:
-            write_whole(arguments.json, json.dumps(found.to_dict(), indent=1) + "\n")
-        except OSError as error:
-            raise FxlrdError(f"--json {arguments.json}: {one_line(error)}") from error
+    _write_json(found.to_dict(), arguments.json)
     print(found.to_table())
 
 
@@ -252,7 +240,6 @@ def _run(
 ) -> Report:
     from fxlrd.checkpoint import save
     from fxlrd.compress import compress
-    from fxlrd.files import write_whole
     from fxlrd.models import calibration_for, source_of
 
     _set_threads(arguments.threads)
@@ -275,20 +262,27 @@ def _run(
     report: Report = replace(result.report, model=arguments.model)
     if folder is not None:
         save(result, folder, source=source_of(arguments.model, arguments.weights))
-    if arguments.json is not None:
-        try:
-            write_whole(arguments.json, json.dumps(report.to_dict(), indent=1) + "\n")
-        except OSError as error:
-            raise FxlrdError(f"--json {arguments.json}: {one_line(error)}") from error
+    _write_json(report.to_dict(), arguments.json)
     _write_page(report, arguments.html)
     return report
 
 
-def _write_page(report: Report | Comparison, path: Path | None) -> None:
+def _write_json(data: Any, path: Path | None) -> None:
+    from fxlrd.files import write_whole
+
     if path is None:
         return
     try:
-        report.to_html(path)
+        write_whole(path, json.dumps(data, indent=1) + "\n")
+    except OSError as error:
+        raise FxlrdError(f"--json {path}: {one_line(error)}") from error
+
+
+def _write_page(shown: Report | Comparison | Diff, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        shown.to_html(path)
     except OSError as error:
         raise FxlrdError(f"--html {path}: {one_line(error)}") from error
 
