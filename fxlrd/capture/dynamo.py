@@ -161,7 +161,7 @@ def lower_graph(result: fx.GraphModule, raised: Raised, gm: fx.GraphModule, froz
     placed: dict[int, fx.Node] = {}  # weights and factors by identity
     for node in gm.graph.find_nodes(op="placeholder"):
         given[node.name] = _copied(graph, node)
-    anchor = next(reversed(graph.nodes), None)
+    anchor = next(iter(reversed(graph.nodes)), None)
     named = {id(t): name for name, t in raised.weights.items()}
     nodes = {n.name: n for n in gm.graph.nodes}
 
