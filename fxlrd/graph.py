@@ -226,7 +226,7 @@ def _guard(
         return f"{type(module).__name__} is a subclass of {op(module)} with a behaviour of its own"
     if (reason := added(module)) is not None:
         return reason
-    if _is_factor(gm, target):
+    if is_factor(gm, target):
         return FACTOR
     for name, parameter in module.named_parameters():
         others = [owner for owner in owned[id(parameter)] if not owner.startswith(f"{target}.")]
@@ -243,7 +243,7 @@ def _guard(
     return None
 
 
-def _is_factor(gm: fx.GraphModule, target: str) -> bool:
+def is_factor(gm: fx.GraphModule, target: str) -> bool:
     """Whether the layer is a factor of a model that came compressed: there is no provenance, names and calls tell.
 
     It is one of several layers with the names of factors that are called in a chain; see `chained`.

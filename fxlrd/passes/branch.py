@@ -23,7 +23,19 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxlrd.errors import FxlrdError
 from fxlrd.factor.block_term import STEPS, Blocks, block_term
 from fxlrd.factor.tucker import tucker2
-from fxlrd.graph import KEY, annotate, calls, check_names, fork, infer_shape, matches, provenance, source
+from fxlrd.graph import (
+    KEY,
+    annotate,
+    calls,
+    check_names,
+    fork,
+    infer_shape,
+    is_factor,
+    layers,
+    matches,
+    provenance,
+    source,
+)
 from fxlrd.latency import compare, compiled, example, layout
 from fxlrd.layers import Conv, channel_axis, from_blocks, layer, resized, spatial_dims, weight_blocks
 from fxlrd.passes.result import PassResult, Site, Skip, names
@@ -120,12 +132,15 @@ class Branch:
 
 
 def _decomposed(gm: fx.GraphModule) -> list[str]:
-    """Return the names of the layers that stand decomposed, in graph order."""
+    """Return the names of the layers that stand decomposed, in graph order, also where the model came compressed."""
     found: dict[str, None] = {}
     for node in gm.graph.nodes:
         p = provenance(node)
         if p is not None and p.role in ("first", "core", "last", "branch"):
             found[p.name] = None
+    for name in layers(gm):
+        if is_factor(gm, name):
+            found[name.rpartition(".")[0]] = None
     return list(found)
 
 
@@ -163,15 +178,15 @@ def _install(gm: fx.GraphModule, name: str, blocks: Blocks, first: Tensor, last:
     )
     gm.set_submodule(name, form.train(core.training))
     error = None
-    for node in gm.graph.nodes:
+    for node in (node for role in old for node in calls(gm, f"{name}.{role}")):
+        infer_shape(node, gm.get_submodule(str(node.target)))
         p = provenance(node)
-        if p is None or p.name != name:
+        if p is None or p.name != name:  # the model came compressed: its original is not known
             continue
         error = _weight_error(p.original, cores, first, last)
         role = "branch" if p.role == "core" else p.role
         ranks = (first.shape[0], last.shape[1])
         node.meta[KEY] = changed(p, role=role, ranks=ranks, error=error, latency=None)
-        infer_shape(node, gm.get_submodule(str(node.target)))
     return error
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxlrd.errors import unknown
-from fxlrd.graph import FACTORS, annotate, fork, provenance
+from fxlrd.graph import FACTORS, annotate, fork, is_factor, layers, provenance
 from fxlrd.layers import LAYERS, layer
 from fxlrd.passes.result import PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
@@ -38,17 +38,21 @@ class Freeze:
         """Return a copy of ``gm`` whose factors are its own, sharing the tensors but not ``requires_grad``."""
         gm = fork(gm)
         annotate(gm)
-        sites = []
+        sites, skipped = [], []
         for name, form in forms(gm).items():
             own = nn.Sequential()
             for role, part in form.named_children():
                 own.add_module(role, _own(part))
             gm.set_submodule(name, own.train(form.training))
-            trained = _set(own, self.schedule, self.epoch)
-            sites.append(Site(name, True, f"trains {' and '.join(trained)}"))
-        skipped = () if sites else (Skip("model", "no layer stands decomposed: run decompose first"),)
+            trained = " and ".join(_set(own, self.schedule, self.epoch))
+            if _trains(own) == _trains(form):
+                skipped.append(Skip(name, f"it trains {trained} already"))
+            else:
+                sites.append(Site(name, True, f"trains {trained}"))
+        if not sites and not skipped:
+            skipped.append(Skip("model", "no layer stands decomposed: run decompose first"))
         gm.recompile()
-        return PassResult(gm, tuple(sites), skipped)
+        return PassResult(gm, tuple(sites), tuple(skipped))
 
 
 def freeze_factors(model: nn.Module, schedule: str = "paper", epoch: int = 0) -> list[str]:
@@ -75,6 +79,8 @@ def forms(model: nn.Module) -> dict[str, nn.Module]:
     """
     known = [p for n in model.graph.nodes if (p := provenance(n))] if isinstance(model, fx.GraphModule) else []
     names = {p.name for p in known if p.role in FACTORS}
+    if known and isinstance(model, fx.GraphModule):  # and those of a model that came compressed
+        names |= {name.rpartition(".")[0] for name in layers(model) if is_factor(model, name)}
     return {
         name: module
         for name, module in model.named_modules()
@@ -100,6 +106,10 @@ def _set(form: nn.Module, schedule: str, epoch: int) -> list[str]:
     for role, part in form.named_children():
         layer(part).weight.requires_grad_(role in trained)
     return trained
+
+
+def _trains(form: nn.Module) -> list[bool]:
+    return [p.requires_grad for p in form.parameters()]
 
 
 def _own(part: nn.Module) -> nn.Module:
