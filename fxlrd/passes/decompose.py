@@ -131,7 +131,8 @@ class Decompose:
 
     def _check_reach(self, sites: list[Site], skipped: list[Skip]) -> None:
         narrow = [s for s in skipped if TOO_NARROW in s.reason]
-        if narrow and not sites and self.ranks is None:
+        done = sites or any(s.reason == FACTOR for s in skipped)
+        if narrow and not done and self.ranks is None:
             raise FxlrdError(f"{narrow[0].name}: {narrow[0].reason}, nor for any other layer: use a smaller ratio")
 
 
