@@ -152,21 +152,27 @@ def compress(
 def _capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     """Return the model as a graph or, where it cannot be traced as a whole, its regions."""
     try:
-        return capture(model, inputs)
+        gm, said = capture(model, inputs), ()
     except CaptureError as error:
         why = str(error).split(";")[0]
         try:
             gm = capture_regions(model, inputs)
         except CaptureError as none:
             raise CaptureError(f"{why}; {none}") from error
-        known = captured(gm)
-        assert known is not None
-        assert known.around is not None
-        names = {slot.name for slot in known.around.slots}
-        single = len(names & set(layers(gm)))
-        text = f"taken as {len(names)} regions ({single} of them single layers), as the whole is not traceable: {why}"
-        gm.meta[KEY] = replace(known, warnings=(text, *known.warnings))
-        return gm
+        said = (_regions_text(gm, why),)
+    known = captured(gm)
+    assert known is not None
+    gm.meta[KEY] = replace(known, warnings=(*said, *known.warnings), shapes=shapes_before(model))
+    return gm
+
+
+def _regions_text(gm: fx.GraphModule, why: str) -> str:
+    known = captured(gm)
+    assert known is not None
+    assert known.around is not None
+    names = {slot.name for slot in known.around.slots}
+    single = len(names & set(layers(gm)))
+    return f"taken as {len(names)} regions ({single} of them single layers), as the whole is not traceable: {why}"
 
 
 def _last_run(model: nn.Module, inputs: Inputs) -> tuple[Any, int]:
@@ -196,6 +202,11 @@ def _check_model(model: Any, inplace: bool) -> None:
         raise FxlrdError(f"model: a {type(model).__name__} is a wrapper; compress model.module")
     if isinstance(model, torch.jit.ScriptModule):
         raise FxlrdError("model: a ScriptModule has no Python code to trace; compress the model it was made from")
+    if isinstance(model, torch.export.UnflattenedModule) or (
+        isinstance(model, fx.GraphModule)
+        and any(isinstance(n.target, torch._ops.OpOverload) for n in model.graph.nodes)
+    ):
+        raise FxlrdError("model: it was exported and has operators for layers; compress first, then export the result")
     if inplace and isinstance(model, LAYERS):
         raise FxlrdError("inplace: a bare layer cannot replace itself; wrap it in nn.Sequential first")
 
