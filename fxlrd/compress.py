@@ -152,27 +152,21 @@ def compress(
 def _capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     """Return the model as a graph or, where it cannot be traced as a whole, its regions."""
     try:
-        gm, said = capture(model, inputs), ()
+        return capture(model, inputs)
     except CaptureError as error:
         why = str(error).split(";")[0]
         try:
             gm = capture_regions(model, inputs)
         except CaptureError as none:
             raise CaptureError(f"{why}; {none}") from error
-        said = (_regions_text(gm, why),)
-    known = captured(gm)
-    assert known is not None
-    gm.meta[KEY] = replace(known, warnings=(*said, *known.warnings), shapes=shapes_before(model))
-    return gm
-
-
-def _regions_text(gm: fx.GraphModule, why: str) -> str:
-    known = captured(gm)
-    assert known is not None
-    assert known.around is not None
-    names = {slot.name for slot in known.around.slots}
-    single = len(names & set(layers(gm)))
-    return f"taken as {len(names)} regions ({single} of them single layers), as the whole is not traceable: {why}"
+        known = captured(gm)
+        assert known is not None
+        assert known.around is not None
+        names = {slot.name for slot in known.around.slots}
+        single = len(names & set(layers(gm)))
+        text = f"taken as {len(names)} regions ({single} of them single layers), as the whole is not traceable: {why}"
+        gm.meta[KEY] = replace(known, warnings=(text, *known.warnings))
+        return gm
 
 
 def _last_run(model: nn.Module, inputs: Inputs) -> tuple[Any, int]:
