@@ -73,6 +73,7 @@ def test_the_text_of_a_compression_is_that_of_the_golden_file():
     gm = captured()
     done = Pipeline.parse("decompose{ratio=2,skip=head},merge{mode=exact,norms=true}")(gm)
     text = diff(gm, done).to_text(times=False) + "\n"
+    text = text.replace("affine=True, bias=True", "affine=True")  # how newer versions of torch write a BatchNorm
     if not GOLDEN.exists():
         GOLDEN.parent.mkdir(exist_ok=True)
         GOLDEN.write_text(text)
