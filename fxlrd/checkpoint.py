@@ -57,7 +57,7 @@ _REMEDY = "give the architecture that was compressed"
 _CONV = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "bias",
 )  # fmt: skip
-_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats", "bias")
 _LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Linear": (nn.Linear, ("in_features", "out_features", "bias")),
     **{kind.__name__: (kind, _CONV) for kind in CONVS},
@@ -472,11 +472,16 @@ def _made(name: str, spec: dict[str, Any]) -> nn.Module:
     if "parts" in spec:
         return nn.Sequential(OrderedDict((role, _made(f"{name}.{role}", part)) for role, part in spec["parts"]))
     options = {n: tuple(v) if isinstance(v, list) else v for n, v in spec["options"].items()}
+    kind, names = _LAYERS[spec["kind"]]
     device = {} if spec["kind"] == "Identity" else {"device": "meta"}
+    biased = options.pop("bias") if names is _NORM else True  # older versions of torch have no such option
     try:
-        return _LAYERS[spec["kind"]][0](**options, **device)
+        module = kind(**options, **device)
     except Exception as error:
         raise FxlrdError(f"load: {name} cannot be made: {one_line(error)}: the plan is damaged") from error
+    if not biased:
+        module.register_parameter("bias", None)
+    return module
 
 
 def _loaded(folder: Path, plan: dict[str, Any], model: nn.Module) -> nn.Module:

@@ -94,6 +94,8 @@ def keep_channels(module: nn.Module, kept: Tensor) -> nn.Module:
         assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
         options = {"affine": module.affine, "track_running_stats": module.track_running_stats}
         new = type(module)(len(kept), module.eps, module.momentum, **options, device="meta")
+        if module.bias is None:  # bias=False, which older versions of torch do not know
+            new.register_parameter("bias", None)
     for name, value in module.named_parameters():
         setattr(new, name, nn.Parameter(value.detach()[kept].clone(), value.requires_grad))
     for name, buffer in module.named_buffers():

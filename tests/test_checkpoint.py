@@ -143,6 +143,17 @@ def test_composed_away_is_an_identity(tmp_path):
     assert [type(m) for m in (loaded.block.bn1, loaded.block.bn3, loaded.fc, loaded.drop)] == [nn.Identity] * 4
 
 
+def test_a_norm_without_a_bias_that_was_cut_comes_back(tmp_path):
+    def net():
+        model = trained(Net())
+        model.block.bn1.register_parameter("bias", None)  # as bias=False, which older versions of torch do not know
+        return model
+
+    model, loaded = round_trip(net, tmp_path, pipeline="calibrate,merge{ratio=2}", calibration=X)
+    assert loaded.block.bn1.num_features == model.block.bn1.num_features < 32
+    assert loaded.block.bn1.bias is None
+
+
 def test_a_layer_all_of_whose_factors_were_composed_comes_back(tmp_path):
     net = lambda: nn.Sequential(nn.Linear(32, 32), nn.ReLU())  # noqa: E731
     pipeline = [Decompose(ranks=30), Merge(mode="exact")]

@@ -120,6 +120,19 @@ def test_channels_are_kept(module, count):
         assert module.num_batches_tracked == 0
 
 
+def unbiased(norm):
+    """As BatchNorm2d(bias=False), which older versions of torch do not know."""
+    norm.register_parameter("bias", None)
+    return norm
+
+
+def test_norms_without_a_bias_are_kept():
+    module, kept, x = unbiased(filled(nn.BatchNorm2d(9))), torch.tensor([1, 5]), torch.randn(2, 9, 6, 6).double()
+    new = keep_channels(module, kept)
+    assert new.bias is None
+    close(new(x[:, kept]), module(x)[:, kept])
+
+
 def test_norms_without_statistics_are_kept():
     module = nn.BatchNorm2d(9, track_running_stats=False).double()
     x, kept = torch.randn(2, 9, 6, 6).double(), torch.tensor([1, 5])
