@@ -38,7 +38,7 @@ from fxlrd.graph import (
 )
 from fxlrd.latency import Setting, Timing, compare, compiled
 from fxlrd.layers import LAYERS
-from fxlrd.layout import lay_out, lay_out_graph, remember
+from fxlrd.layout import lay_out, lay_out_graph, remember, shapes_before
 from fxlrd.passes import Allocate
 from fxlrd.pipeline import Pass, Pipeline, Record
 from fxlrd.progress import Progress, bar, quiet
@@ -107,6 +107,7 @@ def compress(
     inputs = Inputs.of(example_inputs)
     show: Progress[Any] = bar if progress else quiet
     original = _capture(model, inputs)
+    original.meta[KEY] = replace(original.meta[KEY], shapes=shapes_before(model))
     done = steps(original, verify=verify, progress=show)
     gm = done.graph_module
     known = captured(original)

@@ -122,12 +122,14 @@ class Unreached:
 class Captured:
     """What capture knows of the whole model: its example inputs, the layers that no node of the graph stands
     for, by name, what had to be frozen or left out and, where the graph is of regions only, what is ``around`` them.
+    Where the model came compressed, the ``shapes`` that weights of its modules had before, by the modules' names.
     """
 
     inputs: Inputs
     unreached: dict[str, Unreached]
     warnings: tuple[str, ...] = ()
     around: Around | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def provenance(node: fx.Node) -> Provenance | None:

@@ -47,6 +47,14 @@ def recall(model: nn.Module) -> Layout | None:
     return found if isinstance(found, dict) else None
 
 
+def shapes_before(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of what a compressed model was made from, by module; of another, none."""
+    modules = (recall(model) or {"modules": {}})["modules"]
+    # The weight of a Conv1D, GPT-2's, is transposed.
+    known = {n: o["shapes"].get("weight") for n, (kind, o) in modules.items() if kind != "Conv1D"}
+    return {n: tuple(shape) for n, shape in known.items() if shape}
+
+
 def config(module: nn.Module) -> list[Any]:
     """Return the class of a module, its options that set what it computes, and the shapes of its own tensors."""
     options: dict[str, Any] = {}

@@ -200,6 +200,8 @@ class Merge:
         if rank < 1:
             return f"ratio={self.ratio:g} leaves none of its {whole.channels} channels"
         if rank >= whole.channels:
+            if whole.channels < (before := _weight_before(gm, node)[0]):
+                return f"it is merged already: {whole.channels} of its {before} channels were kept"
             return f"keeping {rank} of {whole.channels} channels saves nothing"
         if isinstance(known := readers(gm, whole), str):
             return known
@@ -217,11 +219,11 @@ class Merge:
     def _rank(self, gm: fx.GraphModule, name: str, whole: Group) -> int:
         if self.ranks is not None:
             return self._explicit(name)
-        spatial = [m for n in (*(c.node for c in whole.consumers), *whole.producers) if (m := _spatial(gm, n))]
-        if not spatial:
-            return math.floor(whole.channels / self.ratio)
-        c_in, c_out, _ = channels(spatial[0])
-        return tucker2_rank(c_in, c_out, layer(spatial[0]).weight.shape[2:], self.ratio)
+        for node in (*(c.node for c in whole.consumers), *whole.producers):
+            c_out, c_in, *kernel = _weight_before(gm, node)
+            if math.prod(kernel) > 1:
+                return tucker2_rank(c_in, c_out, kernel, self.ratio)
+        return math.floor(_weight_before(gm, whole.producers[0])[0] / self.ratio)
 
     # -- exact
 
@@ -324,11 +326,14 @@ class Merge:
                 return f"skip={pattern} keeps {member.target}"
         if (reason := _first_reason([node, *before, *after], gm, reasons)) is not None:
             return reason
-        if self.ranks is not None:
-            return before, after, min(self._explicit(name), c_in, c_out)
-        rank = tucker2_rank(c_in, c_out, layer(module).weight.shape[2:], self.ratio)
+        s, c, *kernel = _weight_before(gm, node)
+        rank = self._explicit(name) if self.ranks is not None else tucker2_rank(c, s, kernel, self.ratio)
         if rank < 1:
             return f"ratio={self.ratio:g} leaves none of its {c_in} channels"
+        if rank >= min(c_in, c_out) and (c_in, c_out) != (c, s):
+            return f"it is merged already: {c_in}→{c_out} of its {c}→{s} channels were kept"
+        if self.ranks is not None:
+            return before, after, min(rank, c_in, c_out)
         if rank >= min(c_in, c_out):
             return f"rank {rank} of {c_in}→{c_out} saves nothing"
         return before, after, rank
@@ -342,12 +347,13 @@ class Merge:
         return self.ranks[pattern]
 
 
-def _spatial(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """Return the layer as it was before any merging, if it is a k×k conv: its shape is what eq. (7) goes by."""
-    known = provenance(node)
+def _weight_before(gm: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:
+    """Return the shape of a layer's weight before any merging, also by an earlier compress: α goes by that."""
+    whole, known = captured(gm), provenance(node)
+    if whole is not None and (shape := whole.shapes.get(_origin(node))) is not None:
+        return shape
     module = known.original if known is not None and known.original is not None else None
-    module = module or gm.get_submodule(str(node.target))
-    return module if kernel_area(module) > 1 else None
+    return tuple(layer(module or gm.get_submodule(str(node.target))).weight.shape)
 
 
 def _origin(node: fx.Node) -> str:
