@@ -266,11 +266,12 @@ class Compressed:
 
     def _compile(self, lowered: Lowered, inputs: Sequence[Any]) -> Compiled:
         context = torch._guards.TracingContext.try_get()
-        if context is not None and context.fake_mode is not None:
-            for factor in lowered.factors.values():  # remembered: sizes of factors are no unknowns, whatever is dynamic
-                context.fake_mode.from_tensor(factor, static_shapes=True)
+        mode = context.fake_mode if context is not None else None
+        # Sizes of factors are no unknowns, whatever is dynamic. The mode finds these again for as long as they live.
+        fakes = [mode.from_tensor(f, static_shapes=True) for f in lowered.factors.values()] if mode is not None else []
         self.code = _code(lowered)
         self.run = self.options.compile(lowered.graph_module, inputs)
+        del fakes
         return self.run
 
     def _compile_again(self, lowered: Lowered, inputs: Sequence[Any]) -> Compiled:
