@@ -69,11 +69,11 @@ def run(share: float = SHARE, progress: bool = True) -> Comparison:
     show: Progress[Any] = bar if progress else quiet
     model = fashion.trained().to(memory_format=torch.channels_last)
     images = fashion.calibration().to(memory_format=torch.channels_last)
-    batches = list(images.split(128))
+    batches = list(images.split(BATCH))
     test = fashion.test()
     x = images[:BATCH]
     original = capture(model, x)
-    calibrated = Calibrate(calibration=batches, outputs=False, effects=256)(original).graph_module
+    calibrated = Calibrate(calibration=batches[:2], outputs=False, effects=0)(original).graph_module
     lrd = _ratio(share, lambda ratio: Decompose(ratio=ratio)(original).graph_module, original)
     merged = _ratio(share, lambda ratio: Merge(ratio=ratio)(calibrated).graph_module, original)
     fitted = "calibrate{outputs=false,effects=256,holdout=true}"
@@ -146,7 +146,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the share of right answers (0…1), in eval mode."""
     right = 0
     with evaluating(model), torch.no_grad():
-        for x, y in zip(images.split(250), labels.split(250), strict=True):
+        for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
             right += int((model(x).argmax(1) == y).sum())
     return right / len(labels)
 
