@@ -332,6 +332,8 @@ class _Grouping:
         self.found, self.shapes, self.values, self.passes = found, shapes, values, passes
         self.same_as: dict[Item, Item] = {}
         """A node of the same group, of all but one node of each; see `_root`."""
+        self.takes: dict[str, set[bool]] = {}
+        """See `_takes`; of each site once, as it may have thousands of nodes."""
         self.alone: set[Item] = set()
         """The nodes that went or came and have nothing of the other side in their place."""
         self.left_a = [i for i in found.a if i not in found.to_b]
@@ -527,13 +529,18 @@ class _Grouping:
 
     def _took(self, site: str, part: Sequence[Item]) -> bool:
         """Whether a site that is left took in a part: it says so or, where it has no provenance, has other weights."""
+        if site not in self.takes:
+            self.takes[site] = self._takes(site)
+        return any(i.params for i in part) in self.takes[site]
+
+    def _takes(self, site: str) -> set[bool]:
+        """Return of which parts a site may have taken one in: with parameters (True), without."""
         there = self.found.sites_b.get(site, [])
-        edits = [self.edits[i] for i in there if i in self.edits]
-        if not any(e.kind in ("came", "changed", "values") for e in edits):
-            return False
+        if not any(i in self.edits and self.edits[i].kind in ("came", "changed", "values") for i in there):
+            return set()
         if any(i.known is not None for i in there):
-            return any(i.known is not None and i.known.role == "merged" for i in there)
-        return any(i.params for i in part) and any(i.params for i in there)
+            return {True, False} if any(i.known is not None and i.known.role == "merged" for i in there) else set()
+        return {True} if any(i.params for i in there) else set()
 
     # -- changes
 

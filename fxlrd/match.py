@@ -13,6 +13,7 @@ linear in the number of nodes: what is looked up is the readers of one node that
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -336,7 +337,14 @@ def _users_agree(found: Matching, x: Item, y: Item) -> float:
 
 
 def _counterparts(found: Matching, item: Item) -> list[Item]:
-    """Return the nodes of a that stand where ``item`` stands in b."""
+    """Return the nodes of a that stand where ``item`` stands in b; of a site with many, those as far along in order."""
     if item in found.to_a:
         return [found.to_a[item]]
-    return found.sites_a.get(item.site, []) if item.site is not None else []
+    if item.site is None or item.site not in found.sites_a:
+        return []
+    here, there = found.sites_a[item.site], found.sites_b[item.site]
+    if len(here) <= _CANDIDATES:
+        return here
+    middle = bisect_left(there, item.index, key=lambda i: i.index) * len(here) // len(there)
+    start = min(max(0, middle - _CANDIDATES // 2), len(here) - _CANDIDATES)
+    return here[start : start + _CANDIDATES]

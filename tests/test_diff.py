@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import fxlrd
-from fxlrd import FxlrdError, Pipeline
+from fxlrd import FxlrdError, Pipeline, match
 from fxlrd.cli import main
-from fxlrd.diff import KINDS, Steps, diff
+from fxlrd.diff import KINDS, Steps, _Grouping, diff
 
 GOLDEN = Path(__file__).parent / "golden" / "diff.txt"
 
@@ -342,6 +342,19 @@ def test_shared_modules_are_one_change_of_all_calls():
     assert (len(d.changes[0].went), len(d.changes[0].came)) == (2, 4)
     assert "(2 calls)" in d.to_text()
     assert d.changes[0].figures["params_before"] == 16 * 16 + 16
+
+
+def test_the_work_on_a_layer_of_many_calls_grows_with_their_number_only(monkeypatch):
+    one = net(chain(*["a", "!relu"] * 100), a=nn.Linear(2, 2))
+    two = net(chain(*["a.0", "a.1"] * 100), a=nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    seen = []
+    counterparts, takes = match._counterparts, _Grouping._takes
+    monkeypatch.setattr(match, "_counterparts", lambda *args: seen.append(counterparts(*args)) or seen[-1])
+    sites = []
+    monkeypatch.setattr(_Grouping, "_takes", lambda self, site: sites.append(site) or takes(self, site))
+    assert changes(diff(one, two))["a"] == "rewritten"
+    assert max(map(len, seen)) <= match._CANDIDATES
+    assert sites == ["a"]
 
 
 def test_colour_only_where_it_is_asked_for():
