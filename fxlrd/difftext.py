@@ -126,12 +126,11 @@ def _erred(change: Change) -> bool:
 def _rows(change: Change, edit: Edit) -> Iterator[tuple[str, ...]]:
     """Return (sign, name, text, shape) of the lines of one edit."""
     a, b = edit.before, edit.after
-    if a is None or b is None or edit.kind == "changed":
+    shows = edit.kind == "changed" and a is not None and b is not None and _text(a) != _text(b)
+    if a is None or b is None or shows:
         for sign, item in (("-", a), ("+", b)):
             if item is not None:
                 yield sign, _called(item), _text(item), _shape(item)
-        if edit.kind == "changed" and a is not None and b is not None and a.text == b.text and a.call == b.call:
-            yield "~", _called(b), "; ".join(edit.what), ""
         return
     shapes = f"{_shape(a)} → {_shape(b)}" if a.shape != b.shape and edit.kind == "reshaped" else ""
     yield "~", _called(b), "; ".join(edit.what), shapes

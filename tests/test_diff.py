@@ -289,6 +289,20 @@ def test_arguments_and_operands():
     assert "moved" in changes(diff(two, three)).values()
 
 
+def test_a_change_that_the_text_of_a_node_does_not_show_is_told():
+    def build(result, default=1):
+        graph = fx.Graph()
+        x = graph.placeholder("x", default_value=default)
+        graph.output(result(graph.call_module("act", (x,))))
+        root = nn.Module()
+        root.act = nn.ReLU()
+        return fx.GraphModule(root, graph)
+
+    one = build(lambda y: y)
+    assert "output: changed, (%) → ({'y': %})\n" in diff(one, build(lambda y: {"y": y})).to_text() + "\n"
+    assert "x: changed, (1) → (2)\n" in diff(one, build(lambda y: y, default=2)).to_text() + "\n"
+
+
 def test_a_model_under_another_name_is_renamed(parts):
     inside = fx.symbolic_trace(nn.Sequential(parts["a"], parts["bn"], parts["b"]))
     around = fx.symbolic_trace(nn.Sequential(nn.Sequential(parts["a"], parts["bn"], parts["b"])))
