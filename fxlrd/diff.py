@@ -5,7 +5,7 @@ Nodes are paired (fxlrd/match.py), and what is not the same is told by *site*, t
     rewritten   other nodes under the same name, or in the same place: 1 → N, N → 1, N → M
     merged      as rewritten or changed, and nodes around it went into it: N → 1
     changed     the same node, configured or called in another way: channels, groups, arguments
-    moved       the same node, reading something else
+    moved       the same node, reading something else, or an argument in another place
     renamed     the same node under another name
     values      the same node with other weights (refitted, BatchNorm re-estimated, trained)
     trainable   the same node, of which other parameters train
@@ -336,6 +336,11 @@ class _Grouping:
         """See `_takes`; of each site once, as it may have thousands of nodes."""
         self.alone: set[Item] = set()
         """The nodes that went or came and have nothing of the other side in their place."""
+        self.places: dict[Item, int] = {}
+        """The place of each argument among those that both graphs have: a call may give them in order."""
+        for items, pairs in ((found.a, found.to_b), (found.b, found.to_a)):
+            ends = [i for i in items if i.op == "placeholder" and i in pairs]
+            self.places |= {i: n for n, i in enumerate(ends, 1)}
         self.left_a = [i for i in found.a if i not in found.to_b]
         self.left_b = [i for i in found.b if i not in found.to_a]
         self.edits: dict[Item, Edit] = {}
@@ -400,13 +405,16 @@ class _Grouping:
         return self.compared[key]
 
     def _of_place(self, x: Item, y: Item) -> Edit | None:
-        """Return the pair's edit, with that it reads something else, if it does."""
+        """Return the pair's edit, with that it stands elsewhere or reads something else, if it does."""
         edit = self.edits.get(y)
-        if len(x.inputs) != len(y.inputs) or all(
+        if x.op == "placeholder" and self.places[x] != self.places[y]:
+            what = f"argument {self.places[y]} instead of {self.places[x]}"
+        elif len(x.inputs) != len(y.inputs) or all(
             self._same_source(p, q) for p, q in zip(x.inputs, y.inputs, strict=True)
         ):
             return edit
-        what = f"reads {', '.join(i.name for i in y.inputs)} instead of {', '.join(i.name for i in x.inputs)}"
+        else:
+            what = f"reads {', '.join(i.name for i in y.inputs)} instead of {', '.join(i.name for i in x.inputs)}"
         kind = "moved" if edit is None else min(edit.kind, "moved", key=KINDS.index)
         return Edit(kind, x, y, (*(edit.what if edit is not None else ()), what))
 

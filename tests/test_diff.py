@@ -289,6 +289,19 @@ def test_arguments_and_operands():
     assert "moved" in changes(diff(two, three)).values()
 
 
+def test_arguments_in_another_order_are_moved():
+    def build(*names):
+        graph = fx.Graph()
+        args = {name: graph.placeholder(name) for name in names}
+        graph.output(graph.call_function(operator.sub, (args["x"], args["y"])))
+        return fx.GraphModule(nn.Module(), graph)
+
+    d = diff(build("x", "y"), build("y", "x"))
+    assert changes(d) == {"y": "moved", "x": "moved"}
+    assert "y: moved, argument 1 instead of 2" in d.to_text()
+    assert changes(diff(build("x", "y"), build("z", "x", "y"))) == {"z": "added"}
+
+
 def test_a_change_that_the_text_of_a_node_does_not_show_is_told():
     def build(result, default=1):
         graph = fx.Graph()
