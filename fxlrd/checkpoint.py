@@ -77,13 +77,17 @@ def _sizes(value: Any) -> bool:
     return type(value) is list and 1 <= len(value) <= 3 and all(_whole(v) for v in value)
 
 
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
 _ALLOWED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("kernel_size", "stride", "dilation", "output_padding"), _sizes),
     **dict.fromkeys(("bias", "affine", "track_running_stats"), lambda v: type(v) is bool),
     "padding": lambda v: v in ("same", "valid") or _sizes(v),
     "padding_mode": lambda v: v in ("zeros", "reflect", "replicate", "circular"),
-    "eps": lambda v: type(v) is float,
-    "momentum": lambda v: v is None or type(v) is float,
+    "eps": _number,
+    "momentum": lambda v: v is None or _number(v),
 }
 """What an option may be; a whole number where nothing is said."""
 
@@ -259,6 +263,10 @@ def _write(folder: Path, plan: dict[str, Any], tensors: dict[str, Tensor]) -> No
             digest, size = _hashed(scratch)
             plan["weights"] = {"sha256": digest, "bytes": size}
             text = json.dumps({"checksum": _checksum(plan), **plan}, indent=1) + "\n"
+            try:
+                _check(json.loads(text))
+            except FxlrdError as error:
+                raise FxlrdError(f"save: {folder}: nothing was changed there: load would refuse {error}") from error
             if len(text.encode()) > _LARGEST_PLAN:
                 raise FxlrdError(f"save: {folder}: the plan takes {len(text):,} bytes, more than a plan may have")
             scratch.replace(folder / _weights(digest))
@@ -390,7 +398,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
         _check(plan)
     except Exception as error:
         why = str(error) if isinstance(error, FxlrdError) else one_line(error)
-        raise FxlrdError(f"load: {file}: {why}") from None
+        raise FxlrdError(f"load: {file}: {why}: the plan is damaged; save the model again") from None
     return plan
 
 
@@ -404,7 +412,7 @@ def _regular(file: Path) -> int:
 
 def _need(holds: bool, what: str) -> None:
     if not holds:
-        raise FxlrdError(f"{what}: the plan is damaged; save the model again")
+        raise FxlrdError(what)
 
 
 def _texts(value: Any) -> bool:

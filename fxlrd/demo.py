@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from fxlrd.compress import compress
 from fxlrd.files import write_whole
 from fxlrd.graph import evaluating
 from fxlrd.latency import Setting, Timing, compare
-from fxlrd.passes import Calibrate, Decompose, Merge, Recalibrate
+from fxlrd.passes import Calibrate, Decompose, Merge, Recalibrate, Refit
+from fxlrd.pipeline import Pipeline
 from fxlrd.progress import Progress, bar, quiet
 from fxlrd.report import Report
 from fxlrd.report.table import giga
@@ -73,25 +75,19 @@ def run(share: float = SHARE, progress: bool = True) -> Comparison:
     test = fashion.test()
     x = images[:BATCH]
     original = capture(model, x)
-    calibrated = Calibrate(calibration=batches[:2], outputs=False, effects=0)(original).graph_module
+    calibrated = Calibrate(batches, outputs=False, effects=128, holdout=True)(original, show).graph_module
     lrd = _ratio(share, lambda ratio: Decompose(ratio=ratio)(original).graph_module, original)
     merged = _ratio(share, lambda ratio: Merge(ratio=ratio)(calibrated).graph_module, original)
-    fitted = "calibrate{outputs=false,effects=256,holdout=true}"
-    ways: list[tuple[str, dict[str, Any]]] = [
-        ("lrd", {"pipeline": f"decompose{{ratio={lrd}}}"}),
-        ("ranks", {"pipeline": f"decompose{{ratio={lrd}}},snap"}),
-        (
-            "merge",
-            {"pipeline": f"{fitted},merge{{ratio={merged}}},refit,recalibrate", "calibration": batches},
-        ),
-        ("auto", {"budget": Budget(params=share), "calibration": batches}),
-    ]
+    merge = Pipeline([Merge(ratio=merged), Refit(batches), Recalibrate(batches)])
+    compressed = partial(compress, model, x, measure=False, progress=progress)
     models: dict[str, nn.Module] = {"original": model}
-    for name, options in show(ways, "presets"):
-        result = compress(model, x, measure=False, progress=progress, **options)
-        models[name] = result.model
+    models["lrd"] = compressed(pipeline=f"decompose{{ratio={lrd}}}").model
+    models["ranks"] = compressed(pipeline=f"decompose{{ratio={lrd}}},snap").model
+    models["merge"] = merge(calibrated, progress=show).graph_module
+    result = compressed(budget=Budget(params=share), calibration=batches)
+    models["auto"] = result.model
     with torch.no_grad():
-        timings = compare({n: lambda m=m: m(x) for n, m in models.items()}, x.device, seconds=8.0)  # type: ignore[misc]
+        timings = compare({n: lambda m=m: m(x) for n, m in models.items()}, x.device, seconds=6.0)  # type: ignore[misc]
     rows = tuple(_row(name, m, timings[name], x, batches, test) for name, m in models.items())
     here = Setting.here(x.device, False)
     setting = f"{here.device}, eager, channels_last, {here.threads} threads, torch {here.torch_version}"

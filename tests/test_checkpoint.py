@@ -154,6 +154,15 @@ def test_a_norm_without_a_bias_that_was_cut_comes_back(tmp_path):
     assert loaded.block.bn1.bias is None
 
 
+@pytest.mark.parametrize("options", [{"momentum": 1}, {"momentum": 0}, {"momentum": None}, {"eps": 1}])
+def test_a_norm_that_was_cut_comes_back_with_whole_numbers_for_options(tmp_path, options):
+    net = lambda: Net().apply(lambda m: vars(m).update(options) if isinstance(m, nn.BatchNorm2d) else None)  # noqa: E731
+    result = compressed(trained(net()), pipeline=[Merge(ratio=2)], calibration=X)
+    assert result.model.get_submodule("block.bn1").num_features < 24
+    save(result, tmp_path)
+    assert equal(result.model, load(tmp_path, net()), X)
+
+
 def test_a_layer_all_of_whose_factors_were_composed_comes_back(tmp_path):
     net = lambda: nn.Sequential(nn.Linear(32, 32), nn.ReLU())  # noqa: E731
     pipeline = [Decompose(ranks=30), Merge(mode="exact")]
@@ -429,6 +438,14 @@ def test_a_place_that_cannot_be_written(tmp_path):
         save(compressed(Net()), tmp_path / "file")
     with pytest.raises(FxlrdError, match="nothing was changed there"):
         save(compressed(Net()), tmp_path / "file" / "inside")
+
+
+def test_what_could_not_be_loaded_does_not_take_the_place_of_what_can(tmp_path):
+    result = compressed(Net())
+    save(result, tmp_path)
+    with pytest.raises(FxlrdError, match="nothing was changed there: load would refuse source$"):
+        save(result, tmp_path, source=3)
+    assert equal(result.model, load(tmp_path, Net()).train(), X)
 
 
 # -- wrong architectures
