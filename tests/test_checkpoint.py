@@ -445,7 +445,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_what_could_not_be_loaded_does_not_take_the_place_of_what_can(tmp_path):
     result = compressed(Net().eval())
     save(result, tmp_path)
-    with pytest.raises(FxlrdError, match="nothing was changed there: load would refuse source$"):
+    with pytest.raises(FxlrdError, match=r"nothing was changed there: load would refuse source$"):
         save(result, tmp_path, source=3)
     assert equal(result.model, load(tmp_path, Net()), X)
 
