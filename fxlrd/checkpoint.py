@@ -20,6 +20,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections import OrderedDict
@@ -50,7 +51,7 @@ VERSION = 1
 _FORMAT = "fxlrd checkpoint"
 _LARGEST_PLAN = 32 * 2**20
 """Bytes; the plan of ResNet-152 has a quarter of a MiB."""
-_OURS = re.compile(r"\.?weights-[0-9a-f]{16}\.safetensors|\.plan\.json\.\d+\.[0-9a-f]{8}")
+_OURS = re.compile(r"\.weights-[0-9a-f]{16}|weights-[0-9a-f]{16}\.safetensors|\.plan\.json\.\d+\.[0-9a-f]{8}")
 _CHUNK = 2**22
 _REMEDY = "give the architecture that was compressed"
 
@@ -254,13 +255,16 @@ def _write(folder: Path, plan: dict[str, Any], tensors: dict[str, Tensor]) -> No
         raise FxlrdError(f"save: {folder} is a file; name a directory")
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        scratch = folder / f".weights-{uuid.uuid4().hex[:16]}.safetensors"
+        # In a folder of its own, as safetensors has files of its own beside the one that it writes.
+        scratch = folder / f".weights-{uuid.uuid4().hex[:16]}"
+        file = scratch / "weights.safetensors"
         try:
-            scratch.touch()
-            readers = scratch.stat().st_mode  # as the user's umask says; safetensors writes for the owner alone
-            save_file(_apart(tensors), scratch)
-            scratch.chmod(readers)
-            digest, size = _hashed(scratch)
+            scratch.mkdir()
+            file.touch()
+            readers = file.stat().st_mode  # as the user's umask says; safetensors writes for the owner alone
+            save_file(_apart(tensors), file)
+            file.chmod(readers)
+            digest, size = _hashed(file)
             plan["weights"] = {"sha256": digest, "bytes": size}
             text = json.dumps({"checksum": _checksum(plan), **plan}, indent=1) + "\n"
             try:
@@ -269,15 +273,21 @@ def _write(folder: Path, plan: dict[str, Any], tensors: dict[str, Tensor]) -> No
                 raise FxlrdError(f"save: {folder}: nothing was changed there: load would refuse {error}") from error
             if len(text.encode()) > _LARGEST_PLAN:
                 raise FxlrdError(f"save: {folder}: the plan takes {len(text):,} bytes, more than a plan may have")
-            scratch.replace(folder / _weights(digest))
+            file.replace(folder / _weights(digest))
             _synced(folder)
             write_whole(folder / PLAN, text)
             _synced(folder)
         finally:
-            scratch.unlink(missing_ok=True)
+            _discard(scratch)
         for left in folder.iterdir():  # of the checkpoint before, or of someone who was killed
             if _OURS.fullmatch(left.name) and left.name != _weights(digest):
-                left.unlink(missing_ok=True)
+                _discard(left)
+
+
+def _discard(path: Path) -> None:
+    """Take away what is not needed any more, if that may be done: what was written is in effect without it."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.name.startswith(".weights-") and path.is_dir() else path.unlink()
 
 
 @contextmanager

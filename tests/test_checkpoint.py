@@ -790,6 +790,38 @@ def test_whoever_is_killed_leaves_the_old_or_the_new_checkpoint(tmp_path, monkey
     assert len(list(tmp_path.iterdir())) == 2, "what the killed one left is gone"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a child process")
+def test_what_a_killed_write_of_tensors_leaves_is_gone_after_the_next_save(tmp_path, monkeypatch):
+    def killed(tensors, file):
+        file.with_name(".tmp0a1b2c").write_bytes(b"half")  # where safetensors writes before it puts its file in place
+        os._exit(7)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            monkeypatch.setattr(checkpoint, "save_file", killed)
+            save(compressed(Net()), tmp_path)
+        finally:
+            os._exit(8)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert any(tmp_path.rglob(".tmp0a1b2c"))
+    save(compressed(Net()), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_old_weights_that_may_not_be_removed_are_no_error(tmp_path, monkeypatch):
+    save(compressed(Net()), tmp_path)
+    new = compressed(Net().eval(), ratio=4)
+
+    def forbidden(*args, **kwargs):  # as in a folder with the sticky bit, of the file of another user
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Path, "unlink", forbidden)
+        save(new, tmp_path)
+    assert equal(new.model, load(tmp_path, Net()), X)
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     old, new = compressed(Net()), compressed(Net(), ratio=4)
     save(old, tmp_path)
