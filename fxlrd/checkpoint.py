@@ -41,7 +41,7 @@ from fxlrd.errors import FxlrdError, one_line
 from fxlrd.files import write_whole
 from fxlrd.graph import FACTORS, chained, evaluating
 from fxlrd.layers import CONVS, TRANSPOSED
-from fxlrd.layout import Layout, config, recall, remember, wrapped
+from fxlrd.layout import Layout, config, described, recall, remember, wrapped
 
 if TYPE_CHECKING:
     from fxlrd.compress import Result
@@ -158,6 +158,8 @@ def _spec(name: str, module: nn.Module) -> dict[str, Any]:
     """Return class and options of a module, or those of the factors that it holds."""
     module = chained(module)
     if type(module) is nn.Sequential and set(module._modules) <= set(FACTORS):
+        if beside := config(module)[1]["shapes"]:
+            raise FxlrdError(f"save: {name}: {', '.join(beside)} beside its factors: load makes no layer with that")
         return {"parts": [[role, _spec(f"{name}.{role}", part)] for role, part in module.named_children()]}
     kind, names = _LAYERS.get(type(module).__name__, (None, ()))
     if type(module) is not kind:
@@ -372,7 +374,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise FxlrdError(f"load: a {type(model).__name__} is not a torch.nn.Module: give the architecture")
-    folder = Path(path)
+    try:
+        folder = Path(path)
+    except TypeError as error:
+        raise FxlrdError(f"load: {path!r} is no path: {one_line(error)}") from error
     for attempt in range(3):
         plan = read_plan(folder)
         try:
@@ -547,6 +552,9 @@ def _check_architecture(folder: Path, wanted: dict[str, Any], model: nn.Module) 
                 option, a, b = f"the shape of {shape[:80]!r}", a.get(shape), b.get(shape)
             if a != b:
                 raise FxlrdError(f"load: {folder}: {where}: {option} is {a!r} and was {str(b)[:80]!r}: {_REMEDY}")
+    if (more := next((name for name in described(model) if name not in wanted), None)) is not None:
+        kind = type(modules[more]).__name__
+        raise FxlrdError(f"load: {folder}: {more or 'the model'} is a {kind} and was not there: {_REMEDY}")
 
 
 def _fill(folder: Path, plan: dict[str, Any], model: nn.Module, devices: dict[str, torch.device]) -> None:

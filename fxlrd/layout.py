@@ -1,6 +1,7 @@
 """What a compressed model is, told by the architecture that it was made from: enough to save it without the original.
 
-A layout is plain data. It describes every module of the *original* that has options or tensors of its own,
+A layout is plain data. It describes every module of the *original* that has options or tensors of its own, or no
+parts: an activation is told by its class alone,
 
     modules     name → [class, {option: value, "shapes": {tensor: shape}}]
     gone        names of modules that were composed away: an Identity stands for them
@@ -29,6 +30,8 @@ from fxlrd.layers import LAYERS
 _KEY = "_fxlrd"
 _FREE = {"p", "inplace", "momentum", "training"}
 """What may differ between two instances of one architecture: no output in eval mode depends on it."""
+_DROPS = ("p", "drop_prob")
+"""By one of these is known what drops values in training: Dropout, StochasticDepth, DropPath."""
 
 Layout = dict[str, Any]
 
@@ -77,14 +80,18 @@ def _plain(value: Any) -> tuple[bool, Any]:
 
 
 def described(model: nn.Module, was: Mapping[str, nn.Module] | None = None) -> dict[str, list[Any]]:
-    """Return the `config` of every module that has options or tensors; where ``was`` names one, of that instead."""
+    """Return the `config` of every module that computes something; where ``was`` names one, of that instead.
+
+    Whether a module that does nothing in eval mode is there may depend on how a model is trained.
+    """
     was = was or {}
     found = {}
     for name, module in (dict(model.named_modules()) | dict(was)).items():
         if any(name.startswith(f"{around}.") for around in _around(name, was)):
             continue
         kind, options = config(module)
-        if options["shapes"] or len(options) > 1:
+        idle = isinstance(module, nn.Identity) or any(hasattr(module, name) for name in _DROPS)
+        if options["shapes"] or len(options) > 1 or not (module._modules or idle):
             found[name] = [kind, options]
     return found
 

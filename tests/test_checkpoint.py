@@ -412,6 +412,16 @@ def hidden(model):
     return model
 
 
+def beside(model):
+    model.get_submodule("fc").register_buffer("extra", torch.ones(2))
+    return model
+
+
+def other(model):
+    model.set_submodule("block.act", nn.GELU())
+    return model
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
@@ -420,6 +430,8 @@ def hidden(model):
         (lambda: compressed(Net(), pipeline=[Rewires()]), "changed the graph in more than its layers"),
         (lambda: compressed(nn.Sequential(Odd(64, 64), nn.ReLU()), torch.ones(2, 64)), "get_extra_state"),
         (lambda: hidden(compressed(Net()).model), "fc.first: a Bilinear has taken the place"),
+        (lambda: beside(compressed(Net()).model), "fc: extra beside its factors"),
+        (lambda: other(compressed(Net()).model), "block.act: a GELU has taken the place"),
         (lambda: compressed(Net()).model.to("meta"), "has no values"),
         (
             lambda: fxlrd.Pipeline.parse("merge{mode=exact,norms=true}")(compressed(Net()).model, X).graph_module,
@@ -459,13 +471,16 @@ def test_what_could_not_be_loaded_does_not_take_the_place_of_what_can(tmp_path):
         (lambda: Net(classes=11), "head: out_features is 11 and was '10'"),
         (lambda: Loop(), "no module 'stem'"),
         (lambda: changed("block.act", nn.ReLU()), None),
+        (lambda: changed("block.act", nn.GELU()), "block.act is a GELU in the model and was a 'ReLU'"),
+        (lambda: changed("drop", nn.Identity()), None),
+        (lambda: changed("block.more", nn.ReLU()), "block.more is a ReLU and was not there"),
         (lambda: changed("fc", nn.Conv1d(32, 32, 1)), "fc is a Conv1d in the model and was a 'Linear'"),
         (lambda: changed("fc", nn.Linear(32, 32, bias=False)), "fc: the shape of 'bias' is None and was"),
         (lambda: changed("stem", nn.Conv2d(3, 32, 3, padding=1, stride=2)), r"stem: stride is \[2, 2\] and was"),
         (lambda: changed("stem", nn.Conv2d(3, 32, 3, padding=1, bias=False)), "stem: the shape of 'bias'"),
         (lambda: changed("block.bn1", nn.BatchNorm2d(24, eps=1e-3)), "block.bn1: eps is 0.001 and was '1e-05'"),
         (lambda: changed("stem", nn.LazyConv2d(32, 3, padding=1)), "stem is a LazyConv2d"),
-        (lambda: changed("block.more", nn.Linear(2, 2)), "there is no tensor 'block.more.weight'"),
+        (lambda: changed("block.more", nn.Linear(2, 2)), "block.more is a Linear and was not there"),
         (lambda: compressed(Net(), inplace=True).model, "is a Sequential in the model"),
         (lambda: "net", "a str is not a torch.nn.Module"),
     ],
@@ -612,6 +627,10 @@ def test_what_is_no_plan_is_one_line(bad, text):
     refused(bad, "plan.json")
     (bad / PLAN).write_bytes(b"\xff\xfe\x00")
     refused(bad, "plan.json")
+
+
+def test_what_is_no_path_is_one_line():
+    refused(None, "None is no path")
 
 
 def test_a_plan_of_ten_million_layers_is_refused_at_once(bad):
