@@ -43,7 +43,7 @@ def load_model(name: str, weights: str | None, seed: int) -> nn.Module:
         build = _torchvision(attribute, weights) if package == "torchvision" else _factory(package, attribute, weights)
         try:
             model = build()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise FxlrdError(f"model {name!r} cannot be built: {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise FxlrdError(f"model {name!r} returns a {type(model).__name__}, not a torch.nn.Module")
@@ -71,11 +71,15 @@ def _saved(name: str, weights: str | None) -> nn.Module:
         raise FxlrdError(f"model {name!r} does not tell its architecture: open it with fxlrd.load(path, model)")
     if os.path.isdir(source):
         raise FxlrdError(f"model {name!r} names the directory {source!r} as its architecture: the plan is damaged")
-    # Without weights where that is known to work; a factory may load some.
-    where = torch.device("meta") if source.startswith("torchvision:") else contextlib.nullcontext()
-    with where:
-        architecture = load_model(source, None, seed=0)
-    return load(name, architecture).eval()
+    return load(name, _architecture(source)).eval()
+
+
+def _architecture(source: str) -> nn.Module:
+    """Return a model without weights where that is known to work; a factory may load some."""
+    if source.startswith("torchvision:"):
+        with contextlib.suppress(FxlrdError), torch.device("meta"):
+            return load_model(source, None, seed=0)
+    return load_model(source, None, seed=0)  # RegNet computes its widths with tensors
 
 
 def _torchvision(name: str, weights: str | None) -> Callable[[], Any]:
@@ -102,7 +106,7 @@ def _factory(package: str, attribute: str, weights: str | None) -> Callable[[], 
         found: Any = importlib.import_module(package)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:  # the user's module may raise anything at import
+    except (Exception, SystemExit) as error:  # a script may even end itself when it is imported
         raise FxlrdError(f"model {package}:{attribute} cannot be imported: {one_line(error)}") from error
     return found if callable(found) and not isinstance(found, nn.Module) else lambda: found
 

@@ -23,6 +23,7 @@ from fxlrd.checkpoint import PLAN, load, read_plan, save
 from fxlrd.cli import main
 from fxlrd.errors import FxlrdError
 from fxlrd.graph import annotate, fork, restore, tensors
+from fxlrd.models import load_model
 from fxlrd.passes import Decompose, Merge
 from fxlrd.passes.result import PassResult, Site
 
@@ -897,6 +898,12 @@ def test_the_command_line_opens_what_it_saved(tmp_path, capsys, monkeypatch):
     from net_for_save import net
 
     assert load("saved", empty(net))[0].first.out_features == 16
+
+
+def test_the_command_line_opens_a_model_that_cannot_be_made_without_weights(tmp_path):
+    command = ["compress", "torchvision:regnet_y_400mf", "--input", "3x32x32", "--skip", "trunk_output.*"]
+    assert main([*command, "--save", str(tmp_path)]) == 0
+    assert load_model(str(tmp_path), None, seed=0).fc.first.out_features < 440
 
 
 def test_the_command_line_on_a_directory_that_it_cannot_open(tmp_path, capsys):

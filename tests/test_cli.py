@@ -109,7 +109,9 @@ def test_importing_fxlrd_pulls_in_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("text", ["raise RuntimeError('boom')", "def ("], ids=["raises", "syntax"])
+@pytest.mark.parametrize(
+    "text", ["raise RuntimeError('boom')", "def (", "raise SystemExit(0)"], ids=["raises", "syntax", "ends"]
+)
 def test_a_factory_module_that_fails_at_import(text, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken_factory.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
