@@ -297,11 +297,14 @@ def _table(found: Profile) -> str:
     layout = next((row["layout"] for row in found.layers if row["layout"]), "contiguous")
     mode = f"{'Inductor' if settings['compile'] else 'eager'}, {settings['threads']} threads, torch {settings['torch']}"
     worth = sum(row["worth"] for row in found.layers)
+    peak = f"{found.peak / 1e9:.0f} GFLOP/s, the fastest of a few matrix multiplies here"
+    if not found.layers:
+        peak = "not measured, as there are no layers to set against it"
     return "\n".join(
         [
             f"{found.model} on {found.device}",
             f"{settings['inputs']}, {layout}, {mode}",
-            f"peak: {found.peak / 1e9:.0f} GFLOP/s, the fastest of a few matrix multiplies here",
+            f"peak: {peak}",
             "",
             text,
             "",

@@ -160,7 +160,9 @@ def test_what_cannot_be_profiled():
         profile(Net(), torch.randn(2, 3, 9, 9), ratio=1)
     with pytest.raises(FxlrdError, match="unknown layer"):
         profile(Net(), torch.randn(2, 3, 9, 9), skip=["nothing"])
-    assert profile(nn.Sequential(nn.ReLU()), torch.randn(2, 3)).layers == []
+    nothing = profile(nn.Sequential(nn.ReLU()), torch.randn(2, 3))
+    assert nothing.layers == []
+    assert "peak: not measured" in nothing.to_table()
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
