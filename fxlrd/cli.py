@@ -268,12 +268,12 @@ def _run(
 
 
 def _write_json(data: Any, path: Path | None) -> None:
-    from fxlrd.files import write_whole
+    from fxlrd.files import write_out
 
     if path is None:
         return
     try:
-        write_whole(path, json.dumps(data, indent=1) + "\n")
+        write_out(path, json.dumps(data, indent=1) + "\n")
     except OSError as error:
         raise FxlrdError(f"--json {path}: {one_line(error)}") from error
 

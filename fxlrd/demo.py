@@ -16,7 +16,7 @@ from fxlrd import cost, fashion
 from fxlrd.budget import Budget
 from fxlrd.capture import capture
 from fxlrd.compress import compress
-from fxlrd.files import write_whole
+from fxlrd.files import write_out
 from fxlrd.graph import evaluating
 from fxlrd.latency import Setting, Timing, compare
 from fxlrd.passes import Calibrate, Decompose, Merge, Recalibrate, Refit
@@ -63,7 +63,7 @@ class Comparison:
         from fxlrd.report.html import page
 
         variants = [asdict(row) for row in self.rows]
-        write_whole(Path(path), page(self.report.to_dict(), self.report.diff, variants, _lead(self.rows)))
+        write_out(Path(path), page(self.report.to_dict(), self.report.diff, variants, _lead(self.rows)))
 
 
 def run(share: float = SHARE, progress: bool = True) -> Comparison:

@@ -147,10 +147,10 @@ class Diff:
 
     def to_html(self, path: str | Path) -> None:
         """Write the difference as one HTML page that needs nothing else."""
-        from fxlrd.files import write_whole
+        from fxlrd.files import write_out
         from fxlrd.report.html import diff_page
 
-        write_whole(Path(path), diff_page(self.to_dict()))
+        write_out(Path(path), diff_page(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the difference as plain data, fit for JSON.

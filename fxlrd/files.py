@@ -20,3 +20,11 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def write_out(path: Path, text: str) -> None:
+    """Write to what the user names: a file as `write_whole` does, that behind a link, and into a device or pipe."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_whole(path.resolve(), text)

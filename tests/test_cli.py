@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from fxlrd.cli import main
+from fxlrd.files import write_out
 
 SMALL = ["--input", "3x64x64"]
 
@@ -92,6 +94,18 @@ def test_nothing_is_written_when_the_request_fails(tmp_path):
     path = tmp_path / "report.json"
     assert main(["compress", "torchvision:resnet18", "--ratio", "1e9", *SMALL, "--json", str(path)]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_is_written_to_and_a_link_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to("file")
+    write_out(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_out(tmp_path / "pipe", "text")
+    assert os.read(reader, 9) == b"text"
+    os.close(reader)
 
 
 def test_the_module_runs():

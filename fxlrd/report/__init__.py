@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxlrd import cost
-from fxlrd.files import write_whole
+from fxlrd.files import write_out
 from fxlrd.graph import FACTORS, NEVER_CALLED, Provenance, calls, captured, layers, provenance
 from fxlrd.latency import Timing
 from fxlrd.layer_latency import ORIGINAL
@@ -52,7 +52,7 @@ class Report:
         """Write the report as one page that needs nothing else: no server, no network."""
         from fxlrd.report.html import page
 
-        write_whole(Path(path), page(self.to_dict(), self.diff))
+        write_out(Path(path), page(self.to_dict(), self.diff))
 
     def ranks_table(self) -> str:
         """Return the paper's Table 2 of this model: ranks by ratio and as snapped, with the times behind them."""
