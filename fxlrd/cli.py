@@ -36,9 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FxlrdError as error:
         print(f"fxlrd: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader (head, less) had enough
-        sys.stderr.close()
-        return 0
     except KeyboardInterrupt:
         print("fxlrd: interrupted; nothing was written, timings so far are kept", file=sys.stderr)
         return 130
@@ -132,15 +129,15 @@ def _demo(arguments: argparse.Namespace) -> None:
     _set_threads(arguments.threads)
     _check_writable("--html", arguments.html)
     comparison = run()
-    print(comparison.to_table())
     _write_page(comparison, arguments.html)
+    _print(comparison.to_table())
 
 
 def _compress(arguments: argparse.Namespace) -> None:
     budget = None if arguments.budget is None else _budget(arguments.budget)
     options = {"preset": arguments.preset, "pipeline": arguments.passes, "budget": budget}
     report = _run(arguments, arguments.calibration, arguments.save, **options)
-    print(report.to_table())
+    _print(report.to_table())
 
 
 def _diff(arguments: argparse.Namespace) -> int:
@@ -156,11 +153,11 @@ def _diff(arguments: argparse.Namespace) -> int:
     color = _color()
     text = "".join(f"{name}\n\n{d.to_text(color=color) or 'no difference'}\n\n\n" for name, d in steps)
     text += f"all\n\n{whole.to_text(color=color)}" if steps else whole.to_text(color=color)
-    if text:
-        print(text)
     data = whole.to_dict() | ({"steps": [{"pass": name, **d.to_dict()} for name, d in steps]} if steps else {})
     _write_json(data, arguments.json)
     _write_page(whole, arguments.html)
+    if text:
+        _print(text)
     return int(bool(whole))
 
 
@@ -198,7 +195,7 @@ def _color() -> bool:
         return False
     if os.environ.get("FORCE_COLOR", "0") not in ("", "0"):
         return True
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _profile(arguments: argparse.Namespace) -> None:
@@ -212,7 +209,7 @@ def _profile(arguments: argparse.Namespace) -> None:
     found = profile(model, x, ratio=ratio, skip=arguments.skip, compile=arguments.compile, progress=bar)
     found = replace(found, model=arguments.model)
     _write_json(found.to_dict(), arguments.json)
-    print(found.to_table())
+    _print(found.to_table())
 
 
 def _budget(text: str) -> Budget:
@@ -232,7 +229,7 @@ def _ranks(arguments: argparse.Namespace) -> None:
     arguments.ratio = None
     pipeline = Pipeline([Decompose(ratio=ratio), Snap(search=arguments.search)])
     report = _run(arguments, pipeline=pipeline, measure=False)
-    print(report.ranks_table())
+    _print(report.ranks_table())
 
 
 def _run(
@@ -265,6 +262,20 @@ def _run(
     _write_json(report.to_dict(), arguments.json)
     _write_page(report, arguments.html)
     return report
+
+
+def _print(text: str) -> None:
+    """Print to standard output, if there is one: what cannot be printed there must not change the exit status."""
+    if sys.stdout is None:
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        # What is left in the buffer would be tried again, and fail, when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # otherwise the reader (head, less) had enough
+            raise FxlrdError(f"standard output: {one_line(error)}") from error
 
 
 def _write_json(data: Any, path: Path | None) -> None:

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import operator
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -424,6 +428,33 @@ def test_passes_and_steps_on_the_command_line(tmp_path, capsys, monkeypatch):
     assert [step["pass"] for step in data["steps"]] == ["decompose{ratio=4}", "merge{mode=exact,norms=true}"]
     assert data["counts"]["merged"] == 20
     assert "layer4" in (tmp_path / "d.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("out", "status", "message"),
+    [
+        (">&-", 1, ""),
+        (f"| {sys.executable} -c ''", 1, ""),
+        (">/dev/full", 2, "fxlrd: standard output: OSError: [Errno 28] No space left on device\n"),
+    ],
+)
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
+def test_the_exit_status_does_not_depend_on_who_reads_unless_none_can(tmp_path, out, status, message):
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\ndef a():\n    return nn.ReLU()\ndef b():\n    return nn.GELU()\n"
+    )
+    command = f"{sys.executable} -m fxlrd diff nets:a nets:b --input 4 {out}; exit ${{PIPESTATUS[0]}}"
+    paths = {"PYTHONPATH": os.pathsep.join([str(Path(fxlrd.__file__).parents[1]), str(tmp_path)])}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=os.environ | paths, stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stderr) == (status, message)
+
+
+def test_a_terminal_that_has_no_arrows(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert main([*MODEL, "--passes", "decompose{ranks=4}"]) == 1
+    assert rb"rewritten 1 \u2192 3" in sys.stdout.buffer.getvalue()
 
 
 def test_the_environment_may_ask_for_colour_or_against_it(capsys, monkeypatch):
