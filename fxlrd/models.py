@@ -30,11 +30,16 @@ NAMES = "torchvision:resnet50, package.module:factory or a saved directory"
 def load_model(name: str, weights: str | None, seed: int) -> nn.Module:
     """Return the model ``torchvision:NAME``, ``package.module:factory`` or of a saved directory in eval mode.
 
+    A directory whose architecture a factory makes is ``package.module:factory@DIR``: no file says what code to run.
+
     Without ``weights`` (a torchvision weights name such as DEFAULT) its parameters are random, seeded by
     ``seed``. Raises FxlrdError for a name that leads to no module.
     """
     if os.path.isdir(name):
         return _saved(name, weights)
+    source, _, folder = name.rpartition("@")
+    if source and os.path.isdir(folder):
+        return _saved(folder, weights, source)
     package, colon, attribute = name.partition(":")
     if not colon or not attribute:
         raise FxlrdError(f"model {name!r}: write {NAMES}")
@@ -59,18 +64,23 @@ def source_of(name: str, weights: str | None = None) -> str | None:
         source = read_plan(Path(name))["architecture"]["source"]
         assert source is None or isinstance(source, str)
         return source
+    source, _, folder = name.rpartition("@")
+    if source and os.path.isdir(folder):
+        return source
     # GoogLeNet and Inception v3 scale their inputs where they come with weights, and only then.
     return None if weights is not None and name in ("torchvision:googlenet", "torchvision:inception_v3") else name
 
 
-def _saved(name: str, weights: str | None) -> nn.Module:
+def _saved(name: str, weights: str | None, given: str | None = None) -> nn.Module:
     if weights is not None:
         raise FxlrdError("--weights is for torchvision models; a saved directory holds its own")
-    source = source_of(name)
+    source = given or source_of(name)
     if source is None:
         raise FxlrdError(f"model {name!r} does not tell its architecture: open it with fxlrd.load(path, model)")
     if os.path.isdir(source):
         raise FxlrdError(f"model {name!r} names the directory {source!r} as its architecture: the plan is damaged")
+    if given is None and not source.startswith("torchvision:"):
+        raise FxlrdError(f"model {name!r}: code makes its architecture; if you trust it, write {source}@{name}")
     return load(name, _architecture(source)).eval()
 
 
