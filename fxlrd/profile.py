@@ -52,6 +52,10 @@ from fxlrd.search import grid
 
 WORTH, FELT = 0.1, 0.001
 """A layer is worth decomposing where that saves these shares of its own and of the model's time."""
+_COLUMNS = (
+    "name", "op", "shape", "input", "layout", "calls", "params", "flops", "latency_ms", "share", "rate", "of_peak",
+    "ranks", "ratio", "saves_ms", "worth", "reason",
+)  # fmt: skip
 _SIZES = (512, 1024, 2048)
 _FLOOR = 0.75
 
@@ -121,7 +125,7 @@ def profile(
     around = captured(gm)
     for name, unreached in around.unreached.items() if around is not None else ():
         rows.append(
-            dict.fromkeys(rows[0] if rows else ())
+            dict.fromkeys(_COLUMNS)
             | {"name": name, "op": unreached.op, "shape": list(unreached.shape), "calls": 0}
             | {"params": unreached.params, "saves_ms": 0.0, "worth": False, "reason": unreached.reason}
         )
@@ -215,7 +219,7 @@ def _row(
         timings = known.setdefault(where.signature, {})
         found.append((times(node), time_ranks(where, candidates, under_inductor, seconds, cache, timings)))
     latency = sum(count * t[ORIGINAL].seconds for count, t in found) * 1e3 if found else None
-    row: dict[str, Any] = {
+    row: dict[str, Any] = dict.fromkeys(_COLUMNS) | {
         "name": name,
         "op": op(module),
         "shape": list(layer(module).weight.shape),
@@ -225,11 +229,6 @@ def _row(
         "params": cost.params(module),
         "flops": sum(int(node.meta.get("flops", 0)) for node in nodes),
         "latency_ms": latency,
-        "share": None,
-        "rate": None,
-        "of_peak": None,
-        "ranks": None,
-        "ratio": None,
         "saves_ms": 0.0,
         "worth": False,
         "reason": reason,
@@ -298,7 +297,7 @@ def _table(found: Profile) -> str:
     mode = f"{'Inductor' if settings['compile'] else 'eager'}, {settings['threads']} threads, torch {settings['torch']}"
     worth = sum(row["worth"] for row in found.layers)
     peak = f"{found.peak / 1e9:.0f} GFLOP/s, the fastest of a few matrix multiplies here"
-    if not found.layers:
+    if not found.peak:
         peak = "not measured, as there are no layers to set against it"
     return "\n".join(
         [

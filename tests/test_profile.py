@@ -112,6 +112,24 @@ def test_layers_without_a_form_say_why():
     assert not any(row["worth"] for name, row in found.items() if name != "conv")
 
 
+class Never(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return 2 * x
+
+
+def test_layers_none_of_which_is_called():
+    found = profile(Never(), torch.randn(2, 32))
+    (row,) = found.layers
+    assert row["reason"].startswith("it is never called")
+    assert row.keys() == rows()["conv"].keys()
+    assert found.total["layers_ms"] == 0
+    assert "peak: not measured" in found.to_table()
+
+
 @pytest.mark.parametrize(
     ("timing", "whole", "saves", "reason"),
     [
