@@ -334,8 +334,11 @@ class _Grouping:
         """A node of the same group, of all but one node of each; see `_root`."""
         self.takes: dict[str, set[bool]] = {}
         """See `_takes`; of each site once, as it may have thousands of nodes."""
-        self.alone: set[Item] = set()
-        """The nodes that went or came and have nothing of the other side in their place."""
+        self.before: dict[Item, list[Item]] = {}
+        """Of each node that went or came and has nothing of the other side in its place, the first before it that have.
+
+        In order, so that a chain of thousands is walked once.
+        """
         self.places: dict[Item, int] = {}
         """The place of each argument among those that both graphs have: a call may give them in order."""
         for items, pairs in ((found.a, found.to_b), (found.b, found.to_a)):
@@ -358,7 +361,10 @@ class _Grouping:
             self.edits[item] = Edit("came", None, item)
         merged = self._join()
         replaced = {self._root(i) for i in self.left_a} & {self._root(i) for i in self.left_b}
-        self.alone = {i for i in (*self.left_a, *self.left_b) if self._root(i) not in replaced}
+        for item in (*self.left_a, *self.left_b):
+            if self._root(item) not in replaced:
+                firsts = dict.fromkeys(i for near in item.inputs for i in self.before.get(near, [near]))
+                self.before[item] = list(firsts)[:_LARGEST]
         for x, y in found.to_b.items():
             if (edit := self._of_place(x, y)) is not None:
                 self.edits[y] = edit
@@ -434,20 +440,8 @@ class _Grouping:
         return loose and self._root(p) is self._root(q)
 
     def _sources(self, item: Item) -> list[Item]:
-        """Return the first nodes before ``item``, or it itself, that have a counterpart or stand in another's place."""
-        found: list[Item] = []
-        seen: set[Item] = set()
-        pending = [item]
-        while pending and len(found) < _LARGEST:
-            current = pending.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            alone = current in self.alone
-            if alone and current.inputs:
-                pending.extend(current.inputs)
-            found.append(current) if not alone or current is item else None
-        return found
+        """Return the node and, where it went or came alone, the first before it that have a counterpart or a place."""
+        return [item, *self.before.get(item, ())]
 
     # -- sites
 
@@ -529,17 +523,18 @@ class _Grouping:
     def _survivor(self, part: Sequence[Item]) -> Item | None:
         """Return a node of what a part that is gone was merged into, if it was."""
         inside = set(part)
+        weighs = any(i.params for i in part)
         for near in ([i for item in part for i in item.inputs], [i for item in part for i in item.users]):
             for item in near:
-                if item not in inside and item.site is not None and self._took(item.site, part):
+                if item not in inside and item.site is not None and self._took(item.site, weighs):
                     return item
         return None
 
-    def _took(self, site: str, part: Sequence[Item]) -> bool:
+    def _took(self, site: str, weighs: bool) -> bool:
         """Whether a site that is left took in a part: it says so or, where it has no provenance, has other weights."""
         if site not in self.takes:
             self.takes[site] = self._takes(site)
-        return any(i.params for i in part) in self.takes[site]
+        return weighs in self.takes[site]
 
     def _takes(self, site: str) -> set[bool]:
         """Return of which parts a site may have taken one in: with parameters (True), without."""

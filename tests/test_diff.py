@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import io
 import json
 import operator
@@ -386,6 +387,26 @@ def test_the_work_on_a_layer_of_many_calls_grows_with_their_number_only(monkeypa
     assert changes(diff(one, two))["a"] == "rewritten"
     assert max(map(len, seen)) <= match._CANDIDATES
     assert sites == ["a"]
+
+
+def test_the_work_on_what_reads_a_long_chain_that_went_grows_with_its_length_only():
+    def readers(count, before):
+        def build(graph, value):
+            outputs = []
+            for i in range(count):
+                value = graph.call_function(F.silu, (value,)) if before else value
+                outputs.append(graph.call_module(f"l{i}", (value,)))
+            return tuple(outputs)
+
+        return net(build, **{f"l{i}": nn.Identity() for i in range(count)})
+
+    def work(count):
+        one, two = readers(count, True), readers(count, False)
+        profile = cProfile.Profile()
+        assert len(profile.runcall(diff, one, two).changes) == count
+        return sum(entry.callcount for entry in profile.getstats())
+
+    assert work(400) < 5 * work(100)
 
 
 def test_colour_only_where_it_is_asked_for():
