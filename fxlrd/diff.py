@@ -16,7 +16,8 @@ A node that is none of these is untouched. A node is in one change at most. Shap
 were captured with inputs of the same shapes.
 
 Any two graph modules will do. Where one of the two is no graph (a model of the user's own class with layers replaced
-inside), modules are compared by name, and nothing can be said of what was moved, merged or reshaped.
+inside), modules are compared by name, those with parts by their class, and nothing can be said of what was moved,
+merged or reshaped.
 """
 
 from __future__ import annotations
@@ -210,9 +211,10 @@ def diff(before: Any, after: Any, *, report: Any = None, values: bool = True) ->
     """
     report = after if report is None else report
     a, b = _model(before, "before"), _model(after, "after")
-    graphs = isinstance(a, fx.GraphModule) and isinstance(b, fx.GraphModule)
-    read: Any = graph_items if graphs else tree_items
-    found = match(read(a), read(b))
+    if graphs := isinstance(a, fx.GraphModule) and isinstance(b, fx.GraphModule):
+        found = match(graph_items(a), graph_items(b))
+    else:
+        found = match(tree_items(a, b), tree_items(b, a))
     notes = [] if graphs else ["compared by the names of modules, as one of the two is no graph"]
     shapes = _same_inputs(found)
     if shapes is False:

@@ -111,26 +111,40 @@ def graph_items(gm: fx.GraphModule) -> list[Item]:
     return items
 
 
-def tree_items(model: nn.Module) -> list[Item]:
-    """Return the modules of a model that have weights of their own, or no parts, in its order."""
+def tree_items(model: nn.Module, other: nn.Module) -> list[Item]:
+    """Return the modules of a model that have weights of their own, or no parts, in its order.
+
+    Those around them count where another class has the name in the ``other`` model: its code does something else.
+    """
+    there = dict(other.named_modules())
     known: dict[str, Provenance] = {}
     if isinstance(model, fx.GraphModule):
         known = {str(n.target): p for n in model.graph.nodes if (p := provenance(n)) is not None}
     items: list[Item] = []
     for name, module in model.named_modules():
         parts = next(module.children(), None) is not None
-        if not name and (parts or isinstance(model, fx.GraphModule)) and not _own(module):
+        if not name and isinstance(model, fx.GraphModule) and not _own(module):
             continue
-        if parts and not _own(module):
+        if parts and not _own(module) and not _of_another_class(module, there.get(name)):
             continue
         text = f"{type(module).__name__}({module.extra_repr()})" if parts else _module_text(module)
         item = Item(
             len(items), name or type(module).__name__, "module", name, text, owner=module, known=known.get(name)
         )
-        item.site = item.path = item.known.name if item.known is not None else item.name
+        item.site = item.known.name if item.known is not None else name  # the same for the two models themselves
+        item.path = item.site or item.name
         items.append(item)
     _gather_factors(items)
     return items
+
+
+def _of_another_class(module: nn.Module, other: nn.Module | None) -> bool:
+    """Whether two modules with parts run different code; what a graph has for modules with parts runs none."""
+    bare = (fx.GraphModule, type(None))
+    if isinstance(module, bare) or isinstance(other, bare) or nn.Module in (type(module), type(other)):
+        return False
+    assert other is not None
+    return type(module).__name__ != type(other).__name__ and next(other.children(), None) is not None
 
 
 def _own(module: nn.Module) -> bool:

@@ -220,6 +220,29 @@ def test_a_model_around_regions_is_compared_by_names():
     assert "modules" in diff(model, result).to_text()
 
 
+class Other(Turning):
+    """The same modules, in other code."""
+
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def test_other_code_around_the_same_modules_is_a_change():
+    one, two = Turning(), Other()
+    two.load_state_dict(one.state_dict())
+    d = diff(one, two)
+    assert changes(d) == {"Turning": "changed"}
+    assert "+ Other" in d.to_text()
+    inside = diff(nn.Sequential(one), nn.Sequential(two))
+    assert changes(inside) == {"0": "changed"}
+    assert inside.untouched == ("0.one",)
+    assert not diff(nn.Sequential(two), nn.Sequential(two))
+    graphs = [nn.Sequential(nn.Sequential(nn.Linear(4, 4))), fx.symbolic_trace(nn.Sequential(nn.Sequential()))]
+    graphs[1].add_module("0", nn.Module())
+    graphs[1].get_submodule("0").add_module("0", graphs[0][0][0])
+    assert not diff(*graphs), "what a graph has around modules runs no code"
+
+
 def test_retraced_factors_are_still_those_of_their_layer():
     model = Net().eval()
     result = fxlrd.compress(model, torch.randn(2, 3, 10, 10), measure=False)
