@@ -271,6 +271,9 @@ def _model(given: Any, where: str) -> nn.Module:
             model = getattr(given, name, model)
     if not isinstance(model, nn.Module):
         raise FxlrdError(f"diff: {where} is a {type(given).__name__}; give a GraphModule, a model or a result")
+    lazy = torch.nn.parameter.is_lazy
+    if any(lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise FxlrdError(f"diff: {where} has weights that are not initialised yet: run it on an input first")
     return model
 
 
@@ -671,6 +674,10 @@ def _moved(x: Tensor, y: Tensor) -> str | None:
     if x.is_meta or y.is_meta:
         return None
     x, y = x.detach(), y.detach().to(x.device)
+    if x.layout != y.layout:
+        return f"{str(x.layout)[6:]} → {str(y.layout)[6:]}"
+    if x.layout != torch.strided:
+        x, y = x.to_dense(), y.to_dense()
     if torch.equal(x, y):
         return None
     if not (x.is_floating_point() or x.is_complex()):

@@ -389,6 +389,18 @@ def test_nan_in_both_is_the_same(parts):
     assert not diff(one, copy.deepcopy(one))
 
 
+def test_sparse_weights_are_compared():
+    def masked(mask):
+        root = nn.Sequential(nn.ReLU())
+        root.register_buffer("mask", mask)
+        return root
+
+    one = masked(torch.eye(3).to_sparse())
+    assert not diff(one, copy.deepcopy(one))
+    assert "mask moved by 1" in diff(one, masked(2 * torch.eye(3).to_sparse())).to_text()
+    assert "mask sparse_coo → strided" in diff(one, masked(torch.eye(3))).to_text()
+
+
 def test_shared_modules_are_one_change_of_all_calls():
     layer = nn.Linear(16, 16)
     gm = fxlrd.capture(nn.Sequential(layer, nn.ReLU(), layer).eval(), torch.randn(2, 16))
@@ -441,6 +453,8 @@ def test_colour_only_where_it_is_asked_for():
 def test_what_is_no_model():
     with pytest.raises(FxlrdError, match="before is a str"):
         diff("a", captured())
+    with pytest.raises(FxlrdError, match="after has weights that are not initialised yet"):
+        diff(nn.Sequential(nn.ReLU()), nn.Sequential(nn.LazyLinear(2)))
 
 
 # -- the command line
