@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fxlrd: interrupted; nothing was written, timings so far are kept", file=sys.stderr)
         return 130
+    except Exception:  # a defect, of which Python's own status 1 would read as "different"
+        traceback.print_exc()
+        return 2
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -472,6 +472,15 @@ def test_the_exit_status_is_that_of_diff(capsys):
     assert "48 added" in capsys.readouterr().out
 
 
+def test_a_defect_is_trouble_and_not_a_difference(capsys, monkeypatch):
+    def broken(*args, **options):
+        raise KeyError("defect")
+
+    monkeypatch.setattr("fxlrd.cli._compared", broken)
+    assert main([*MODEL, "torchvision:resnet18"]) == 2
+    assert "KeyError: 'defect'" in capsys.readouterr().err
+
+
 def test_passes_and_steps_on_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     path = tmp_path / "d.json"
