@@ -127,7 +127,8 @@ def tree_items(model: nn.Module, other: nn.Module) -> list[Item]:
             continue
         if parts and not _own(module) and not _of_another_class(module, there.get(name)):
             continue
-        text = f"{type(module).__name__}({module.extra_repr()})" if parts else _module_text(module)
+        told = there[name] if _bare(module) and name in there else module
+        text = f"{type(told).__name__}({told.extra_repr()})" if told._modules else _module_text(told)
         item = Item(
             len(items), name or type(module).__name__, "module", name, text, owner=module, known=known.get(name)
         )
@@ -138,12 +139,15 @@ def tree_items(model: nn.Module, other: nn.Module) -> list[Item]:
     return items
 
 
+def _bare(module: nn.Module | None) -> bool:
+    """Whether a module is what a graph has for one around others, or for parameters: it runs no code of its own."""
+    return isinstance(module, (fx.GraphModule, type(None))) or type(module) is nn.Module
+
+
 def _of_another_class(module: nn.Module, other: nn.Module | None) -> bool:
-    """Whether two modules with parts run different code; what a graph has for modules with parts runs none."""
-    bare = (fx.GraphModule, type(None))
-    if isinstance(module, bare) or isinstance(other, bare) or nn.Module in (type(module), type(other)):
+    """Whether two modules with parts run different code."""
+    if other is None or _bare(module) or _bare(other):
         return False
-    assert other is not None
     return type(module).__name__ != type(other).__name__ and next(other.children(), None) is not None
 
 

@@ -243,6 +243,42 @@ def test_other_code_around_the_same_modules_is_a_change():
     assert not diff(*graphs), "what a graph has around modules runs no code"
 
 
+class Holds(nn.Module):
+    """A parameter, and nothing that a graph could call."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(32))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class Owns(nn.Module):
+    """Tensors beside its parts: a graph has a module of no class in its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(32, 32)
+        self.holds = Holds()
+        self.register_buffer("shift", torch.ones(32))
+
+    def forward(self, x):
+        return self.holds(self.one(x)) + self.shift
+
+
+def test_a_loaded_model_is_that_which_was_saved(tmp_path):
+    result = fxlrd.compress(Owns().eval(), torch.randn(2, 32), measure=False)
+    fxlrd.save(result, tmp_path)
+    loaded = fxlrd.load(tmp_path, Owns())
+    assert not diff(result, loaded)
+    assert not diff(loaded, result)
+    with torch.no_grad():
+        loaded.shift.add_(1)
+        loaded.holds.scale.add_(1)
+    assert list(changes(diff(result, loaded)).values()) == ["values", "values"]
+
+
 def test_retraced_factors_are_still_those_of_their_layer():
     model = Net().eval()
     result = fxlrd.compress(model, torch.randn(2, 3, 10, 10), measure=False)
