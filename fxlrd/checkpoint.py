@@ -437,8 +437,10 @@ def _texts(value: Any) -> bool:
 def _check(plan: dict[str, Any]) -> None:
     weights, architecture, tensors = plan.get("weights"), plan.get("architecture"), plan.get("tensors")
     _need(isinstance(weights, dict) and set(weights) == {"sha256", "bytes"}, "weights")
-    _need(bool(re.fullmatch("[0-9a-f]{64}", str(weights["sha256"]))), "weights: sha256")  # type: ignore[index]
-    _need(type(weights["bytes"]) is int, "weights: bytes")  # type: ignore[index]
+    assert isinstance(weights, dict)
+    digest = weights["sha256"]
+    _need(isinstance(digest, str) and bool(re.fullmatch("[0-9a-f]{64}", digest)), "weights: sha256")
+    _need(type(weights["bytes"]) is int, "weights: bytes")
     wanted = {"modules", "gone", "arguments", "source"}
     _need(isinstance(architecture, dict) and set(architecture) == wanted, "architecture")
     assert isinstance(architecture, dict)

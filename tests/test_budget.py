@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fxlrd import Budget, FxlrdError
@@ -76,6 +76,7 @@ def test_whole_costs_are_spent_in_the_best_way(items, budget):
 
 @settings(deadline=None, max_examples=200)
 @given(choices(st.floats(0, 10)), st.floats(0, 40))
+@example([[(0.0, 0.0), (1.0, 0.0)]], 2.225073858507203e-309)  # a cost is infinitely many of its steps
 def test_any_costs_are_spent_within_the_budget_and_the_best_way_but_for_a_step_each(items, budget):
     chosen = spend(items, budget)
     cheapest = sum(min(c for c, _ in item) for item in items)

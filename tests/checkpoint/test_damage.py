@@ -139,6 +139,7 @@ SECOND = ("layers", "a", "parts", 1, 1)
         (put("version", value=True), "has version"),
         (put("format", value="pickle"), "no plan of fxlrd's"),
         (put("weights", "sha256", value="../../../../etc/passwd"), "weights: sha256"),
+        (put("weights", "sha256", value=int("1" * 64)), "weights: sha256"),
         (put("weights", "sha256", value="0" * 64), "is missing"),
         (put("weights", "bytes", value=7), "and should have 7"),
         (put("layers", "../a", value={"kind": "Identity", "options": {}}), "not in the architecture"),
