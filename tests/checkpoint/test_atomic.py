@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
@@ -15,6 +16,19 @@ from fxlrd.passes import Decompose
 from tests.checkpoint.nets import Net, X, compressed, empty, equal
 
 STEPS = ["_hashed", "_synced", "write_whole", "save_file"]
+
+
+def forked(call):
+    """The exit status of a child process that does ``call`` only: torch's threads don't survive a fork, so a model
+    that ran there would wait for them forever (which the alarm ends)."""
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(60)
+            call()
+        finally:
+            os._exit(8)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a child process")
@@ -34,15 +48,11 @@ def test_whoever_is_killed_leaves_the_old_or_the_new_checkpoint(tmp_path, monkey
             function(*args, **kwargs)
         os._exit(7)
 
-    child = os.fork()
-    if child == 0:
-        try:
-            setattr(place, step, killed)
-            save(new, tmp_path)
-        finally:
-            os._exit(8)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 7
+    def save_and_die():
+        setattr(place, step, killed)
+        save(new, tmp_path)
+
+    assert forked(save_and_die) == 7
     loaded = load(tmp_path, empty(net))
     rank = loaded[0].first.out_features
     assert rank in (2, 3)
@@ -58,16 +68,15 @@ def test_what_a_killed_write_of_tensors_leaves_is_gone_after_the_next_save(tmp_p
         file.with_name(".tmp0a1b2c").write_bytes(b"half")  # where safetensors writes before it puts its file in place
         os._exit(7)
 
-    child = os.fork()
-    if child == 0:
-        try:
-            monkeypatch.setattr(checkpoint, "save_file", killed)
-            save(compressed(Net()), tmp_path)
-        finally:
-            os._exit(8)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    new = compressed(Net())
+
+    def save_and_die():
+        monkeypatch.setattr(checkpoint, "save_file", killed)
+        save(new, tmp_path)
+
+    assert forked(save_and_die) == 7
     assert any(tmp_path.rglob(".tmp0a1b2c"))
-    save(compressed(Net()), tmp_path)
+    save(new, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
