@@ -22,7 +22,7 @@ from torch import fx
 
 from bench.models import resnet50
 from fxlrd.backend import Compressed, Options, see
-from fxlrd.capture.dynamo import weights_of
+from fxlrd.capturing.dynamo import weights_of
 
 ROUNDS = 3
 BACKENDS = {

@@ -9,9 +9,11 @@ import torch
 from tabulate import tabulate
 
 from bench.models import resnet50
-from fxlrd import Pipeline, capture, cost
-from fxlrd.latency import compare, compiled
+from fxlrd import Pipeline, capture
+from fxlrd.graph import cost
 from fxlrd.passes import Branch, Decompose
+from fxlrd.timing.clock import compare
+from fxlrd.timing.inductor import compiled
 
 GROUPS = (1, 2, 4, 8, 16)
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torchvision import models
 from tqdm import tqdm
 
-from fxlrd.layers import LAYERS, decomposed, ranks_for_ratio
+from fxlrd.layers.build import decomposed
+from fxlrd.layers.forms import ranks_for_ratio
+from fxlrd.layers.kinds import LAYERS
 
 ROUNDS = 3
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fxlrd.fashion import MEAN, STD, network, normalise
+from fxlrd.app.fashion import MEAN, STD, network, normalise
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 EPOCHS, BATCH, LR = 12, 128, 0.1

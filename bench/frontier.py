@@ -28,10 +28,13 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from bench.fashion import accuracy, augmented, load
-from fxlrd import Budget, capture, compress, cost, fashion, finetune
+from fxlrd import Budget, capture, compress, finetune
+from fxlrd.app import fashion
 from fxlrd.errors import FxlrdError
-from fxlrd.latency import Timing, compare, compiled
+from fxlrd.graph import cost
 from fxlrd.passes import Decompose, Recalibrate
+from fxlrd.timing.clock import Timing, compare
+from fxlrd.timing.inductor import compiled
 
 BATCH = 64
 DROPS = {1 / 2: (0.3, 0.0), 1 / 3: (0.5, None), 1 / 4: (1.0, 0.3)}

@@ -17,10 +17,11 @@ from tabulate import tabulate
 
 import fxlrd.passes.snap as snap_module
 from bench.models import resnet50
-from fxlrd import capture, cost
-from fxlrd.latency import compare
+from fxlrd import capture
+from fxlrd.graph import cost
 from fxlrd.passes import Decompose, Snap
 from fxlrd.progress import bar
+from fxlrd.timing.clock import compare
 
 measure = snap_module._time
 

@@ -12,10 +12,12 @@ import torch
 from tabulate import tabulate
 
 from bench.models import resnet50
-from fxlrd import Pipeline, capture, cost
-from fxlrd.latency import compare, compiled
+from fxlrd import Pipeline, capture
+from fxlrd.graph import cost
 from fxlrd.pipeline import PRESETS
 from fxlrd.progress import bar
+from fxlrd.timing.clock import compare
+from fxlrd.timing.inductor import compiled
 
 RUNS = {
     "lrd": PRESETS["lrd"],

@@ -14,7 +14,8 @@ import torch
 from tabulate import tabulate
 
 from bench.fashion import accuracy, load
-from fxlrd import capture, compress, fashion
+from fxlrd import capture, compress
+from fxlrd.app import fashion
 from fxlrd.passes import Branch, Decompose
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bench.models import resnet50
 from fxlrd import Pipeline, capture
-from fxlrd.latency import compare
+from fxlrd.timing.clock import compare
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:

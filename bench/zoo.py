@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from fxlrd import Budget, compress
 from fxlrd.errors import FxlrdError, one_line
-from fxlrd.graph import Inputs
-from fxlrd.layers import LAYERS
+from fxlrd.graph.inputs import Inputs
+from fxlrd.layers.kinds import LAYERS
 from fxlrd.pipeline import PRESETS
-from fxlrd.report import Report
+from fxlrd.report.report import Report
 from fxlrd.report.table import change, giga
 from fxlrd.report.table import error as digits
 

@@ -2,13 +2,14 @@
 
 from fxlrd import ranks
 from fxlrd.budget import Budget
-from fxlrd.capture import capture
-from fxlrd.checkpoint import load, save
-from fxlrd.compress import Result, compress
-from fxlrd.diff import diff
+from fxlrd.capturing.whole import capture
+from fxlrd.compression import Result, compress
+from fxlrd.differences.compare import diff
 from fxlrd.errors import CaptureError, FxlrdError, VerificationError
-from fxlrd.finetune import finetune
+from fxlrd.finetuning import finetune
 from fxlrd.pipeline import Pipeline
+from fxlrd.saving.load import load
+from fxlrd.saving.save import save
 
 __all__ = [
     "Budget",

@@ -33,12 +33,16 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import is_fake
 
 from fxlrd.budget import Budget
-from fxlrd.capture.dynamo import Lowered, has_layers, lower_graph, raise_graph, weights_of
-from fxlrd.capture.whole import check_weights
-from fxlrd.compress import steps_for
+from fxlrd.capturing.dynamo import Lowered, has_layers, lower_graph, raise_graph, weights_of
+from fxlrd.capturing.whole import check_weights
 from fxlrd.errors import FxlrdError, one_line, unknown
-from fxlrd.graph import KEY, Captured, Inputs, layers, matches
+from fxlrd.graph.captured import Captured
+from fxlrd.graph.facts import KEY
+from fxlrd.graph.guards import matches
+from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.surgery import layers
 from fxlrd.pipeline import Pipeline
+from fxlrd.request import steps_for
 
 KEPT = 4
 """Sets of factors that one compiled graph keeps, for models that take turns."""

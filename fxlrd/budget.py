@@ -7,17 +7,10 @@ least and the sum of costs within a budget: the multiple-choice knapsack problem
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import numpy as np
-
 from fxlrd.errors import FxlrdError, unknown
-
-STEPS = 8192
-"""Steps that the budget is spent in: costs are rounded up to the next."""
 
 
 @dataclass(frozen=True)
@@ -68,60 +61,3 @@ class Budget:
 def is_share(value: object) -> bool:
     """Whether the value is a number between 0 and 1, both excluded."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < float(value) < 1
-
-
-def spend(items: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int] | None:
-    """Return the index of the choice for each item, or None if even the cheapest ones exceed the budget.
-
-    Each item is a list of (cost, error) to choose one from. The sum of costs never exceeds the budget; the sum of
-    errors is the least, but for the rounding of costs.
-    """
-    cheapest = [min(cost for cost, _ in item) for item in items]
-    spare = budget - sum(cheapest)
-    if spare < 0:
-        return None
-    unit = spare / STEPS
-
-    def steps_for(extra: float) -> int:
-        if extra > unit * (STEPS + 1):  # also where the unit is 0, or so small that the quotient is infinite
-            return STEPS + 1
-        return math.ceil(extra / unit - 1e-9) if unit else 0
-
-    best = np.zeros(STEPS + 1)  # the least error for what is left, by what has been spent
-    taken = []
-    for item, least in zip(items, cheapest, strict=True):
-        found = np.full(STEPS + 1, np.inf)
-        which = np.zeros(STEPS + 1, dtype=np.int32)
-        for i, (cost, error) in enumerate(item):
-            steps = steps_for(cost - least)
-            if steps > STEPS:
-                continue
-            new = best[: STEPS + 1 - steps] + error
-            better = new < found[steps:]
-            found[steps:][better] = new[better]
-            which[steps:][better] = i
-        best = found
-        taken.append(which)
-    left = STEPS
-    chosen = []
-    for item, least, which in zip(reversed(items), reversed(cheapest), reversed(taken), strict=True):
-        i = int(which[left])
-        chosen.append(i)
-        left -= steps_for(item[i][0] - least)
-    return _topped_up(items, chosen[::-1], budget)
-
-
-def _topped_up(items: Sequence[Sequence[tuple[float, float]]], chosen: list[int], budget: float) -> list[int]:
-    """Spend what the rounding left over on whatever lowers the error most."""
-    while True:
-        left = budget - sum(item[i][0] for item, i in zip(items, chosen, strict=True))
-        gains = [
-            (item[i][1] - error, k, j)
-            for k, (item, i) in enumerate(zip(items, chosen, strict=True))
-            for j, (cost, error) in enumerate(item)
-            if error < item[i][1] and cost - item[i][0] <= left
-        ]
-        if not gains:
-            return chosen
-        _, k, j = max(gains)
-        chosen[k] = j

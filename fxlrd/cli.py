@@ -18,10 +18,10 @@ from fxlrd.errors import FxlrdError, one_line
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fxlrd.app.demo import Comparison
     from fxlrd.budget import Budget
-    from fxlrd.demo import Comparison
-    from fxlrd.diff import Diff
-    from fxlrd.report import Report
+    from fxlrd.differences.model import Diff
+    from fxlrd.report.report import Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from fxlrd import __version__
-    from fxlrd.models import DTYPES, NAMES
+    from fxlrd.app.models import DTYPES, NAMES
     from fxlrd.pipeline import PRESETS
 
     parser = _Parser(prog="fxlrd", description="Trained PyTorch models, faster by low-rank decomposition.")
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from fxlrd.demo import run
+    from fxlrd.app.demo import run
 
     _set_threads(arguments.threads)
     _check_writable("--html", arguments.html)
@@ -167,13 +167,14 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 def _compared(arguments: argparse.Namespace) -> tuple[Diff, list[tuple[str, Diff]]]:
     """Return the difference that is asked for and, with --steps, that of each pass."""
-    from fxlrd.capture import capture
-    from fxlrd.compress import _capture, steps_for
-    from fxlrd.diff import Steps, diff
+    from fxlrd.app.models import calibration_for
+    from fxlrd.capturing.model import _capture
+    from fxlrd.capturing.whole import capture
+    from fxlrd.differences.compare import Steps, diff
     from fxlrd.errors import CaptureError
-    from fxlrd.graph import Inputs
-    from fxlrd.models import calibration_for
+    from fxlrd.graph.inputs import Inputs
     from fxlrd.progress import bar
+    from fxlrd.request import steps_for
 
     values = not arguments.no_values
     model, x = _example(arguments, arguments.model)
@@ -203,8 +204,8 @@ def _color() -> bool:
 
 
 def _profile(arguments: argparse.Namespace) -> None:
-    from fxlrd.profile import profile
     from fxlrd.progress import bar
+    from fxlrd.report.profile import profile
 
     _set_threads(arguments.threads)
     _check_writable("--json", arguments.json)
@@ -239,9 +240,9 @@ def _ranks(arguments: argparse.Namespace) -> None:
 def _run(
     arguments: argparse.Namespace, calibration: str | None = None, folder: Path | None = None, **options: Any
 ) -> Report:
-    from fxlrd.checkpoint import save
-    from fxlrd.compress import compress
-    from fxlrd.models import calibration_for, source_of
+    from fxlrd.app.models import calibration_for, source_of
+    from fxlrd.compression import compress
+    from fxlrd.saving.save import save
 
     _set_threads(arguments.threads)
     _check_writable("--json", arguments.json)
@@ -306,7 +307,7 @@ def _example(arguments: argparse.Namespace, name: str) -> tuple[nn.Module, Tenso
     """Return a model and an input for it as the options say."""
     import torch
 
-    from fxlrd.models import DTYPES, example_for, load_model
+    from fxlrd.app.models import DTYPES, example_for, load_model
 
     dtype = DTYPES[arguments.dtype]
     model = load_model(name, arguments.weights, arguments.seed).to(dtype)

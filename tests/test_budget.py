@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fxlrd import Budget, FxlrdError
-from fxlrd.budget import STEPS, is_share, spend
+from fxlrd.allocation.knapsack import STEPS, spend
+from fxlrd.budget import is_share
 
 
 @pytest.mark.parametrize("measure", ["params", "flops", "latency"])

@@ -10,8 +10,10 @@ from torch import nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from fxlrd import FxlrdError, Pipeline, VerificationError, capture
-from fxlrd.graph import fork, provenance
-from fxlrd.passes import Allocate, Calibrate, Decompose, PassResult, Site, Snap
+from fxlrd.graph.facts import provenance
+from fxlrd.graph.surgery import fork
+from fxlrd.passes import Allocate, Calibrate, Decompose, Snap
+from fxlrd.passes.contract import PassResult, Site
 
 
 def model():

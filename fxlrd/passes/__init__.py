@@ -3,12 +3,12 @@
 from fxlrd.passes.allocate import Allocate
 from fxlrd.passes.branch import Branch
 from fxlrd.passes.calibrate import Calibrate
+from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.passes.decompose import Decompose
 from fxlrd.passes.freeze import Freeze
 from fxlrd.passes.merge import Merge
 from fxlrd.passes.recalibrate import Recalibrate
 from fxlrd.passes.refit import Refit
-from fxlrd.passes.result import PassResult, Site, Skip
 from fxlrd.passes.snap import Snap
 
 PASSES = {

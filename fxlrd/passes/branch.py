@@ -23,23 +23,16 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxlrd.errors import FxlrdError
 from fxlrd.factor.block_term import STEPS, Blocks, block_term
 from fxlrd.factor.tucker import tucker2
-from fxlrd.graph import (
-    KEY,
-    annotate,
-    calls,
-    check_names,
-    fork,
-    infer_shape,
-    is_factor,
-    layers,
-    matches,
-    provenance,
-    source,
-)
-from fxlrd.latency import compare, compiled, example, layout
-from fxlrd.layers import Conv, channel_axis, from_blocks, layer, resized, spatial_dims, weight_blocks
-from fxlrd.passes.result import PassResult, Site, Skip, names
+from fxlrd.graph.facts import KEY, provenance
+from fxlrd.graph.guards import check_names, is_factor, matches
+from fxlrd.graph.surgery import annotate, calls, fork, infer_shape, layers, source
+from fxlrd.layers.build import from_blocks, resized, weight_blocks
+from fxlrd.layers.kinds import Conv, channel_axis, layer, spatial_dims
+from fxlrd.passes.contract import PassResult, Site, Skip, names
 from fxlrd.progress import Progress, quiet
+from fxlrd.timing.cache import example, layout
+from fxlrd.timing.clock import compare
+from fxlrd.timing.inductor import compiled
 
 GROUPS = (1, 2, 4, 8, 16)
 

@@ -5,7 +5,7 @@ For the tensor x that a layer reads, and the one it makes, over every position o
     second = E[x·xᵀ]  (C×C),   mean = E[x]  (C)
 
 With ``patches``, also those of what the kernel of a small conv sees; with ``effects``, how much each layer's output
-matters to the model's (fxlrd/effect.py). Exact: the graph is not changed, so nothing counts as modified. Later
+matters to the model's (fxlrd/calibration/importance.py). Exact: the graph is not changed, so nothing counts as modified. Later
 passes read what is on the nodes.
 """
 
@@ -16,11 +16,13 @@ from typing import Any
 
 from torch import fx
 
-from fxlrd.calibration import as_batches, as_inputs, hold, split
+from fxlrd.calibration.batches import as_batches, as_inputs, split
+from fxlrd.calibration.holdout import hold
+from fxlrd.calibration.moments import sweep
 from fxlrd.errors import FxlrdError
-from fxlrd.graph import Inputs, annotate, fork
-from fxlrd.moments import sweep
-from fxlrd.passes.result import PassResult
+from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.surgery import annotate, fork
+from fxlrd.passes.contract import PassResult
 from fxlrd.progress import Progress, quiet
 
 

@@ -8,7 +8,7 @@ Where `calibrate` has left moments, the factors are those of the least error of 
 inputs (fxlrd/factor/whiten.py), and a bias keeps the mean of that. Where `allocate` has left ranks, those are taken.
 
 Approximate: the weight's relative error, or the output's where it was fitted, is recorded at each site. At full rank
-it is exact. Everything but the weight is carried over exactly (fxlrd/layers.py). Left alone: the stem (a conv that
+it is exact. Everything but the weight is carried over exactly (fxlrd/layers/build.py). Left alone: the stem (a conv that
 reads the model's input, of at most four channels), what ``skip`` names, and whatever cannot be cut, each with the
 reason.
 
@@ -23,24 +23,15 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from fxlrd.allocation.plan import planned
+from fxlrd.calibration.moments import seen
 from fxlrd.errors import FxlrdError
-from fxlrd.graph import (
-    FACTOR,
-    annotate,
-    calls,
-    check_names,
-    fork,
-    is_stem,
-    layers,
-    matches,
-    provenance,
-    replace,
-    replaceable,
-)
-from fxlrd.layers import TOO_NARROW, Ranks, decomposed, explicit_ranks, form, ranks_for_ratio, ranks_text
-from fxlrd.moments import seen
-from fxlrd.passes.result import PassResult, Site, Skip, names
-from fxlrd.plan import planned
+from fxlrd.graph.facts import provenance
+from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, replaceable
+from fxlrd.graph.surgery import annotate, calls, fork, layers, replace
+from fxlrd.layers.build import decomposed
+from fxlrd.layers.forms import TOO_NARROW, Ranks, explicit_ranks, form, ranks_for_ratio, ranks_text
+from fxlrd.passes.contract import PassResult, Site, Skip, names
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
 

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxlrd.errors import unknown
-from fxlrd.graph import FACTORS, annotate, fork, is_factor, layers, provenance
-from fxlrd.layers import LAYERS, layer
-from fxlrd.passes.result import PassResult, Site, Skip
+from fxlrd.graph.facts import FACTORS, provenance
+from fxlrd.graph.guards import is_factor
+from fxlrd.graph.surgery import annotate, fork, layers
+from fxlrd.layers.kinds import LAYERS, layer
+from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
 
 SCHEDULES = ("paper", "sequential")

@@ -38,44 +38,23 @@ from dataclasses import replace as changed
 import torch
 from torch import Tensor, fx, nn
 
-from fxlrd.channels import BATCH_NORMS, ELEMENTWISE_MODULES, MERGED, Group
-from fxlrd.compose import (
-    affine,
-    composed,
-    fold_inputs,
-    keep_channels,
-    keep_outputs,
-    scaled,
-    why_not_composable,
-)
+from fxlrd.allocation.merges import choose, mergeable, readers
+from fxlrd.allocation.plan import planned
 from fxlrd.errors import FxlrdError, unknown
 from fxlrd.factor.tucker import tucker2
-from fxlrd.graph import (
-    FACTORS,
-    KEPT,
-    KEY,
-    SEEN,
-    Provenance,
-    annotate,
-    calls,
-    captured,
-    check_names,
-    fork,
-    layers,
-    matches,
-    provenance,
-    refresh_shapes,
-    replaceable,
-    source,
-)
-from fxlrd.group_latency import time_group
-from fxlrd.interpolation import choose, depthwise, mergeable, readers
-from fxlrd.layers import channels, kernel_area, layer, resized
-from fxlrd.passes.result import PassResult, Site, Skip, names
-from fxlrd.plan import planned
+from fxlrd.graph.captured import captured, refresh_shapes
+from fxlrd.graph.channels import BATCH_NORMS, ELEMENTWISE_MODULES, MERGED, Group
+from fxlrd.graph.facts import FACTORS, KEPT, KEY, SEEN, Provenance, provenance
+from fxlrd.graph.guards import check_names, matches, replaceable
+from fxlrd.graph.surgery import annotate, calls, fork, layers, source
+from fxlrd.layers.build import resized
+from fxlrd.layers.compose import affine, composed, fold_inputs, keep_channels, keep_outputs, scaled, why_not_composable
+from fxlrd.layers.kinds import channels, depthwise, kernel_area, layer
+from fxlrd.passes.contract import PassResult, Site, Skip, names
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio, tucker2_rank
-from fxlrd.search import best_share, grid
+from fxlrd.timing.groups import time_group
+from fxlrd.timing.search import best_share, grid
 
 UNNAMED = "ranks= does not name it"
 UNMERGED = "only Conv2d and Linear layers are merged"

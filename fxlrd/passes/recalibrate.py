@@ -17,10 +17,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxlrd.calibration import NOTHING, TOO_FEW, as_batches, as_inputs, failed, held, split, too_few
+from fxlrd.calibration.batches import NOTHING, as_batches, as_inputs, failed, split
+from fxlrd.calibration.holdout import TOO_FEW, held, too_few
 from fxlrd.errors import FxlrdError
-from fxlrd.graph import annotate, called, calls, evaluating, fork, hooked, positional, provenance
-from fxlrd.passes.result import PassResult, Site, Skip
+from fxlrd.graph.captured import positional
+from fxlrd.graph.facts import provenance
+from fxlrd.graph.guards import hooked
+from fxlrd.graph.run import evaluating
+from fxlrd.graph.surgery import annotate, called, calls, fork
+from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -20,25 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxlrd.calibration import NOTHING, TOO_FEW, as_batches, as_inputs, failed, held, reference, split, too_few
+from fxlrd.calibration.batches import NOTHING, as_batches, as_inputs, failed, split
+from fxlrd.calibration.holdout import TOO_FEW, held, reference, too_few
+from fxlrd.calibration.patches import patches, spread
 from fxlrd.errors import FxlrdError
-from fxlrd.graph import (
-    FACTORS,
-    KEPT,
-    Inputs,
-    annotate,
-    calls,
-    captured,
-    evaluating,
-    fork,
-    positional,
-    provenance,
-    source,
-    tensors,
-)
-from fxlrd.layers import CONVS, LAYERS, TRANSPOSED, channel_axis, layer, op, resized
-from fxlrd.moments import Moments, patches, spread
-from fxlrd.passes.result import PassResult, Site, Skip
+from fxlrd.graph.captured import captured, positional
+from fxlrd.graph.facts import FACTORS, KEPT, provenance
+from fxlrd.graph.inputs import Inputs, tensors
+from fxlrd.graph.run import evaluating
+from fxlrd.graph.surgery import annotate, calls, fork, source
+from fxlrd.layers.build import resized
+from fxlrd.layers.fit import Moments
+from fxlrd.layers.kinds import CONVS, LAYERS, TRANSPOSED, channel_axis, layer, op
+from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
 
 RIDGE = 1e-3

@@ -4,7 +4,7 @@ Time is a staircase in the rank: a rank just above a step pays for the whole ste
 R its present rank, ranks r in [floor·R, R] are timed on the device against the original layer.
 
     grid         R and the hardware multiples below it, one search for all layers of one signature; see
-                 fxlrd/search.py for them and for which r is taken.
+                 fxlrd/timing/search.py for them and for which r is taken.
     algorithm1   the paper's scan of every r. Taken: the r below the largest drop of t between r+1 and r (the
                  paper's argmax names the rank *above* the drop: see its Algorithm 1 and Table 2).
 
@@ -24,15 +24,19 @@ from itertools import pairwise
 
 from torch import fx, nn
 
+from fxlrd.calibration.moments import seen
 from fxlrd.errors import FxlrdError, unknown
-from fxlrd.graph import KEY, Provenance, calls, fork, infer_shape, provenance, restore
-from fxlrd.latency import Timing
-from fxlrd.layer_latency import ORIGINAL, Place, placed, time_ranks
-from fxlrd.layers import Fit, Ranks, channels, decomposed, parameters, ranks_text
-from fxlrd.moments import seen
-from fxlrd.passes.result import PassResult, Site, Skip
+from fxlrd.graph.facts import KEY, Provenance, provenance
+from fxlrd.graph.surgery import calls, fork, infer_shape, restore
+from fxlrd.layers.build import decomposed
+from fxlrd.layers.fit import Fit
+from fxlrd.layers.forms import Ranks, parameters, ranks_text
+from fxlrd.layers.kinds import channels
+from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
-from fxlrd.search import best_share, grid, reaches
+from fxlrd.timing.clock import Timing
+from fxlrd.timing.layers import ORIGINAL, Place, placed, time_ranks
+from fxlrd.timing.search import best_share, grid, reaches
 
 SEARCHES = ("grid", "algorithm1")
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from fxlrd.layers import ranks_text
+from fxlrd.layers.forms import ranks_text
 from fxlrd.report.sides import arranged, block_name
 from fxlrd.report.table import change, error, giga, ms
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fxlrd.layers import ranks_text
+from fxlrd.layers.forms import ranks_text
 
 _TIMES = "×"
 

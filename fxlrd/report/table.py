@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from fxlrd.layers import ranks_text
+from fxlrd.layers.forms import ranks_text
 
 if TYPE_CHECKING:
     from fxlrd.pipeline import Record

@@ -6,15 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from fxlrd import FxlrdError, Pipeline, capture, cost, layer_latency
-from fxlrd.choices import Curve
-from fxlrd.graph import calls, layers, provenance
-from fxlrd.latency import Timing
-from fxlrd.layers import layer, parameters, ranks_for_ratio, ranks_text
-from fxlrd.moments import seen
+from fxlrd import FxlrdError, Pipeline, capture
+from fxlrd.allocation.choices import Curve
+from fxlrd.allocation.plan import planned
+from fxlrd.calibration.moments import seen
+from fxlrd.graph import cost
+from fxlrd.graph.facts import provenance
+from fxlrd.graph.surgery import calls, layers
+from fxlrd.layers.forms import parameters, ranks_for_ratio, ranks_text
+from fxlrd.layers.kinds import layer
 from fxlrd.passes import Allocate, Calibrate, Decompose, Merge
 from fxlrd.passes import allocate as module_under_test
-from fxlrd.plan import planned
+from fxlrd.timing import layers as layer_latency
+from fxlrd.timing.clock import Timing
 
 
 def conv(c_in: int, c_out: int, k: int = 3, **options) -> nn.Conv2d:

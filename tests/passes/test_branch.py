@@ -10,11 +10,13 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn.functional import conv2d
 
 import fxlrd
-from fxlrd import FxlrdError, Pipeline, capture, cost
-from fxlrd.graph import calls, provenance
-from fxlrd.latency import Timing
+from fxlrd import FxlrdError, Pipeline, capture
+from fxlrd.graph import cost
+from fxlrd.graph.facts import provenance
+from fxlrd.graph.surgery import calls
 from fxlrd.passes import Branch, Decompose
 from fxlrd.passes import branch as module_under_test
+from fxlrd.timing.clock import Timing
 
 
 def small() -> nn.Sequential:

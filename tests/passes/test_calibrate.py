@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxlrd
 from fxlrd import FxlrdError, Pipeline, capture
-from fxlrd.calibration import held
-from fxlrd.graph import SEEN
-from fxlrd.moments import MOMENTS, moments
+from fxlrd.calibration.holdout import held
+from fxlrd.calibration.moments import moments
+from fxlrd.graph.facts import MOMENTS, SEEN
 from fxlrd.passes import Calibrate, Merge
 
 

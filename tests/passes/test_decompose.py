@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from fxlrd import FxlrdError, capture
-from fxlrd.graph import Inputs, propagate, provenance
-from fxlrd.layers import LAYERS
+from fxlrd.allocation.plan import Plan, leave
+from fxlrd.graph.captured import propagate
+from fxlrd.graph.facts import provenance
+from fxlrd.graph.inputs import Inputs
+from fxlrd.layers.kinds import LAYERS
 from fxlrd.passes import Calibrate, Decompose
-from fxlrd.plan import Plan, leave
 
 
 def small() -> nn.Sequential:

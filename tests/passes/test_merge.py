@@ -11,15 +11,19 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 import fxlrd
-from fxlrd import FxlrdError, capture, cost
-from fxlrd.compose import importance
+from fxlrd import FxlrdError, capture
+from fxlrd.allocation.plan import Plan, leave
+from fxlrd.calibration.moments import moments
 from fxlrd.factor.interpolative import least_squares, select
-from fxlrd.graph import SEEN, Inputs, calls, fork, layers, propagate, provenance
-from fxlrd.latency import Timing
-from fxlrd.moments import moments
+from fxlrd.graph import cost
+from fxlrd.graph.captured import propagate
+from fxlrd.graph.facts import SEEN, provenance
+from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.surgery import calls, fork, layers
+from fxlrd.layers.compose import importance
 from fxlrd.passes import Branch, Calibrate, Decompose, Freeze, Merge
 from fxlrd.passes import merge as module_under_test
-from fxlrd.plan import Plan, leave
+from fxlrd.timing.clock import Timing
 
 
 def randomised(model: nn.Module) -> nn.Module:

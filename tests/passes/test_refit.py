@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fxlrd import FxlrdError, Pipeline, capture
-from fxlrd.graph import KEPT, calls, provenance
+from fxlrd.graph.facts import KEPT, provenance
+from fxlrd.graph.surgery import calls
 from fxlrd.passes import Calibrate, Decompose, Merge, Refit
 from fxlrd.passes.refit import RIDGE
 

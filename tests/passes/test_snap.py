@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from fxlrd import FxlrdError, capture, compress, layer_latency
-from fxlrd.graph import Inputs, propagate, provenance
-from fxlrd.latency import Timing
-from fxlrd.layers import decomposed, ranks_text
+from fxlrd import FxlrdError, capture, compress
+from fxlrd.graph.captured import propagate
+from fxlrd.graph.facts import provenance
+from fxlrd.graph.inputs import Inputs
+from fxlrd.layers.build import decomposed
+from fxlrd.layers.forms import ranks_text
 from fxlrd.passes import Calibrate, Decompose, Snap
+from fxlrd.timing import layers as layer_latency
+from fxlrd.timing.clock import Timing
 
 NOISE = 0.001
 

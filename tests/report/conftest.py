@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxlrd
-from fxlrd.report import Report
+from fxlrd.report.report import Report
 
 EVIL = "<script>hacked = 1</script>"
 

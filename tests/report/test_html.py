@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import fxlrd
+from fxlrd.app.demo import Comparison, Row
 from fxlrd.cli import main
-from fxlrd.demo import Comparison, Row
-from fxlrd.diff import diff
+from fxlrd.differences.compare import diff
 from fxlrd.pipeline import Pipeline
 from fxlrd.report import html
 from fxlrd.report.html import diff_page, page

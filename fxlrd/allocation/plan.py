@@ -1,0 +1,86 @@
+"""A plan for the whole model: the ranks of each layer and the channels that each group keeps.
+
+`allocate` leaves it on the nodes, `decompose` and `merge` carry it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxlrd.graph.captured import refresh_shapes
+from fxlrd.graph.channels import Group
+from fxlrd.graph.surgery import fork, layers, replace
+from fxlrd.layers.build import resized, skeleton
+from fxlrd.layers.compose import keep_channels
+from fxlrd.layers.forms import Ranks
+from fxlrd.layers.kinds import channels, kernel_area, layer
+
+_KEY = "fxlrd.plan"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``ranks`` by layer (missing: the original stays), ``kept`` channels by the group's first producer."""
+
+    ranks: Mapping[str, Ranks] = field(default_factory=dict)
+    kept: Mapping[str, int] = field(default_factory=dict)
+
+
+def leave(gm: fx.GraphModule, plan: Plan) -> None:
+    """Put the plan on the graph module."""
+    gm.meta[_KEY] = plan
+
+
+def planned(gm: fx.GraphModule) -> Plan | None:
+    """Return the plan that an earlier pass has left, if one has."""
+    found = gm.meta.get(_KEY)
+    return found if isinstance(found, Plan) else None
+
+
+def sketch(gm: fx.GraphModule, plan: Plan, groups: Mapping[str, Group]) -> fx.GraphModule:
+    """Return the model that the plan would give, with arbitrary weights: for timing. ``groups`` are those of ``kept``.
+
+    Weights average their inputs, so that activations neither vanish nor overflow.
+    """
+    gm = fork(gm)
+    changed = {}
+    for name, kept in plan.kept.items():
+        whole = groups[name]
+        for node in whole.producers:
+            weight = layer(gm.get_submodule(str(node.target))).weight
+            changed[str(node.target)] = _swap(gm, str(node.target), weight.new_empty(kept, *weight.shape[1:]))
+        for node in whole.through:
+            gm.set_submodule(str(node.target), _first(gm.get_submodule(str(node.target)), kept))
+        for consumer in whole.consumers:
+            name = str(consumer.node.target)
+            weight = layer(gm.get_submodule(name)).weight
+            shape = (len(weight), kept * consumer.block, *weight.shape[2:])
+            changed[name] = _swap(gm, name, weight.new_empty(shape))
+    for name, module in layers(gm).items():
+        if name in plan.ranks:
+            parts = skeleton(module, plan.ranks[name])
+            replace(gm, name, parts, plan.ranks[name])
+            changed.update({f"{name}.{role}": part for role, part in parts.named_children()})
+    with torch.no_grad():
+        for module in changed.values():
+            layer(module).weight.fill_(1 / (channels(module)[0] * kernel_area(module)))
+    gm.graph.lint()
+    gm.recompile()
+    refresh_shapes(gm)
+    return gm
+
+
+def _swap(gm: fx.GraphModule, name: str, weight: Tensor) -> nn.Module:
+    module = gm.get_submodule(name)
+    bias = None if layer(module).bias is None else weight.new_zeros(len(weight))
+    new = resized(module, weight, bias).eval()
+    gm.set_submodule(name, new)
+    return new
+
+
+def _first(module: nn.Module, count: int) -> nn.Module:
+    return keep_channels(module, torch.arange(count)).eval()

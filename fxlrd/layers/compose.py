@@ -1,0 +1,138 @@
+"""Algebra on layers: composing affine neighbours, cutting and folding channels.
+
+All of it runs in float64 and returns new modules; none is changed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fxlrd.layers.build import resized
+from fxlrd.layers.kinds import kernel_area, layer
+
+
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return (g, h) of a BatchNorm in eval mode, y = g·x + h for each channel, in float64."""
+    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
+
+
+def scaled(module: nn.Module, scale: Tensor, shift: Tensor) -> nn.Module:
+    """Return the layer followed by y = scale·x + shift on each output channel."""
+    weight, bias = _double(module)
+    weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    return resized(module, weight, bias * scale + shift)
+
+
+def why_not_composable(first: nn.Module, second: nn.Module, shift: bool) -> str | None:
+    """Return why ``second ∘ first`` is not one layer, or None. ``shift``: the first adds a constant."""
+    if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
+        return None
+    if not (isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)):
+        return "a conv and a linear layer do not compose"
+    if first.groups > 1 or second.groups > 1:
+        return "grouped convs do not compose into one of fewer operations"
+    if kernel_area(second) == 1:
+        if first.padding == "same" and second.stride != (1, 1):
+            return "a conv with padding='same' takes no stride"
+        return "the second, a 1×1 conv, pads between the two" if _pads(second) else None
+    if kernel_area(first) > 1:
+        return "two k×k convs compose into one of a larger kernel"
+    if first.stride != (1, 1) or _pads(first):
+        return "the 1×1 conv has a stride or padding of its own"
+    if shift and _pads(second) and second.padding_mode == "zeros":
+        return "a bias before a zero-padded conv is not exact at the border"
+    return None
+
+
+def _pads(conv: nn.Conv2d) -> bool:
+    if isinstance(conv.padding, str):
+        return conv.padding == "same" and kernel_area(conv) > 1
+    return any(conv.padding)
+
+
+def composed(first: nn.Module, second: nn.Module) -> nn.Module:
+    """Return the one layer that does ``second(first(x))``; see `why_not_composable`."""
+    (w1, b1), (w2, b2) = _double(first), _double(second)
+    constant = w2.flatten(2).sum(2) @ b1 if w2.dim() == 4 else w2 @ b1
+    bias = constant + b2 if _has_bias(first) or _has_bias(second) else None
+    if isinstance(second, nn.Linear):
+        return resized(second, w2 @ w1, bias)
+    if kernel_area(second) > 1:
+        return resized(second, torch.einsum("osij,sc->ocij", w2, w1.flatten(1)), bias)
+    assert isinstance(first, nn.Conv2d)
+    assert isinstance(second, nn.Conv2d)
+    merged = resized(first, torch.einsum("os,scij->ocij", w2.flatten(1), w1), bias)
+    assert isinstance(merged, nn.Conv2d)
+    merged.stride = (first.stride[0] * second.stride[0], first.stride[1] * second.stride[1])
+    return merged
+
+
+def keep_outputs(module: nn.Module, kept: Tensor) -> nn.Module:
+    """Return the layer with only the output channels ``kept`` (indices)."""
+    like = layer(module)
+    bias = None if like.bias is None else like.bias.detach()[kept]
+    return resized(module, like.weight.detach()[kept], bias)
+
+
+def keep_channels(module: nn.Module, kept: Tensor) -> nn.Module:
+    """Return a per-channel module (BatchNorm, depthwise conv, PReLU) for the channels ``kept`` only."""
+    if isinstance(module, nn.Conv2d):
+        bias = None if module.bias is None else module.bias.detach()[kept]
+        return resized(module, module.weight.detach()[kept], bias, groups=len(kept))
+    if isinstance(module, nn.PReLU):
+        if module.num_parameters == 1:
+            return module
+        new: nn.Module = nn.PReLU(len(kept), device="meta")
+    else:
+        assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
+        options = {"affine": module.affine, "track_running_stats": module.track_running_stats}
+        new = type(module)(len(kept), module.eps, module.momentum, **options, device="meta")
+        if module.bias is None:  # bias=False, which older versions of torch do not know
+            new.register_parameter("bias", None)
+    for name, value in module.named_parameters():
+        setattr(new, name, nn.Parameter(value.detach()[kept].clone(), value.requires_grad))
+    for name, buffer in module.named_buffers():
+        new.register_buffer(name, (buffer[kept] if buffer.dim() else buffer).clone())
+    return new.train(module.training)
+
+
+def fold_inputs(module: nn.Module, matrix: Tensor, block: int = 1) -> nn.Module:
+    """Return the layer with T (C×r) folded into its input: W'·x = W·(T·x).
+
+    ``block`` is the number of consecutive input features that belong to one channel (after a flatten).
+    """
+    weight, _ = _double(module)
+    by_channel = weight.unflatten(1, (-1, block))
+    folded = torch.einsum("oc...,cr->or...", by_channel, matrix.double()).flatten(1, 2)
+    bias = layer(module).bias
+    return resized(module, folded, None if bias is None else bias.detach())
+
+
+def importance(module: nn.Module, block: int = 1, matters: Tensor | None = None) -> Tensor:
+    """Return A = WᵀΓW (C×C) of a layer's weight, summed over kernel positions and block, in float64.
+
+    ``matters`` is Γ (S×S); without it every output counts alike.
+    """
+    weight, _ = _double(module)
+    by_channel = weight.unflatten(1, (-1, block)).movedim(1, -1)  # S … C
+    weighted = by_channel if matters is None else torch.tensordot(matters, by_channel, 1)
+    return by_channel.flatten(0, -2).mT @ weighted.flatten(0, -2)
+
+
+def _double(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return weight and bias (zeros if there is none) in float64."""
+    like = layer(module)
+    weight = like.weight.detach().double()
+    return weight, weight.new_zeros(len(weight)) if like.bias is None else like.bias.detach().double()
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return layer(module).bias is not None

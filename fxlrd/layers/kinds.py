@@ -1,0 +1,88 @@
+"""Which modules count as layers, and what configures one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+Conv = nn.modules.conv._ConvNd
+"""The common class of all convs."""
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, *CONVS, *TRANSPOSED)
+Layer = nn.Linear | Conv
+
+
+def layer(module: nn.Module) -> Layer:
+    """Return the module, which the caller knows to be a conv or Linear, typed so."""
+    assert isinstance(module, LAYERS)
+    return module
+
+
+def _stock(module: nn.Module) -> type[Any]:
+    return next(kind for kind in LAYERS if isinstance(module, kind))
+
+
+def op(module: nn.Module) -> str:
+    """Return the layer's stock type name, such as Conv2d or Linear, also for a subclass."""
+    return _stock(module).__name__
+
+
+_MAKING = {
+    "__init__", "reset_parameters", "__constants__", "__module__", "__qualname__", "__doc__", "__annotations__",
+    "__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__",
+}  # fmt: skip
+"""What a subclass may redefine without computing anything else."""
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether the layer computes what its stock type does: of that type, or a subclass that is only made otherwise."""
+    stock, classes = _stock(module), type(module).__mro__
+    own = {name for kind in classes[: classes.index(stock)] for name in vars(kind)} - _MAKING
+    return not any(hasattr(stock, name) for name in own)
+
+
+def spatial_dims(module: nn.Module) -> int:
+    """Return how many dimensions the kernel has: 2 for a Conv2d, 0 for a Linear."""
+    return layer(module).weight.dim() - 2
+
+
+def channel_axis(module: nn.Module, dims: int) -> int:
+    """Return the axis of a layer's channels in an input or output with ``dims`` dimensions."""
+    return dims - 1 - spatial_dims(module)
+
+
+def channels(module: nn.Module) -> tuple[int, int, int]:
+    """Return (input channels per group, output channels per group, groups)."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features, 1
+    assert isinstance(module, Conv)
+    return module.in_channels // module.groups, module.out_channels // module.groups, module.groups
+
+
+def kernel_area(module: nn.Module) -> int:
+    """Return the number of positions of the kernel: 9 for 3×3, 1 for a Linear."""
+    return math.prod(layer(module).weight.shape[2:])
+
+
+def kernel_share(module: nn.Module) -> float:
+    """Return the share of the kernel that an output meets, on average: all, but in a transposed conv with a stride."""
+    return 1 / math.prod(module.stride) if isinstance(module, TRANSPOSED) else 1.0
+
+
+def kernel_text(module: nn.Module) -> str:
+    """Return the kernel size as text, such as 3×3; 1×1 for a Linear."""
+    return "×".join(str(k) for k in layer(module).weight.shape[2:]) or "1×1"
+
+
+def _options(module: Conv) -> dict[str, Any]:
+    """Return how the kernel is applied, as arguments of such a conv."""
+    names = ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
+    return {name: getattr(module, name) for name in [*names, *(["output_padding"] if module.transposed else [])]}
+
+
+def depthwise(module: nn.Module) -> bool:
+    """Whether the module is a conv of one input channel a group."""
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1

@@ -1,0 +1,95 @@
+"""On-device timing, and its cache on disk.
+
+Variants are timed interleaved, one call of each per round, so that a drift of the machine hits all of them
+alike; what counts is each variant's time relative to the first variant's *of the same round*. Rounds go on
+until the 95 % interval of every such ratio's median is narrow, or the time allowed is up, and the interval is
+reported with the figure: a difference that it covers is not called a gain.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+SPREAD = 0.02
+"""Half-width of the 95 % interval of a ratio, relative, at which timing stops."""
+_ROUNDS = (7, 60)
+_SHORTEST = 5e-4
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A measured variant: median seconds, median ratio to the reference variant, and the half-width of that
+    ratio's 95 % interval.
+    """
+
+    seconds: float
+    ratio: float = 1.0
+    spread: float = 0.0
+
+    def faster(self, other: Timing | None = None) -> bool:
+        """Whether this is faster than ``other`` (default: the reference) by more than the noise of both."""
+        if other is None:
+            return self.ratio + self.spread < 1.0
+        noise = (self.spread**2 + other.spread**2) ** 0.5
+        return self.ratio + noise < other.ratio
+
+
+def compare(
+    variants: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float = 1.5,
+    spread: float = SPREAD,
+) -> dict[str, Timing]:
+    """Time callables side by side; the first is the reference of the ratios.
+
+    Short calls are repeated inside a sample until it lasts half a millisecond. Stops when every ratio is
+    known within ``spread``, or after ``seconds`` (but not before seven rounds).
+    """
+    wait = _synchronizer(device)
+    repeats = {}
+    for name, call in variants.items():
+        for _ in range(2):  # the first calls allocate, compile and pick kernels
+            call()
+        wait()
+        repeats[name] = max(1, round(_SHORTEST / max(_sample(call, 1, wait), 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    reference = next(iter(variants))
+    start = time.perf_counter()
+    for done in range(1, _ROUNDS[1] + 1):
+        # Alternate the direction, so that no variant always runs in the wake of the same one.
+        for name in list(variants)[:: 1 if done % 2 else -1]:
+            variants[name]()  # its weights are in the caches again, as they are while it is being served
+            samples[name].append(_sample(variants[name], repeats[name], wait))
+        if done >= _ROUNDS[0]:
+            timings = {name: _timing(s, samples[reference]) for name, s in samples.items()}
+            late = time.perf_counter() - start > seconds
+            if late or all(t.spread <= spread * max(t.ratio, 1e-9) for t in timings.values()):
+                break
+    return timings
+
+
+def _sample(call: Callable[[], object], repeats: int, wait: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    wait()
+    return (time.perf_counter() - start) / repeats
+
+
+def _timing(samples: list[float], reference: list[float]) -> Timing:
+    ratios = [a / b for a, b in zip(samples, reference, strict=True)]
+    middle = statistics.median(ratios)
+    # For normal noise: σ ≈ 1.4826·MAD, standard error of a median ≈ 1.2533·σ/√n, 95 % ≈ 1.96 of those.
+    deviation = statistics.median(abs(r - middle) for r in ratios)
+    return Timing(statistics.median(samples), middle, 1.96 * 1.2533 * 1.4826 * deviation / len(ratios) ** 0.5)
+
+
+def _synchronizer(device: torch.device) -> Callable[[], None]:
+    if device.type == "cpu":
+        return lambda: None
+    return lambda: torch.accelerator.synchronize(device)

@@ -1,0 +1,53 @@
+"""The rank search that `snap` and `merge` share: hardware multiples, and what a rank given up has to buy.
+
+Time is a staircase in the rank, since kernels work in vectors and tiles. Candidates are the rank R itself and the
+largest multiples of 16 (of 8, where that is under the floor) and of 64 up to it. Taken is the r whose time falls
+most below
+
+    t(R)·(cost(r)/cost(R))^trade
+
+by more than the measurement's noise, else R. With trade=1 rank is given up only where it buys more than its
+proportion of time; ½ allows for what goes being the least.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from fxlrd.layers.forms import Ranks, ranks_text
+from fxlrd.timing.clock import Timing
+
+
+def reaches(ranks: Ranks, lowest: Ranks) -> bool:
+    """Whether no rank is below its floor."""
+    return all(a is None or b is None or a >= b for a, b in zip(ranks, lowest, strict=True))
+
+
+def grid(ranks: Ranks, lowest: Ranks, groups: int) -> list[Ranks]:
+    """Return the present ranks and the hardware multiples below them, descending."""
+    sixteen, eight, sixty_four = (_rounded(ranks, m, groups) for m in (16, 8, 64))
+    found = [ranks, sixteen if reaches(sixteen, lowest) else eight, sixty_four]
+    return list(dict.fromkeys(r for r in found if reaches(r, lowest)))
+
+
+def _rounded(ranks: Ranks, multiple: int, groups: int) -> Ranks:
+    """Return the ranks rounded down so that groups·rank is a multiple."""
+    unit = multiple // math.gcd(multiple, groups)
+    return tuple(None if r is None else r // unit * unit for r in ranks)
+
+
+def best_share(
+    candidates: Sequence[Ranks], timings: Mapping[str, Timing], cost: Callable[[Ranks], float], trade: float
+) -> Ranks:
+    """Return the candidate that pays best (module docstring); the first is R."""
+    top = candidates[0]
+    full = timings[ranks_text(top)]
+
+    def gain(ranks: Ranks) -> float:
+        timing = timings[ranks_text(ranks)]
+        share = (cost(ranks) / cost(top)) ** trade
+        won = share * full.ratio - timing.ratio
+        return won if won > math.hypot(timing.spread, full.spread * share) else 0.0
+
+    return max(candidates, key=gain)  # the first, highest rank where nothing is won

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fxlrd import capture
+from fxlrd.allocation.merges import choose, curve, mergeable, readers
+from fxlrd.calibration.batches import as_inputs
+from fxlrd.calibration.moments import LARGEST, sweep
+from fxlrd.factor.interpolative import greedy, least_squares, lost, residual, select
+from fxlrd.graph.facts import SEEN
+from fxlrd.graph.guards import replaceable
+from fxlrd.graph.surgery import annotate
+from fxlrd.layers.compose import importance
+from fxlrd.layers.kinds import depthwise
+from fxlrd.passes import Decompose
+
+
+def node(gm, name):
+    return next(n for n in gm.graph.nodes if name in (n.name, str(n.target)))
+
+
+def swept(model, x, **options):
+    gm = capture(model, x)
+    annotate(gm)
+    sweep(gm, as_inputs(gm, [x]), **options)
+    return gm
+
+
+def found(gm, name, skip=(), stem=False):
+    return mergeable(gm, node(gm, name), replaceable(gm, norms=True), skip, stem)
+
+
+class Net(nn.Module):
+    """A group of 8 channels with two consumers, one of 6 with one, and a depthwise conv."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mid = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1)
+        self.a, self.b = nn.Conv2d(8, 5, 1), nn.Conv2d(8, 4, 3, padding=1)
+        self.deep, self.last = nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 2, 1)
+        self.bn, self.relu = nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, x):
+        y = self.relu(self.bn(self.stem(x)))
+        return self.a(y), self.b(y), self.last(self.deep(self.mid(y).relu()))
+
+
+def images(count=40):
+    x = torch.randn(count, 3, 8, 8, dtype=torch.float64)
+    return x + x.mean((2, 3), keepdim=True)
+
+
+def net():
+    model = Net().double().eval()
+    model.bn.running_mean.normal_()
+    return model
+
+
+def test_depthwise():
+    assert depthwise(nn.Conv2d(6, 6, 3, groups=6))
+    assert depthwise(nn.Conv2d(6, 12, 3, groups=6))
+    assert not depthwise(nn.Conv2d(6, 6, 3, groups=3))
+    assert not depthwise(nn.Conv2d(1, 1, 3))
+    assert not depthwise(nn.Linear(6, 6))
+
+
+def test_what_may_be_merged():
+    gm = swept(net(), images(2))
+    whole = found(gm, "mid")
+    assert (whole.channels, [str(n.target) for n in whole.producers]) == (6, ["mid"])
+    assert [str(c.node.target) for c in whole.consumers] == ["last"]
+    assert found(gm, "stem", stem=True).channels == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "skip", "reason"),
+    [
+        ("deep", (), "a depthwise conv is cut with the layer that feeds it, which stays"),
+        ("stem", (), "the stem reads the model's input"),
+        ("mid", ("la*",), r"skip=la* keeps last"),
+        ("mid", ("mid",), "skip=mid keeps mid"),
+        ("a", (), "its output is an output of the model"),
+    ],
+)
+def test_reasons_not_to_merge(name, skip, reason):
+    assert found(swept(net(), images(2)), name, skip) == reason
+
+
+def test_factors_are_not_merged():
+    gm = swept(net(), images(2))
+    gm = Decompose(ranks={"last": 1})(gm).graph_module
+    assert found(gm, "mid") == "last.first is a low-rank factor already: merge before decomposing"
+
+
+def test_readers_know_what_they_read():
+    model, x = net(), images()
+    gm = swept(model, x, effects=40)
+    whole = found(gm, "stem", stem=True)
+    read = readers(gm, whole)
+    y = model.relu(model.bn(model.stem(x))).detach().movedim(1, -1).flatten(0, -2)
+    assert [str(r.consumer.node.target) for r in read] == ["a", "b", "mid"]
+    for r in read:
+        name = str(r.consumer.node.target)
+        torch.testing.assert_close(r.second, y.mT @ y / len(y), rtol=1e-10, atol=1e-12)
+        matters = node(gm, name).meta[SEEN].matters
+        assert torch.equal(r.weight, importance(model.get_submodule(name), 1, matters))
+        assert r.ridge == 0
+    for n in gm.graph.nodes:
+        if SEEN in n.meta:
+            n.meta[SEEN].matters = None
+    assert torch.equal(readers(gm, whole)[0].weight, importance(model.a))
+
+
+def test_reasons_why_readers_know_too_little():
+    gm = capture(net(), images(2))
+    reason = readers(gm, found(gm, "mid"))
+    assert reason == "its output's moments are not known: run calibrate first, on calibration inputs"
+    wide = capture(nn.Sequential(nn.Linear(1, LARGEST + 1), nn.Linear(LARGEST + 1, 1)), torch.randn(1, 1))
+    assert readers(wide, found(wide, "0")).startswith(f"calibrate measures no tensor of more than {LARGEST} channels")
+
+
+def group_of(channels, consumers, samples=400):
+    """A model of linear layers with one group of channels that depend on each other, and its inputs."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.make = nn.Linear(channels, channels)
+            self.readers = nn.ModuleList(nn.Linear(channels, n) for n in consumers)
+            with torch.no_grad():
+                self.make.weight *= torch.logspace(0, -1.5, channels)
+
+        def forward(self, x):
+            y = self.make(x).relu()
+            return tuple(reader(y) for reader in self.readers)
+
+    return Model().double().eval(), torch.randn(samples, channels, dtype=torch.float64)
+
+
+RANKS = [1, 2, 5, 9, 11, 12]
+
+
+def measured(model, y, reader, kept, matrix):
+    """E‖W·(y − T·y[kept])‖² on the activations themselves."""
+    return (((y - y[:, kept] @ matrix.mT) @ model.readers[reader].weight.mT).square().sum(1)).mean().item()
+
+
+def test_a_curve_is_the_error_that_is_made():
+    model, x = group_of(12, [7])
+    gm = swept(model, x)
+    read = readers(gm, found(gm, "make"))
+    y = model.make(x).relu().detach()
+    whole = (y @ model.readers[0].weight.mT).square().sum(1).mean().item()
+    errors = curve(read, RANKS)
+    for rank, error in zip(RANKS, errors, strict=True):
+        kept, (matrix,), (relative,) = choose(read, rank)
+        assert len(kept) == rank
+        assert error == pytest.approx(measured(model, y, 0, kept, matrix), rel=1e-8, abs=1e-12 * whole)
+        assert relative**2 == pytest.approx(error / whole, rel=1e-8, abs=1e-12)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 1e-3 * whole
+    assert errors[-1] <= 1e-12 * whole, "all channels are kept"
+
+
+def test_no_other_interpolation_of_the_kept_channels_is_better():
+    model, x = group_of(12, [7])
+    gm = swept(model, x)
+    read = readers(gm, found(gm, "make"))
+    y = model.make(x).relu().detach()
+    kept, (matrix,), _ = choose(read, 5)
+    best = measured(model, y, 0, kept, matrix)
+    others = [c for c in range(12) if c not in kept.tolist()]
+    for _ in range(20):
+        moved = matrix.clone()
+        moved[others] += 1e-3 * torch.randn(len(others), 5, dtype=torch.float64)
+        assert measured(model, y, 0, kept, moved) > best
+
+
+def test_consumers_agree_on_the_channels_and_their_errors_add_up():
+    model, x = group_of(12, [3, 2, 3])
+    gm = swept(model, x)
+    read = readers(gm, found(gm, "make"))
+    y = model.make(x).relu().detach()
+    winners = set()
+    for rank, error in zip(RANKS, curve(read, RANKS), strict=True):
+        made = []
+        for proposer in read:
+            kept = select(proposer.second, rank, proposer.weight)
+            matrix = least_squares(proposer.second, kept)
+            made.append(sum(measured(model, y, i, kept, matrix) for i in range(3)))
+        assert error == pytest.approx(min(made), rel=1e-8, abs=1e-12)
+        kept, matrices, errors = choose(read, rank)
+        assert len(matrices) == len(errors) == 3
+        proposals = [select(r.second, rank, r.weight) for r in read]
+        sums = [sum(residual(r.second, p, least_squares(r.second, p), r.weight) ** 2 for r in read) for p in proposals]
+        assert sum(e * e for e in errors) == pytest.approx(min(sums), rel=1e-9, abs=1e-20)
+        winners |= {next(i for i, p in enumerate(proposals) if torch.equal(kept, p))}
+    assert len(winners) > 1, "now one consumer proposes best, now another"
+
+
+def test_with_the_effect_a_curve_is_the_relative_squared_error_of_the_model():
+    model, x = group_of(12, [7])
+    gm = swept(model, x)
+    z = model(x)[0].detach()
+    # Of the model's only output, each entry matters alike.
+    node(gm, "readers.0").meta[SEEN].matters = len(x) * torch.eye(7).double() / z.square().sum()
+    read = readers(gm, found(gm, "make"))
+    y = model.make(x).relu().detach()
+    for rank, error in zip(RANKS[:-1], curve(read, RANKS[:-1]), strict=True):
+        kept, (matrix,), _ = choose(read, rank)
+        moved = model.readers[0](y[:, kept] @ matrix.mT)
+        assert error == pytest.approx(((moved - z).square().sum() / z.square().sum()).item(), rel=1e-8)
+
+
+def test_few_samples_are_fitted_with_a_ridge():
+    model, x = group_of(12, [7], samples=6)
+    gm = swept(model, x)
+    read = readers(gm, found(gm, "make"))
+    assert read[0].ridge > 0
+    kept, (matrix,), _ = choose(read, 4)
+    assert torch.equal(matrix, least_squares(read[0].second, kept, read[0].ridge))
+    assert curve(read, [4]) == [lost(read[0].second, kept, matrix, read[0].weight)]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_inputs_that_say_nothing_give_finite_curves(value):
+    model, x = group_of(12, [7, 3])
+    gm = swept(model, torch.full_like(x, value))
+    errors = curve(readers(gm, found(gm, "make")), RANKS)
+    assert all(0 <= e <= 1e-12 for e in errors), "one channel, or none, tells all others"
+
+
+def test_fewer_channels_are_the_first_of_more():
+    x = torch.randn(300, 20, dtype=torch.float64) @ torch.randn(20, 20).double()
+    g, a = x.mT @ x / 300, torch.randn(20, 40).double().cov()
+    order = greedy(g, 20, a)
+    assert sorted(order) == list(range(20))
+    for rank in (1, 4, 13):
+        assert greedy(g, rank, a) == order[:rank]
+        assert select(g, rank, a).tolist() == sorted(order[:rank])
+
+
+def test_what_is_lost_is_that_of_the_data():
+    x = torch.randn(300, 20, dtype=torch.float64) @ torch.randn(20, 20).double()
+    w, kept = torch.randn(6, 20).double(), torch.tensor([1, 4, 5, 17])
+    g, a = x.mT @ x / 300, w.mT @ w
+    for matrix in (least_squares(g, kept), least_squares(g, kept, 0.1), torch.randn(20, 4).double()):
+        wanted = ((x - x[:, kept] @ matrix.mT) @ w.mT).square().sum(1).mean().item()
+        assert lost(g, kept, matrix, a) == pytest.approx(wanted, rel=1e-9)
+        assert residual(g, kept, matrix, a) ** 2 == pytest.approx(wanted / (x @ w.mT).square().sum(1).mean().item())

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fxlrd import FxlrdError, capture
+from fxlrd.calibration.batches import EVERY, as_batches, as_inputs, failed, split
+from fxlrd.calibration.holdout import held, hold, let_go, outputs, reference, too_few
+from fxlrd.graph.inputs import Inputs
+
+X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12)
+
+
+def net():
+    return nn.Sequential(nn.Linear(6, 3)).eval()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        X,
+        [X],
+        list(X.split(5)),
+        (part for part in X.split(5)),
+        [(X[:4], Y[:4]), (X[4:], Y[4:])],
+        [[X[:4], Y[:4]], [X[4:], Y[4:]]],
+        [(X,)],
+        Inputs((X,)),
+        [Inputs((), {"input": X})],
+        {"input": X},
+        [{"input": X[:3]}, {"input": X[3:]}],
+        DataLoader(TensorDataset(X, Y), batch_size=5),
+        DataLoader(X, batch_size=5),
+    ],
+    ids=lambda data: type(data).__name__,
+)
+def test_batches_come_in_many_forms(data):
+    found = list(as_inputs(capture(net(), X), as_batches(data)))
+    assert torch.equal(torch.cat([next(iter([*each.args, *each.kwargs.values()])) for each in found]), X)
+    assert all(len(each.args) + len(each.kwargs) == 1 for each in found), "labels are dropped"
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x, y, scale=2.0):
+        return self.fc(x * scale + y)
+
+
+def test_as_many_of_a_tuple_are_taken_as_the_model_needs():
+    (found,) = as_inputs(capture(Two(), (X, X)), [(X, X + 1, Y)])
+    assert len(found.args) == 2
+    assert torch.equal(found.args[1], X + 1)
+
+
+@pytest.mark.parametrize("data", [5, "images/", None, torch.relu])
+def test_what_is_no_calibration_data(data):
+    with pytest.raises(FxlrdError, match=r"^calibration: a \w+ is no calibration data; give a tensor, a list"):
+        as_batches(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([X, X / 0], "calibration: batch 1 holds NaN or Inf"),
+        ([X, "a.png"], "calibration: batch 1: a str is not a tensor"),
+        ([{"input": X, "mask": [X * float("nan")]}], "calibration: batch 0 holds NaN or Inf"),
+    ],
+)
+def test_a_bad_batch_is_named(data, message):
+    with pytest.raises(FxlrdError, match=message):
+        list(as_inputs(capture(net(), X), data))
+
+
+def test_whole_numbers_are_not_looked_at_for_nan():
+    assert len(list(as_inputs(capture(nn.Sequential(nn.Embedding(12, 2)), Y), [Y]))) == 1
+
+
+def test_a_failure_names_the_batch_in_one_line():
+    inputs = Inputs((X,))
+    error = failed(3, inputs, RuntimeError("first line\nsecond"))
+    assert str(error) == "calibration: the model fails on batch 3 (float32[12, 6] on cpu): RuntimeError: first line"
+    assert str(failed(0, inputs, FxlrdError("no"))).endswith(": no")
+
+
+# -- what is held out
+
+
+def numbered(*sizes):
+    """Batches whose rows are numbered from 0 on."""
+    parts = torch.arange(sum(sizes)).float()[:, None].split(sizes)
+    return [Inputs((part,), {"mask": part + 0.5}) for part in parts]
+
+
+def divided(batches):
+    """The numbers of the rows to fit to, and of those held out."""
+    aside: list[Inputs] = []
+    fit = list(split(batches, aside))
+    return tuple([int(v) for each in part for v in each.args[0].flatten()] for part in (fit, aside))
+
+
+@given(st.lists(st.integers(1, 12), max_size=23))
+def test_a_split_is_disjoint_covers_everything_and_stays_in_order(sizes):
+    fit, aside = divided(numbered(*sizes))
+    assert sorted(fit + aside) == list(range(sum(sizes)))
+    assert fit == sorted(fit)
+    assert aside == sorted(aside)
+    assert divided(numbered(*sizes)) == (fit, aside)
+    if len(sizes) >= EVERY or any(size >= EVERY for size in sizes):
+        assert fit
+        assert aside
+
+
+def test_every_fifth_batch_is_held_out():
+    assert divided(numbered(*[1] * 12)) == ([0, 1, 2, 3, 5, 6, 7, 8, 10, 11], [4, 9])
+    assert divided(numbered(*[1] * 5)) == ([0, 1, 2, 3], [4])
+
+
+def test_of_few_batches_the_last_rows_are_held_out():
+    assert divided(numbered(10)) == ([0, 1, 2, 3, 4, 5, 6, 7], [8, 9])
+    assert divided(numbered(5, 9)) == ([0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12], [4, 13])
+    assert divided(numbered(4, 3)) == (list(range(7)), []), "too few to cut"
+    assert divided(numbered(1)) == ([0], [])
+    assert divided([]) == ([], [])
+
+
+def test_all_arguments_are_cut_alike():
+    aside: list[Inputs] = []
+    (fit,) = split([Inputs((X, [Y, "text"]), {"z": (X + 1,), "scale": 2.0})], aside)
+    for part, where in ((fit, slice(10)), (aside[0], slice(10, None))):
+        assert torch.equal(part.args[0], X[where])
+        assert torch.equal(part.args[1][0], Y[where])
+        assert torch.equal(part.kwargs["z"][0], X[where] + 1)
+        assert (part.args[1][1], part.kwargs["scale"]) == ("text", 2.0)
+
+
+@pytest.mark.parametrize(
+    "other", [torch.tensor(1.0), torch.randn(6), torch.randn(1, 6)], ids=["number", "vector", "broadcast"]
+)
+def test_arguments_without_a_common_batch_are_not_cut(other):
+    aside: list[Inputs] = []
+    (fit,) = split([Inputs((X, other))], aside)
+    assert torch.equal(fit.args[0], X)
+    assert not aside
+
+
+def test_a_stream_is_not_read_ahead_of_more_than_it_must():
+    read = []
+
+    def stream():
+        for i in range(20):
+            read.append(i)
+            yield Inputs((X,))
+
+    found = split(stream(), [])
+    next(found)
+    assert len(read) == EVERY
+    for _ in range(EVERY - 1):
+        next(found)
+    assert len(read) == EVERY + 1, "the fifth is held out, the sixth handed on at once"
+
+
+def test_what_is_held_out_and_the_graph_as_it_was_are_kept():
+    gm = capture(net(), X)
+    assert held(gm) is reference(gm) is None
+    hold(gm, [Inputs((X,)), Inputs((X + 1,))])
+    assert held(gm).error(gm) == 0
+    assert copy.deepcopy(held(gm)) is held(gm)
+    assert torch.equal(held(gm).outputs[1][0], gm(X + 1))
+    assert torch.equal(reference(gm)(X), gm(X))
+    let_go(gm)
+    assert held(gm) is reference(gm) is None
+    let_go(gm)
+    hold(gm, [])
+    assert held(gm) is None
+    assert too_few(gm)
+    hold(gm, None)
+    assert held(gm) is None
+    assert not too_few(gm)
+    assert reference(gm) is not None
+
+
+class Outputs(nn.Module):
+    """Several outputs, one of whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.drop = nn.Linear(6, 3), nn.Linear(6, 2), nn.Dropout()
+
+    def forward(self, x):
+        return self.a(self.drop(x)), {"b": self.b(x), "top": self.a(x).argmax(1)}
+
+
+def test_the_error_is_relative_over_all_that_is_held_out():
+    gm = capture(Outputs().double(), X.double())
+    batches = [Inputs((X.double()[:9],)), Inputs((X.double()[9:] * 3,))]
+    hold(gm, batches)
+    moved = copy.deepcopy(gm)
+    with torch.no_grad():
+        moved.a.bias += 1e-3
+        moved.b.weight *= 1.01
+    pairs = [(a, b) for each in batches for a, b in zip(outputs(moved, each), outputs(gm, each), strict=True)]
+    floats = [(a, b) for a, b in pairs if b.is_floating_point()]
+    assert all(torch.equal(a, b) for a, b in pairs if not b.is_floating_point())
+    above, below = (
+        sum(v.square().sum() for v in each) for each in ([a - b for a, b in floats], [b for _, b in floats])
+    )
+    assert held(gm).error(moved) == pytest.approx((above / below).sqrt().item(), rel=1e-12)
+    assert held(gm).error(gm) == 0
+    assert held(moved).error(moved) > 0, "a copy keeps what the original gave"
+
+
+class Masked(nn.Module):
+    """Logits of which some are ruled out."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc(x).masked_fill(x[:, :3] > 0, float("-inf"))
+
+
+def test_outputs_that_are_infinite_on_purpose_do_not_count():
+    gm = capture(Masked().double(), X.double())
+    hold(gm, [Inputs((X.double(),)), Inputs((X.double().neg(),))])
+    moved = copy.deepcopy(gm)
+    with torch.no_grad():
+        moved.fc.weight *= 1.25
+        moved.fc.bias *= 1.25
+    assert held(gm).error(moved) == pytest.approx(0.25, rel=1e-12)
+
+
+def test_outputs_are_those_of_eval_mode_without_gradients():
+    gm = capture(Outputs(), X)
+    gm.train()
+    found = outputs(gm, Inputs((X,)))
+    assert gm.drop.training
+    assert not any(t.requires_grad for t in found)
+    assert torch.equal(found[0], gm.eval()(X)[0])

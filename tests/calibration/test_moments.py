@@ -1,0 +1,444 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fxlrd import FxlrdError, capture
+from fxlrd.calibration.batches import as_batches, as_inputs
+from fxlrd.calibration.importance import Effect
+from fxlrd.calibration.moments import LARGEST, PATCHES, moments, seen, sweep
+from fxlrd.calibration.patches import patches
+from fxlrd.graph.facts import MOMENTS, SEEN
+from fxlrd.graph.inputs import Inputs
+from fxlrd.layers.fit import Moments, Seen
+from fxlrd.layers.kinds import channel_axis
+
+
+def rows(x: torch.Tensor, axis: int) -> torch.Tensor:
+    return x.double().movedim(axis, -1).flatten(0, -2)
+
+
+def check(found: Moments, expected: torch.Tensor) -> None:
+    """Check moments against those of the rows ``expected``."""
+    assert found.count == len(expected)
+    assert found.second.dtype == found.mean.dtype == torch.float64
+    torch.testing.assert_close(found.second, expected.mT @ expected / len(expected), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.mean, expected.mean(0), rtol=1e-12, atol=1e-12)
+
+
+def node(gm, name: str):
+    return next(n for n in gm.graph.nodes if name in (n.name, str(n.target)))
+
+
+def test_moments_are_expectations():
+    x = torch.randn(50, 7)
+    found = Moments.empty(7, x.device)
+    for part in x.split(13):
+        found.add(part)
+    check(found, x.double())
+
+
+def test_moments_of_nothing_are_zeros():
+    found = Moments.empty(3, torch.device("cpu"))
+    assert not found.second.any()
+    assert not found.mean.any()
+
+
+def test_the_covariance_is_about_the_mean():
+    x = torch.randn(50, 7).double() + 3
+    found = Moments.empty(7, x.device)
+    found.add(x)
+    torch.testing.assert_close(found.covariance, torch.cov(x.T, correction=0), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1e3])
+@pytest.mark.parametrize("count", [1, 3, 7, 1000])
+def test_what_never_varies_has_a_covariance_without_negative_directions(value, count):
+    found = Moments.empty(18, torch.device("cpu"))
+    for part in (torch.rand(18).double() * value).expand(count, 18).split(5):
+        found.add(part)
+    values = torch.linalg.eigvalsh(found.covariance)
+    assert values.min() >= 0
+    assert values.max() <= 2e-12 * value**2
+
+
+def test_a_fit_is_regularised_below_four_positions_a_channel():
+    def ridge(count: int) -> float:
+        return Moments(torch.zeros(8), torch.zeros(8, 8), count).ridge
+
+    assert ridge(0) > ridge(4) > ridge(8) > ridge(31) > 0
+    assert ridge(32) == ridge(10**6) == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "dims", "axis"),
+    [(nn.Conv2d(1, 1, 1), 4, 1), (nn.Conv2d(1, 1, 1), 3, 0), (nn.Linear(1, 1), 2, 1), (nn.Linear(1, 1), 4, 3)],
+)
+def test_the_axis_of_the_channels(module, dims, axis):
+    assert channel_axis(module, dims) == axis
+
+
+class Shared(nn.Module):
+    """Three layers that read one tensor, a conv and a linear of its last axis among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.a, self.b, self.c = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 5, 3), nn.Linear(8, 2)
+
+    def forward(self, x):
+        y = self.stem(x).relu()
+        return self.a(y), self.b(y), self.c(y)
+
+
+def test_each_tensor_has_its_moments_once_for_each_axis():
+    model, batches = Shared().eval(), [torch.randn(2, 3, 10, 10) for _ in range(3)]
+    gm = capture(model, batches[0])
+    sweep(gm, as_inputs(gm, batches))
+    y = torch.cat([model.stem(x).relu() for x in batches]).detach()
+    relu = node(gm, "relu")
+    assert set(relu.meta[MOMENTS]) == {(1, 1), (3, 1)}
+    check(moments(relu, 1), rows(y, 1))
+    check(moments(relu, 3), rows(y, 3))
+    assert moments(relu, 2) is None
+    check(moments(node(gm, "x"), 1), rows(torch.cat(batches), 1))
+    check(moments(node(gm, "stem"), 1), rows(torch.cat([model.stem(x) for x in batches]).detach(), 1))
+    check(moments(node(gm, "c"), 3), rows(model.c(y).detach(), 3))
+
+
+def test_outputs_may_be_left_out():
+    gm = capture(Shared().eval(), torch.randn(2, 3, 10, 10))
+    sweep(gm, as_inputs(gm, [torch.randn(2, 3, 10, 10)]), outputs=False)
+    assert {n.name for n in gm.graph.nodes if MOMENTS in n.meta} == {"x", "relu"}
+
+
+def test_memory_does_not_grow_with_the_batches():
+    gm = capture(Shared().eval(), torch.randn(2, 3, 10, 10))
+
+    def kept(count: int) -> list[tuple]:
+        sweep(gm, as_inputs(gm, (torch.randn(2, 3, 10, 10) for _ in range(count))))
+        every = [m for n in gm.graph.nodes for m in n.meta.get(MOMENTS, {}).values()]
+        return [(m.products.shape, m.total.shape) for m in every]
+
+    assert kept(1) == kept(7)
+    assert len(kept(2)) == 7
+
+
+FLATTENED = {
+    "function": lambda x: torch.flatten(x, 1),
+    "method": lambda x: x.flatten(1),
+    "module": nn.Flatten(),
+    "view": lambda x: x.view(x.size(0), -1),
+    "reshape": lambda x: x.reshape(x.shape[0], -1),
+    "with more": lambda x: torch.nn.functional.relu(x.flatten(1) * 2),
+}
+
+
+class Flattened(nn.Module):
+    def __init__(self, flatten):
+        super().__init__()
+        self.conv, self.flatten, self.drop, self.fc = nn.Conv2d(3, 4, 3), flatten, nn.Dropout(), nn.Linear(36, 2)
+
+    def forward(self, x):
+        return self.fc(self.drop(self.flatten(self.conv(x).relu())))
+
+
+@pytest.mark.parametrize("name", FLATTENED)
+def test_a_linear_on_a_flattened_tensor_also_sees_its_channels(name):
+    model, x = Flattened(FLATTENED[name]).eval(), torch.randn(7, 3, 5, 5)
+    gm = capture(model, x)
+    sweep(gm, as_inputs(gm, [x]))
+    flat = model.flatten(model.conv(x).relu()).detach()
+    check(moments(node(gm, "drop"), 1, 9), rows(flat.unflatten(1, (4, 9)), 1))
+    check(moments(node(gm, "drop"), 1), rows(flat, 1))
+
+
+@pytest.mark.parametrize(
+    "flatten",
+    [lambda x: x.flatten(2).sum(1).repeat(1, 4), lambda x: x.permute(0, 2, 3, 1).reshape(-1, 36)],
+    ids=["spatial", "fixed"],
+)
+def test_what_does_not_flatten_channels_has_none(flatten):
+    gm = capture(Flattened(flatten).eval(), torch.randn(7, 3, 5, 5))
+    sweep(gm, as_inputs(gm, [torch.randn(7, 3, 5, 5)]))
+    assert set(node(gm, "drop").meta[MOMENTS]) == {(1, 1)}
+
+
+def test_the_widest_tensors_are_passed_over():
+    gm = capture(nn.Sequential(nn.Linear(LARGEST + 1, 4), nn.Linear(4, 2)), torch.randn(2, LARGEST + 1))
+    sweep(gm, as_inputs(gm, [torch.randn(2, LARGEST + 1)]))
+    assert moments(node(gm, "input_1"), 1) is None
+    assert moments(node(gm, "0"), 1).count == 2
+
+
+X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x, y, scale=2.0):
+        return self.fc(x * scale + y)
+
+
+def test_several_arguments_and_surplus():
+    gm = capture(Two(), (X, X))
+    sweep(gm, as_inputs(gm, [(X, X + 1, Y), (X, X)]))
+    check(moments(node(gm, "add"), 1), torch.cat([X * 2.0 + (X + 1), X * 2.0 + X]).double())
+
+
+NAN = torch.full((2, 6), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "calibration: there are no inputs"),
+        (X[:0], "calibration: there are no inputs"),
+        (5, "calibration: a int is no calibration data; give a tensor, a list of batches or a DataLoader"),
+        ("images/", "calibration: a str is no calibration data"),
+        ([X, X[:, :5]], r"calibration: the model fails on batch 1 \(float32\[12, 5\] on cpu\): RuntimeError"),
+        ([X.double()], r"calibration: the model fails on batch 0 \(float64\[12, 6\] on cpu\)"),
+        ([X, NAN], "calibration: batch 1 holds NaN or Inf"),
+        ([(X / 0, Y)], "calibration: batch 0 holds NaN or Inf"),
+        (["a.png"], "calibration: batch 0: a str is not a tensor"),
+        ([{"image": X}], "calibration: the model fails on batch 0 .* argument 'input' is missing"),
+        ([X.clamp(-1, 1) * 3e38], "gives NaN or Inf for these inputs; is their scale right, and does float32 hold"),
+    ],
+)
+def test_batches_that_are_none(data, message):
+    gm = capture(nn.Sequential(nn.Linear(6, 300), nn.Linear(300, 2)), X)
+    gm.get_submodule("0").weight.data.fill_(10.0)
+    with pytest.raises(FxlrdError, match=message) as error:
+        sweep(gm, as_inputs(gm, as_batches(data)))
+    assert "\n" not in str(error.value)
+    assert not any(MOMENTS in n.meta for n in gm.graph.nodes), "nothing is half-written"
+
+
+def test_a_generator_is_read_only_once():
+    gm, data = capture(nn.Sequential(nn.Linear(6, 3)), X), (x for x in [X])
+    sweep(gm, as_inputs(gm, data))
+    with pytest.raises(FxlrdError, match="a generator can be read only once"):
+        sweep(gm, as_inputs(gm, data))
+
+
+def test_the_sweep_runs_in_eval_mode_and_without_gradients():
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 3)).train()
+    gm = capture(model, X)
+    model[2].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model]
+    sweep(gm, as_inputs(gm, [X]))
+    assert [m.training for m in model] == modes
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not moments(node(gm, "_2"), 1).products.requires_grad
+
+
+# -- patches
+
+
+@st.composite
+def convs(draw):
+    stride = draw(st.sampled_from([1, 2, 3, (2, 1)]))
+    return nn.Conv2d(
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([(1, 1), (3, 3), (1, 3), (3, 2), (2, 2), (4, 1)])),
+        stride=stride,
+        padding=draw(st.sampled_from([0, 1, 2, (0, 2), (1, 0), "valid"] + ["same"] * (3 if stride == 1 else 0))),
+        padding_mode=draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"])),
+        dilation=draw(st.sampled_from([1, 2, (1, 2), (3, 1)])),
+        bias=False,
+        dtype=torch.float64,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@settings(deadline=None, max_examples=200)
+@given(convs(), st.sampled_from([(10, 10), (11, 13)]), st.sampled_from([torch.contiguous_format, torch.channels_last]))
+def test_the_weight_times_the_patches_is_the_output(conv, size, memory_format):
+    x = torch.randn(2, conv.in_channels, *size, dtype=torch.float64).contiguous(memory_format=memory_format)
+    torch.testing.assert_close(patches(conv, x) @ conv.weight.flatten(1).mT, rows(conv(x), 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
+def test_patches_are_taken_in_float64(mode):
+    conv = nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode).bfloat16()
+    x = torch.randn(1, 2, 5, 5).bfloat16().requires_grad_()
+    found = patches(conv, x)
+    assert found.dtype == torch.float64
+    assert not found.requires_grad
+    assert torch.equal(found, patches(conv, x.double()))
+
+
+SEQUENCES = [
+    (nn.Conv1d(3, 4, 3, stride=2, padding=1), (9,)),
+    (nn.Conv1d(3, 4, 4, padding="same", padding_mode="circular", dilation=2), (9,)),
+    (nn.Conv3d(3, 4, (2, 1, 3), stride=(1, 2, 1), padding=(0, 1, 2)), (4, 5, 6)),
+    (nn.Conv3d(3, 4, 3, padding=1, padding_mode="reflect"), (4, 5, 6)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(("conv", "size"), SEQUENCES)
+def test_patches_of_sequences_and_of_volumes(conv, size):
+    conv, x = conv.double(), torch.randn(2, 3, *size).double()
+    wanted = rows(conv(x) - conv.bias.view(-1, *[1] * len(size)), 1)
+    torch.testing.assert_close(patches(conv, x) @ conv.weight.flatten(1).mT, wanted, rtol=0, atol=1e-12)
+    assert torch.equal(patches(conv, x[0]), patches(conv, x[:1]))
+    model = nn.Sequential(conv)
+    for batched in (True, False):
+        saw = node(swept(model, [x if batched else x[0]], patches=99), "0").meta[SEEN]
+        check(saw.patches, patches(conv, x if batched else x[0]))
+        check(saw.reads, rows(x if batched else x[:1], 1))
+
+
+def test_some_patches_are_evenly_spread():
+    conv, x = nn.Conv2d(2, 3, 3), torch.randn(4, 2, 12, 12)
+    every = patches(conv, x)
+    assert torch.equal(patches(conv, x, 57), every[::7])
+    assert torch.equal(patches(conv, x, 50), every[::9]), "an odd step"
+    assert torch.equal(patches(conv, x, 10**6), every)
+
+
+class Kernels(nn.Module):
+    """Convs of several kinds that read one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode="reflect")
+        self.b, self.c = nn.Conv2d(3, 4, (1, 3)), nn.Conv2d(3, 4, 5, padding=2)
+        self.point, self.grouped = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 3, groups=3)
+
+    def forward(self, x):
+        return self.a(x), self.b(x), self.c(x), self.point(x), self.grouped(x)
+
+
+def swept(model, batches, **options):
+    gm = capture(model, batches[0])
+    sweep(gm, as_inputs(gm, batches), **options)
+    return gm
+
+
+def test_moments_of_patches():
+    model, batches = Kernels(), [torch.randn(3, 3, 3, 4), torch.randn(9, 3, 3, 4)]
+    gm = swept(model, batches, patches=27)
+    for name in ("a", "b"):
+        found = node(gm, name).meta[SEEN]
+        check(found.patches, torch.cat([patches(model.get_submodule(name), x) for x in batches]))
+        check(found.reads, rows(torch.cat(batches), 1))
+    for name in ("c", "point", "grouped"):  # too large, nothing to it, and not of one kernel
+        assert node(gm, name).meta[SEEN].patches is None
+    assert all(node(swept(model, batches), name).meta[SEEN].patches is None for name in "ab")
+
+
+def test_an_image_without_a_batch_has_the_same_patches():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), torch.randn(3, 6, 8)
+    check(node(swept(model, [x], patches=27), "0").meta[SEEN].patches, patches(model[0], x[None]))
+
+
+def test_of_large_images_enough_patches_are_taken():
+    model, x = nn.Sequential(nn.Conv2d(1, 2, 2)), torch.randn(20, 1, 33, 33)
+    found = node(swept(model, [x], patches=4), "0").meta[SEEN].patches
+    assert PATCHES * 4 / 2 < found.count < PATCHES * 4 * 2
+    # Every place is as good as another: moments are near those of all patches, ±6 standard deviations.
+    assert (found.second - torch.eye(4)).abs().max() < 6 * (2 / found.count) ** 0.5
+    assert found.mean.abs().max() < 6 * found.count**-0.5
+
+
+# -- what is seen of a layer
+
+
+def test_what_a_layer_is_fitted_to():
+    model, x = Kernels().double(), torch.randn(3, 3, 6, 8).double() + 1
+    gm = swept(model, [x], patches=27, effects=1)
+    saw = node(gm, "a").meta[SEEN]
+    fit = saw.fit(model.a)
+    seen_there = patches(model.a, x)
+    torch.testing.assert_close(fit.second, torch.cov(rows(x, 1).T, correction=0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fit.mean, rows(x, 1).mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fit.patches, torch.cov(seen_there.T, correction=0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fit.patch_mean, seen_there.mean(0), rtol=1e-12, atol=1e-12)
+    assert (fit.ridge, fit.patch_ridge) == (0.0, saw.patches.ridge)
+    assert torch.equal(fit.matters, saw.matters)
+    assert node(gm, "grouped").meta[SEEN].fit(model.grouped).second.shape == (3, 3)
+    assert node(gm, "point").meta[SEEN].fit(model.point).patches is None
+
+
+def test_what_was_seen_of_another_layer_fits_none():
+    gm = swept(Kernels(), [torch.randn(3, 3, 6, 8)], patches=27)
+    saw = node(gm, "a").meta[SEEN]
+    assert saw.fit(nn.Conv2d(4, 4, 3)) is None
+    assert saw.fit(nn.Linear(4, 2)) is None
+    assert saw.fit(nn.Conv2d(3, 4, 5)).patches is None, "the patches are of another kernel"
+    assert Seen().fit(nn.Conv2d(3, 4, 3)) is None
+    assert Seen(Moments.empty(3, torch.device("cpu"))).fit(nn.Conv2d(3, 4, 3)) is None, "it has seen nothing"
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(self.conv(x).relu())
+
+
+def test_all_calls_of_a_layer_add_up():
+    model, x = Twice().double(), torch.randn(4, 3, 6, 8).double()
+    gm = swept(model, [x], patches=27, effects=4)
+    calls = [n for n in gm.graph.nodes if n.op == "call_module"]
+    both, y = seen(calls), model.conv(x).relu().detach()
+    check(both.reads, rows(torch.cat([x, y]), 1))
+    check(both.patches, torch.cat([patches(model.conv, x), patches(model.conv, y)]))
+    torch.testing.assert_close(both.matters, sum(n.meta[SEEN].matters for n in calls), rtol=1e-12, atol=0)
+    assert seen([calls[0], calls[0]]) is calls[0].meta[SEEN], "the factors of a layer share one"
+    assert seen([n for n in gm.graph.nodes if n.op != "call_module"]) is None
+
+
+def test_a_sum_knows_only_what_both_know():
+    a, b = Moments.empty(3, torch.device("cpu")), Moments.empty(3, torch.device("cpu"))
+    both = Seen(a, a, torch.eye(2)) + Seen(b)
+    assert both.reads is not None
+    assert both.patches is both.matters is None
+    assert (Seen() + Seen()).reads is None
+
+
+def test_a_layer_has_what_it_reads_along_its_own_axis():
+    gm = swept(Shared().eval(), [torch.randn(2, 3, 10, 10)])
+    assert len(node(gm, "a").meta[SEEN].reads.total) == 6
+    assert len(node(gm, "c").meta[SEEN].reads.total) == 8
+    assert node(gm, "a").meta[SEEN].reads is node(gm, "b").meta[SEEN].reads
+
+
+def test_effects_are_measured_on_so_many_inputs():
+    model, batches = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), list(torch.randn(6, 2, 3, 5, 5))
+    for count, used in ((0, 0), (1, 1), (2, 1), (3, 2), (100, 6)):
+        gm = swept(model, batches, effects=count)
+        effect = Effect(gm)
+        for x in batches[:used]:
+            effect.add(Inputs((x,)))
+        for name in "02":
+            found, wanted = node(gm, name).meta[SEEN].matters, effect.estimate(node(gm, name))
+            assert found is wanted is None if used == 0 else torch.equal(found, wanted)
+
+
+def test_a_second_sweep_leaves_nothing_of_the_first():
+    gm = swept(Kernels(), [torch.randn(3, 3, 6, 8)], patches=27, effects=3)
+    sweep(gm, as_inputs(gm, [torch.randn(5, 3, 6, 8)]))
+    saw = node(gm, "a").meta[SEEN]
+    assert saw.reads.count == 5 * 48
+    assert saw.patches is saw.matters is None
+
+
+def test_patches_of_zeros_are_like_any():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    fit = node(swept(model, [torch.zeros(2, 3, 5, 5)], patches=27, effects=2), "0").meta[SEEN].fit(model[0])
+    assert not fit.second.any()
+    assert not fit.patches.any()
+    assert fit.matters.isfinite().all()

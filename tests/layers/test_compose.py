@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fxlrd.layers.compose import (
+    affine,
+    composed,
+    fold_inputs,
+    importance,
+    keep_channels,
+    keep_outputs,
+    scaled,
+    why_not_composable,
+)
+
+
+def filled(module: nn.Module) -> nn.Module:
+    """Return the module in float64 and eval mode, with statistics that do something."""
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        module.running_mean.uniform_(-1, 1)
+        module.running_var.uniform_(0.5, 2)
+        if module.affine:
+            module.weight.data.uniform_(0.5, 2)
+            module.bias.data.uniform_(-1, 1)
+    return module.double().eval()
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False), nn.BatchNorm1d(6, eps=0.1)])
+def test_a_norm_is_affine(norm):
+    g, h = affine(filled(norm))
+    x = torch.randn(5, 6).double()
+    close(x * g + h, norm(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_takes_in_a_norm(bias):
+    x = torch.randn(2, 4, 7, 7).double()
+    conv, norm = filled(nn.Conv2d(4, 6, 3, 2, 1, bias=bias)), filled(nn.BatchNorm2d(6))
+    close(scaled(conv, *affine(norm))(x), norm(conv(x)))
+    linear, norm = filled(nn.Linear(7, 6, bias=bias)), filled(nn.BatchNorm1d(6))
+    close(scaled(linear, *affine(norm))(x[0, 0]), norm(linear(x[0, 0])))
+
+
+CONVS = [
+    (nn.Conv2d(4, 9, 1), nn.Conv2d(9, 5, 1)),
+    (nn.Conv2d(4, 9, 1, 2, 1), nn.Conv2d(9, 5, 1, 3, bias=False)),
+    (nn.Conv2d(4, 9, 1, bias=False), nn.Conv2d(9, 5, 1, bias=False)),
+    (nn.Conv2d(4, 9, (3, 5), 2, 1, 2), nn.Conv2d(9, 5, 1, 2)),
+    (nn.Conv2d(4, 9, 3, padding=1, padding_mode="reflect"), nn.Conv2d(9, 5, 1)),
+    (nn.Conv2d(4, 9, 1, bias=False), nn.Conv2d(9, 5, (3, 5), (2, 1), (1, 2), 2)),
+    (nn.Conv2d(4, 9, 1), nn.Conv2d(9, 5, 3)),
+    (nn.Conv2d(4, 9, 1), nn.Conv2d(9, 5, 3, padding=1, padding_mode="replicate")),
+    (nn.Linear(11, 9), nn.Linear(9, 5)),
+    (nn.Linear(11, 9, bias=False), nn.Linear(9, 5, bias=False)),
+]
+
+
+@pytest.mark.parametrize("pair", CONVS)
+def test_two_layers_are_one(pair):
+    first, second = map(filled, pair)
+    x = torch.randn(2, 4, 13, 11).double()
+    assert why_not_composable(first, second, first.bias is not None) is None
+    both = composed(first, second)
+    close(both(x), second(first(x)))
+    assert type(both) is type(second)
+    assert (both.bias is None) == (first.bias is None and second.bias is None)
+    assert not both.training
+
+
+def test_a_zero_bias_does_not_stop_at_the_border():
+    first, second = filled(nn.Conv2d(4, 9, 1)), filled(nn.Conv2d(9, 5, 3, padding=1))
+    assert "border" in why_not_composable(first, second, shift=True)
+    assert why_not_composable(first, second, shift=False) is None
+    first.bias.data.zero_()
+    x = torch.randn(2, 4, 6, 6).double()
+    close(composed(first, second)(x), second(first(x)))
+
+
+@pytest.mark.parametrize("module", [nn.Conv2d(4, 9, 3, 2, 1), nn.Conv2d(4, 9, 1, bias=False), nn.Linear(8, 9)])
+def test_outputs_are_kept(module):
+    kept, x = torch.tensor([0, 3, 8]), torch.randn(2, 4, 8, 8).double()
+    out = filled(module)(x)
+    new = keep_outputs(module, kept)(x)
+    close(new, out[..., kept] if isinstance(module, nn.Linear) else out[:, kept])
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.BatchNorm2d(9),
+        nn.BatchNorm2d(9, affine=False),
+        nn.BatchNorm2d(9, eps=0.3, momentum=None),
+        nn.Conv2d(9, 9, 3, 2, 1, groups=9),
+        nn.Conv2d(9, 9, 3, groups=9, bias=False),
+        nn.PReLU(9),
+        nn.PReLU(),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 4])
+def test_channels_are_kept(module, count):
+    kept, x = torch.arange(count) * 2, torch.randn(2, 9, 6, 6).double()
+    module = filled(module)
+    if isinstance(module, nn.PReLU):
+        module.weight.data.uniform_(0, 1)
+    new = keep_channels(module, kept)
+    close(new(x[:, kept]), module(x)[:, kept])
+    assert type(new) is type(module)
+    assert not new.training
+    if isinstance(module, nn.BatchNorm2d):
+        assert (new.eps, new.momentum, new.affine) == (module.eps, module.momentum, module.affine)
+        assert set(new.state_dict()) == set(module.state_dict())
+        new.train()(x[:, kept])
+        assert new.num_batches_tracked == 1
+        assert module.num_batches_tracked == 0
+
+
+def unbiased(norm):
+    """As BatchNorm2d(bias=False), which older versions of torch do not know."""
+    norm.register_parameter("bias", None)
+    return norm
+
+
+def test_norms_without_a_bias_are_kept():
+    module, kept, x = unbiased(filled(nn.BatchNorm2d(9))), torch.tensor([1, 5]), torch.randn(2, 9, 6, 6).double()
+    new = keep_channels(module, kept)
+    assert new.bias is None
+    close(new(x[:, kept]), module(x)[:, kept])
+
+
+def test_norms_without_statistics_are_kept():
+    module = nn.BatchNorm2d(9, track_running_stats=False).double()
+    x, kept = torch.randn(2, 9, 6, 6).double(), torch.tensor([1, 5])
+    close(keep_channels(module, kept)(x[:, kept]), module(x)[:, kept])
+
+
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("module", [nn.Conv2d(12, 5, 3, 2, 1), nn.Conv2d(12, 5, 1, bias=False), nn.Linear(12, 5)])
+def test_an_interpolation_is_folded_in(module, block):
+    matrix = torch.randn(12 // block, 2).double()
+    x = torch.randn(3, 2 * block, 5, 5).double()
+    x = x.movedim(1, -1) if isinstance(module, nn.Linear) else x
+    axis = -1 if isinstance(module, nn.Linear) else 1
+    full = torch.einsum("...rb,cr->...cb", x.movedim(axis, -1).unflatten(-1, (2, block)), matrix)
+    expected = filled(module)(full.flatten(-2).movedim(-1, axis))
+    close(fold_inputs(module, matrix, block)(x), expected)
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_importance_is_what_the_weights_make_of_a_channel(block):
+    conv = nn.Conv2d(6, 5, 3).double()
+    w = conv.weight.detach().flatten(2).permute(0, 2, 1).flatten(0, 1)  # outputs and positions by inputs
+    a = importance(conv)
+    close(a, w.mT @ w)
+    linear = nn.Linear(6, 5).double()
+    x = torch.randn(6 // block).double()
+    energy = sum(
+        linear.weight[:, i::block].detach().mv(x).square().sum() for i in range(block)
+    )  # the same x at each place of the block
+    close(x @ importance(linear, block) @ x, energy)
+
+
+def test_nothing_is_changed_and_dtype_stays():
+    conv = nn.Conv2d(4, 9, 1).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    before = conv.weight.clone()
+    new = [
+        keep_outputs(conv, torch.tensor([1, 2])),
+        fold_inputs(conv, torch.randn(4, 2)),
+        composed(conv, nn.Conv2d(9, 3, 1).to(torch.bfloat16)),
+        scaled(conv, torch.rand(9), torch.rand(9)),
+    ]
+    assert all(m.weight.dtype == m.bias.dtype == torch.bfloat16 for m in new)
+    assert torch.equal(conv.weight, before)
+    assert all(m.training for m in new)

@@ -1,0 +1,330 @@
+"""Another architecture, and files that are damaged or made to do damage: one line, and nothing half-loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections import OrderedDict
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fxlrd.errors import FxlrdError
+from fxlrd.passes import Decompose
+from fxlrd.saving import storage as checkpoint
+from fxlrd.saving.load import load
+from fxlrd.saving.save import save
+from fxlrd.saving.schema import PLAN, read_plan
+from tests.checkpoint.nets import Loop, Net, compressed
+
+# -- wrong architectures
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Net(classes=11), "head: out_features is 11 and was '10'"),
+        (lambda: Loop(), "no module 'stem'"),
+        (lambda: changed("block.act", nn.ReLU()), None),
+        (lambda: changed("block.act", nn.GELU()), "block.act is a GELU in the model and was a 'ReLU'"),
+        (lambda: changed("drop", nn.Identity()), None),
+        (lambda: changed("block.more", nn.ReLU()), "block.more is a ReLU and was not there"),
+        (lambda: changed("fc", nn.Conv1d(32, 32, 1)), "fc is a Conv1d in the model and was a 'Linear'"),
+        (lambda: changed("fc", nn.Linear(32, 32, bias=False)), "fc: the shape of 'bias' is None and was"),
+        (lambda: changed("stem", nn.Conv2d(3, 32, 3, padding=1, stride=2)), r"stem: stride is \[2, 2\] and was"),
+        (lambda: changed("stem", nn.Conv2d(3, 32, 3, padding=1, bias=False)), "stem: the shape of 'bias'"),
+        (lambda: changed("block.bn1", nn.BatchNorm2d(24, eps=1e-3)), "block.bn1: eps is 0.001 and was '1e-05'"),
+        (lambda: changed("stem", nn.LazyConv2d(32, 3, padding=1)), "stem is a LazyConv2d"),
+        (lambda: changed("block.more", nn.Linear(2, 2)), "block.more is a Linear and was not there"),
+        (lambda: compressed(Net(), inplace=True).model, "is a Sequential in the model"),
+        (lambda: "net", "a str is not a torch.nn.Module"),
+    ],
+)
+def test_another_architecture_is_one_line(tmp_path, make, message):
+    save(compressed(Net()), tmp_path)
+    if message is None:
+        load(tmp_path, make())
+        return
+    with pytest.raises(FxlrdError, match=message) as error:
+        load(tmp_path, make())
+    assert "\n" not in str(error.value)
+
+
+def changed(name, module):
+    model = Net()
+    model.set_submodule(name, module)
+    return model
+
+
+# -- damaged files, and such as were made to do damage
+
+
+def tiny():
+    return nn.Sequential(OrderedDict(a=nn.Linear(16, 16), b=nn.ReLU(), c=nn.Conv1d(2, 2, 3), d=nn.BatchNorm1d(2)))
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A checkpoint of a tiny model, not to be changed."""
+    path = tmp_path_factory.mktemp("good")
+    save(compressed(tiny().eval(), torch.ones(3, 2, 16), pipeline=[Decompose(ranks=2)]), path)
+    assert isinstance(load(path, tiny()).a, nn.Sequential)
+    return path
+
+
+@pytest.fixture
+def bad(good, tmp_path):
+    return copied(good, tmp_path / "bad")
+
+
+def copied(good, path):
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(good, path)
+    return path
+
+
+def weights(path):
+    (file,) = path.glob("*.safetensors")
+    return file
+
+
+def edit(path, change, sign=True):
+    """Change a plan as someone would who knows of its checksum."""
+    plan = json.loads((path / PLAN).read_text())
+    change(plan)
+    if sign:
+        plan["checksum"] = checkpoint._checksum(plan)
+    (path / PLAN).write_text(json.dumps(plan))
+
+
+def refused(path, message=None, make=tiny):
+    model = make()
+    before = {name: (id(t), t.detach().clone()) for name, t in model.state_dict(keep_vars=True).items()}
+    with pytest.raises(FxlrdError, match=message) as error:
+        load(path, model)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+    after = model.state_dict(keep_vars=True)
+    assert all(id(after[n]) == i and torch.equal(after[n].detach(), t) for n, (i, t) in before.items())
+
+
+def refused_or_loaded(path):
+    try:
+        return load(path, tiny())
+    except FxlrdError:
+        refused(path)
+        return None
+
+
+def put(*keys, value):
+    def change(plan):
+        for key in keys[:-1]:
+            plan = plan[key]
+        plan[keys[-1]] = value
+
+    return change
+
+
+SECOND = ("layers", "a", "parts", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("version", value=2), "has version '2', this fxlrd reads 1"),
+        (put("version", value=True), "has version"),
+        (put("format", value="pickle"), "no plan of fxlrd's"),
+        (put("weights", "sha256", value="../../../../etc/passwd"), "weights: sha256"),
+        (put("weights", "sha256", value=int("1" * 64)), "weights: sha256"),
+        (put("weights", "sha256", value="0" * 64), "is missing"),
+        (put("weights", "bytes", value=7), "and should have 7"),
+        (put("layers", "../a", value={"kind": "Identity", "options": {}}), "not in the architecture"),
+        (put("architecture", "gone", value=["../a"]), None),
+        (put("layers", "x", value={"kind": "Identity", "options": {}}), "not in the architecture"),
+        (put("layers", "", value={"kind": "Identity", "options": {}}), "layers"),
+        (put(*SECOND, "kind", value="os.system"), "its class is none of Linear"),
+        (put(*SECOND, "kind", value=["Linear"]), "its class is none of"),
+        (put(*SECOND, "options", "out_features", value=17), "has shape .* the model takes"),
+        (put(*SECOND, "options", "out_features", value=10**30), "out_features"),
+        (put(*SECOND, "options", "out_features", value=-1), "out_features"),
+        (put(*SECOND, "options", "bias", value=False), "no place for 'a.last.bias'"),
+        (put(*SECOND, "options", "bias", value="no"), "bias: the plan is damaged"),
+        (put(*SECOND, "options", "device", value="cuda"), "options: the plan is damaged"),
+        (put("layers", "a", "parts", 0, 0, value="forward"), "layers: 'a'"),
+        (put("layers", "a", "parts", 0, 0, value="last"), "layers: 'a'"),
+        (put(*SECOND, value={"parts": []}), "layers: 'a'"),
+        (put("layers", "a", value={"kind": "Identity", "options": {}}), "no place for 'a"),
+        (put("layers", "c", "parts", 1, 1, "options", "groups", value=3), "cannot be made"),
+        (put("layers", "c", "parts", 1, 1, "options", "stride", value=[1] * 4), "stride"),
+        (put("layers", "c", "parts", 1, 1, "options", "padding_mode", value="eval"), "padding_mode"),
+        (put("tensors", "strides", "a.last.weight", value=[0, 0]), "fit no tensor"),
+        (put("tensors", "strides", "a.last.weight", value=[1]), "fit no tensor"),
+        (put("tensors", "strides", "a.last.weight", value=[2**70, 1]), "strides"),
+        (put("tensors", "same", "a.first.weight", value="d.weight"), "are one tensor"),
+        (put("tensors", "frozen", value=None), "tensors"),
+        (put("training", value={}), "training"),
+        (put("architecture", "arguments", value={"self": 1}), "takes no 'self'"),
+        (put("architecture", "arguments", value={"input": [1]}), "arguments"),
+        (put("architecture", "modules", "a", 0, value="x\n\ud800"), "was a"),
+        (put("architecture", "modules", "a", 1, "shapes", "x\n\ud800", value=[1]), "the shape of"),
+        (put("architecture", value=[]), "architecture"),
+        (put("layers", value=[]), "layers"),
+        (put("checksum", value="x"), None),
+    ],
+)
+def test_a_forged_plan_is_one_line(bad, change, message):
+    edit(bad, change, sign=message is not None)
+    refused(bad, message or "checksum: it is not of this plan")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"' * 9, "[" * 10**5, '{"version": ' + "9" * 5000 + "}", "\0"])
+def test_what_is_no_plan_is_one_line(bad, text):
+    (bad / PLAN).write_text(text)
+    refused(bad, "plan.json")
+    (bad / PLAN).write_bytes(b"\xff\xfe\x00")
+    refused(bad, "plan.json")
+
+
+def test_what_is_no_path_is_one_line():
+    refused(None, "None is no path")
+
+
+def test_a_plan_of_ten_million_layers_is_refused_at_once(bad):
+    with (bad / PLAN).open("w") as file:
+        file.write('{"format": "fxlrd checkpoint", "version": 1, "layers": {')
+        for _ in range(10):
+            file.write('"a.b":{},' * 10**6)
+        file.write('"x":{}}}')
+    refused(bad, "no plan is as large as that")
+
+
+def test_many_layers_that_fit_into_a_plan_are_refused_too(bad):
+    spec = {"kind": "Identity", "options": {}}
+    edit(bad, lambda plan: plan["layers"].update({f"l{i}": spec for i in range(10**4)}))
+    refused(bad, "not in the architecture")
+    edit(bad, lambda plan: plan["architecture"]["gone"].extend(f"l{i}" for i in range(10**4)))
+    refused(bad, "no module 'l0'")
+
+
+def test_files_that_are_none(bad, tmp_path):
+    refused(tmp_path / "none", "holds no checkpoint")
+    weights(bad).unlink()
+    refused(bad, "is missing")
+    os.mkfifo(bad / checkpoint._weights(read_plan(bad)["weights"]["sha256"]))
+    refused(bad, "is no file")
+    (bad / PLAN).unlink()
+    (bad / PLAN).mkdir()
+    refused(bad, "is no file")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("a.last.weight"), "there is no tensor 'a.last.weight'"),
+        (lambda t: t.pop("d.running_var"), "there is no tensor 'd.running_var'"),
+        (lambda t: t.update(more=torch.ones(1)), "no place for 'more'"),
+        (lambda t: t.update({"a.last.weight": torch.ones(16, 3)}), "has shape \\[16, 3\\], the model takes"),
+        (lambda t: t.update({"d.weight": torch.ones(2, dtype=torch.int64)}), None),
+    ],
+)
+def test_other_tensors_under_a_right_checksum(bad, change, message):
+    found = load_file(weights(bad))
+    change(found)
+    resigned(bad, found)
+    refused(bad, message)
+
+
+def resigned(path, found):
+    weights(path).unlink()
+    save_file(found, path / "new")
+    digest, size = checkpoint._hashed(path / "new")
+    (path / "new").rename(path / checkpoint._weights(digest))
+    edit(path, put("weights", value={"sha256": digest, "bytes": size}))
+
+
+def test_a_header_that_lies(bad):
+    file = weights(bad)
+    file.write_bytes((2**40).to_bytes(8, "little") + file.read_bytes()[8:])
+    digest, size = checkpoint._hashed(file)
+    file.rename(bad / checkpoint._weights(digest))
+    edit(bad, put("weights", value={"sha256": digest, "bytes": size}))
+    refused(bad, "is no safetensors file")
+
+
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@FUZZ
+@given(st.data())
+def test_every_flipped_bit_is_found(good, tmp_path, data):
+    path = copied(good, tmp_path / "bad")
+    file = data.draw(st.sampled_from([path / PLAN, weights(path)]))
+    content = bytearray(file.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(content)
+    try:
+        same = json.loads(bytes(content)) == json.loads((good / PLAN).read_text()) if file.name == PLAN else False
+    except ValueError:
+        same = False
+    if not same:  # a blank between two names may become another one
+        refused(path)
+
+
+@FUZZ
+@given(st.data())
+def test_every_truncation_is_found(good, tmp_path, data):
+    path = copied(good, tmp_path / "bad")
+    file = data.draw(st.sampled_from([path / PLAN, weights(path)]))
+    os.truncate(file, data.draw(st.integers(0, file.stat().st_size - 2)))
+    refused(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("a") | st.integers(0, 3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(FUZZ, max_examples=150)
+@given(st.data())
+def test_an_edited_plan_loads_whole_or_not_at_all(good, tmp_path, data):
+    path = copied(good, tmp_path / "bad")
+
+    def change(plan):
+        places = []
+
+        def walk(value, depth=0):
+            items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+            for key, inner in items:
+                places.append((value, key))
+                walk(inner, depth + 1)
+
+        walk(plan)
+        for _ in range(data.draw(st.integers(1, 2))):
+            holder, key = data.draw(st.sampled_from(places))
+            how = data.draw(st.sampled_from(["other", "gone", "near"]))
+            if how == "gone" and isinstance(holder, dict):
+                holder.pop(key, None)
+            elif how == "near":
+                other, at = data.draw(st.sampled_from(places))
+                holder[key] = copy.deepcopy(other[at]) if isinstance(other, list) else copy.deepcopy(other.get(at))
+            else:
+                holder[key] = data.draw(JSON)
+
+    try:
+        edit(path, change)
+    except IndexError:
+        return
+    model = refused_or_loaded(path)
+    if model is not None:
+        found = load_file(weights(path))
+        assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+        assert all(torch.equal(t, found[name]) for name, t in model.state_dict().items() if name in found)
