@@ -1,4 +1,4 @@
-"""Fashion-MNIST, and the training of the embedded network (fxlrd/fashion.py).
+"""Fashion-MNIST, and the training of the embedded network (fxlrd/app/fashion.py).
 
 ``python -m bench.fashion CHECKPOINT`` trains it from seed 0 and writes a safetensors file after each epoch;
 ``--slice FILE`` writes the images that ship with it as .npz instead. Data: torchvision.datasets.FashionMNIST's files;

@@ -1,4 +1,4 @@
-"""Fidelity of single passes on the embedded trained network (fxlrd/fashion.py), without any fine-tuning.
+"""Fidelity of single passes on the embedded trained network (fxlrd/app/fashion.py), without any fine-tuning.
 
 ``python -m bench.trained``: the energy that `branch` keeps in the cores of its Tucker forms, with and
 without rotation, and seconds a layer; and the accuracy on the 10,000 test images after each pass, with BatchNorm

@@ -1,6 +1,6 @@
 """torch.compile(model, backend="fxlrd", options={"ratio": 2.0}): compression inside torch.compile.
 
-A graph from Dynamo is raised (fxlrd/capture/dynamo.py), the passes that `fxlrd.compress` would run are run on it, and
+A graph from Dynamo is raised (fxlrd/capturing/dynamo.py), the passes that `fxlrd.compress` would run are run on it, and
 the inner compiler, Inductor by default, gets the rewritten graph.
 
 Weights may change under compiled code, and one compiled graph may serve several models of a class; Dynamo guards

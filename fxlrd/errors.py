@@ -1,9 +1,10 @@
-"""Errors: one line each, saying where, what was found, and what to do."""
+"""Errors and reasons: one line each, saying where, what was found, and what to do."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 
 class FxlrdError(ValueError):
@@ -16,6 +17,25 @@ class CaptureError(FxlrdError):
 
 class VerificationError(FxlrdError):
     """A pass changed what it promised to keep."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a layer or a group of channels is left alone.
+
+    ``code`` is for programs and tests to compare; ``text`` is for people, and nothing depends on its words.
+    ``remedy`` is what a user can do about it, where there is something. ``str()`` is the text with the remedy.
+
+    >>> str(Reason("narrow", "3→8 is too narrow", "use a smaller ratio"))
+    '3→8 is too narrow: use a smaller ratio'
+    """
+
+    code: str
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.remedy}" if self.remedy else self.text
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> FxlrdError:

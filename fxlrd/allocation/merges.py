@@ -37,8 +37,8 @@ def mergeable(
 ) -> Group | str:
     """Return the group of the channels that a layer's call makes, or why it is not to be merged.
 
-    ``reasons`` are those of `fxlrd.graph.guards.replaceable` with norms; a group of which any layer fits ``skip`` is left
-    alone, and so is that of the stem, unless ``stem``.
+    ``reasons`` are those of `fxlrd.graph.guards.replaceable` with norms. A group is left alone if any of its layers
+    matches ``skip``; so is the stem's group, unless ``stem``.
     """
     name = str(node.target)
     if depthwise(gm.get_submodule(name)):

@@ -9,9 +9,8 @@ their weights read by others. A submodule is a region if
 
 Where no such submodule is around a conv or linear, that layer is a region of its own. Once more the model is run with
 each layer inside another module, as its factors will be: what asks for a layer's type or parts is found so, and those
-layers are left alone. What passes make of the others
-goes back into a copy of the model (fxlrd/graph/regions.py), whose forward stays the user's: no control flow is frozen, the
-traces serve to find and to check what is rewritten.
+layers are left alone. What passes make of the others goes back into a copy of the model (fxlrd/graph/regions.py), whose
+forward stays the user's: no control flow is frozen, the traces serve to find and to check what is rewritten.
 """
 
 from __future__ import annotations

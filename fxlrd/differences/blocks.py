@@ -7,9 +7,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fxlrd.differences.text import Paint, _erred, _lines, _names
-from fxlrd.report.table import error
-
 if TYPE_CHECKING:
     from fxlrd.differences.match import Item
     from fxlrd.differences.model import Change
@@ -105,15 +102,3 @@ def _siblings(block: _Block) -> list[tuple[_Block, list[_Block]]]:
             found.append((part, []))
         stem = here
     return found
-
-
-def _block(block: _Block, paint: Paint, times: bool) -> Iterator[str]:
-    for change in block.changes:
-        yield from _lines(change, paint, times)
-    for first, same in _siblings(block):
-        yield from _block(first, paint, times)
-        if same:
-            errors = [c.figures["error"] for s in same for c in s.every() if _erred(c)]
-            ends = sorted({error(min(errors)), error(max(errors))}, key=float) if errors and times else []
-            measured = f", error {' to '.join(ends)}" if ends else ""
-            yield paint("same", f"{_names([s.path for s in same])}: the same as {first.path}{measured}")

@@ -1,6 +1,7 @@
 """What differs between two graphs: diff(before, after).
 
-Nodes are paired (fxlrd/match.py), and what is not the same is told by *site*, the original module's name. A change is
+Nodes are paired (fxlrd/differences/match.py), and what is not the same is told by *site*, the original module's name.
+A change is
 
     rewritten   other nodes under the same name, or in the same place: 1 → N, N → 1, N → M
     merged      as rewritten or changed, and nodes around it went into it: N → 1

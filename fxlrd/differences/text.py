@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fxlrd.differences.blocks import _block, _tree
+from fxlrd.differences.blocks import _Block, _siblings, _tree
 from fxlrd.layers.forms import ranks_text
 from fxlrd.report.table import change as percent
 from fxlrd.report.table import error, giga
@@ -165,3 +165,15 @@ def _names(paths: Sequence[str]) -> str:
     if len(paths) > 2 and numbers == list(range(numbers[0], numbers[0] + len(paths))):
         return f"{paths[0]} … {paths[-1]}"
     return ", ".join(paths)
+
+
+def _block(block: _Block, paint: Paint, times: bool) -> Iterator[str]:
+    for change in block.changes:
+        yield from _lines(change, paint, times)
+    for first, same in _siblings(block):
+        yield from _block(first, paint, times)
+        if same:
+            errors = [c.figures["error"] for s in same for c in s.every() if _erred(c)]
+            ends = sorted({error(min(errors)), error(max(errors))}, key=float) if errors and times else []
+            measured = f", error {' to '.join(ends)}" if ends else ""
+            yield paint("same", f"{_names([s.path for s in same])}: the same as {first.path}{measured}")

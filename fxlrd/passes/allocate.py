@@ -1,7 +1,8 @@
 """allocate: one form for each layer, all at once, under a budget for the whole model.
 
 Each layer is to take one of its forms: the original, its factors at some ranks, or one of the interpolative merges
-that it takes part in. With the predicted error e of each (fxlrd/allocation/choices.py, fxlrd/allocation/merges.py) and its cost c,
+that it takes part in. With the predicted error e of each (fxlrd/allocation/choices.py, fxlrd/allocation/merges.py) and
+its cost c,
 
     minimise Σ e   subject to   Σ c ≤ budget            (fxlrd/allocation/knapsack.py)
 

@@ -5,8 +5,8 @@ For the tensor x that a layer reads, and the one it makes, over every position o
     second = E[x·xᵀ]  (C×C),   mean = E[x]  (C)
 
 With ``patches``, also those of what the kernel of a small conv sees; with ``effects``, how much each layer's output
-matters to the model's (fxlrd/calibration/importance.py). Exact: the graph is not changed, so nothing counts as modified. Later
-passes read what is on the nodes.
+matters to the model's (fxlrd/calibration/importance.py). Exact: the graph is not changed, so nothing counts as
+modified. Later passes read what is on the nodes.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ Where `calibrate` has left moments, the factors are those of the least error of 
 inputs (fxlrd/factor/whiten.py), and a bias keeps the mean of that. Where `allocate` has left ranks, those are taken.
 
 Approximate: the weight's relative error, or the output's where it was fitted, is recorded at each site. At full rank
-it is exact. Everything but the weight is carried over exactly (fxlrd/layers/build.py). Left alone: the stem (a conv that
-reads the model's input, of at most four channels), what ``skip`` names, and whatever cannot be cut, each with the
+it is exact. Everything but the weight is carried over exactly (fxlrd/layers/build.py). Left alone: the stem (a conv
+that reads the model's input, of at most four channels), what ``skip`` names, and whatever cannot be cut, each with the
 reason.
 
     x ─ conv2 ─ y     →     x ─ conv2.first ─ conv2.core ─ conv2.last ─ y

@@ -1,6 +1,6 @@
 """save and load: a compressed model as a directory that holds no code.
 
-    plan.json                        what became of which module of the architecture (`fxlrd.saving.architecture`), as data
+    plan.json                        what became of each module of the original (`fxlrd.saving.architecture`)
     weights-<hash>.safetensors       every parameter and buffer, under its name in the model
 
 Loading makes a copy of the user's own architecture without weights, puts empty layers into it where the plan says so,

@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxlrd import capture, layers
+from fxlrd import capture
 from fxlrd.allocation.choices import RATIOS, Choice, Curve, candidate_ranks, flops, pareto
-from fxlrd.layers.fit import Fit
+from fxlrd.layers.build import decomposed
+from fxlrd.layers.fit import MATTERS_RIDGE, Fit, roots
+from fxlrd.layers.forms import explicit_ranks, full_ranks, parameters, ranks_for_ratio
+from fxlrd.layers.forms import form as layers_form
+from fxlrd.layers.kinds import channels
 
 MODULES = {
     "linear": lambda: nn.Linear(9, 14),
@@ -30,7 +34,7 @@ MODULES = {
 
 def fit_for(module, weighted):
     """Moments of channels that depend on each other, by channel only, and Γ."""
-    c_in, c_out, groups = layers.channels(module)
+    c_in, c_out, groups = channels(module)
     c_in *= groups
     second = torch.randn(c_in, 3 * c_in).double().cov()
     matters = 1e-3 * torch.randn(c_out * groups, 99).double().cov() if weighted else None
@@ -39,15 +43,15 @@ def fit_for(module, weighted):
 
 def weighted_size(module, fit):
     """‖Γ^½·W·G^½‖², what errors of a curve with Γ are parts of."""
-    reads, matters = layers.roots(module, fit)
-    w = module.weight.detach().double()[..., None].flatten(2).unflatten(0, (layers.channels(module)[2], -1))
+    reads, matters = roots(module, fit)
+    w = module.weight.detach().double()[..., None].flatten(2).unflatten(0, (channels(module)[2], -1))
     w = w.transpose(1, 2) if getattr(module, "transposed", False) else w
     w = torch.einsum("gts,gsck,gcd->gtdk", matters.root, w, reads.root)
     return w.square().sum().item()
 
 
 def every_rank(module):
-    full = layers.full_ranks(module)
+    full = full_ranks(module)
     if len(full) == 1:
         return [(r,) for r in range(1, full[0] + 1)]
     return [(r1, r2) for r1 in [*range(1, full[0] + 1), None] for r2 in [*range(1, full[1] + 1), None] if r1 or r2]
@@ -61,8 +65,8 @@ def test_the_curve_is_the_squared_error_of_an_svd_and_bounds_that_of_a_tucker_fo
     unit = weighted_size(module, fit) if given == "effect" else 1.0
     curve = Curve(module, fit)
     for ranks in every_rank(module):
-        error = layers.decomposed(module, ranks, fit=fit)[1] ** 2 * unit
-        if layers.form(module) == "svd" or None in ranks:  # of one mode alone the best is known too
+        error = decomposed(module, ranks, fit=fit)[1] ** 2 * unit
+        if layers_form(module) == "svd" or None in ranks:  # of one mode alone the best is known too
             assert curve.error(ranks) == pytest.approx(error, rel=1e-7, abs=1e-12 * unit)
         else:
             assert error <= curve.error(ranks) + 1e-12 * unit
@@ -82,9 +86,9 @@ def test_the_curve_of_an_upsampling_counts_each_output_once(module):
     fit = Fit(x.transpose(0, 1).flatten(1).cov(correction=0), torch.zeros(6).double(), matters=matters)
     for ranks in every_rank(module):
         if len(ranks) == 1 or None in ranks:
-            form = layers.decomposed(module, ranks, fit=fit)[0]
+            form = decomposed(module, ranks, fit=fit)[0]
             lost = (form(x) - module(x)).square().sum().item() / made.square().sum().item()
-            found = Curve(module, fit).error(ranks) / (1 + layers.MATTERS_RIDGE)
+            found = Curve(module, fit).error(ranks) / (1 + MATTERS_RIDGE)
             assert found == pytest.approx(lost, rel=1e-4, abs=1e-5)
 
 
@@ -93,7 +97,7 @@ def test_the_curve_falls_from_all_to_nothing(name):
     module = MODULES[name]().double()
     given = fit_for(module, True)
     for fit, unit in ((None, 1.0), (given, weighted_size(module, given))):
-        curve, full = Curve(module, fit), layers.full_ranks(module)
+        curve, full = Curve(module, fit), full_ranks(module)
         assert curve.error(tuple(0 for _ in full)) == pytest.approx(unit, rel=1e-9)
         assert curve.error(full) <= 1e-12 * unit
         assert curve.error(tuple(10 * r for r in full)) == curve.error(full)
@@ -105,7 +109,7 @@ def test_the_curve_falls_from_all_to_nothing(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_what_is_not_cut_counts_as_full_rank(name):
     module = MODULES[name]()
-    curve, full = Curve(module, None), layers.full_ranks(module)
+    curve, full = Curve(module, None), full_ranks(module)
     if len(full) == 2:
         assert curve.error((2, None)) == curve.error((2, full[1]))
         assert curve.error((None, 2)) == curve.error((full[0], 2))
@@ -150,17 +154,17 @@ def test_a_group_that_is_never_on_costs_nothing():
 def test_candidates_save_parameters_and_are_multiples(c_in, c_out, kernel, groups, multiple):
     conv = nn.Conv2d(c_in * groups, c_out * groups, kernel, groups=groups, device="meta")
     found = candidate_ranks(conv, multiple=multiple)
-    full = layers.full_ranks(conv)
+    full = full_ranks(conv)
     assert len(found) == len(set(found)) <= 400
     for ranks in found:
-        assert layers.parameters(conv, ranks) < conv.weight.numel()
-        assert layers.explicit_ranks(conv, ranks) == ranks
+        assert parameters(conv, ranks) < conv.weight.numel()
+        assert explicit_ranks(conv, ranks) == ranks
         assert all(r is None or r < top for r, top in zip(ranks, full, strict=True))
         assert all(r is None or r * groups % multiple == 0 for r in ranks)
     if min(c_in, c_out) == 1:
         assert found == []
     elif multiple == 1:
-        by_ratio = [layers.ranks_for_ratio(conv, ratio, strict=False) for ratio in RATIOS]
+        by_ratio = [ranks_for_ratio(conv, ratio, strict=False) for ratio in RATIOS]
         assert set(found) >= {r for r in by_ratio if not isinstance(r, str)}
 
 
@@ -168,7 +172,7 @@ def test_candidates_of_small_layers_are_all_ranks_that_save_parameters():
     assert candidate_ranks(nn.Linear(8, 12)) == [(1,), (2,), (3,), (4,)]
     conv = nn.Conv2d(3, 4, 3)
     tops = [(r1, r2) for r1 in (1, 2, None) for r2 in (1, 2, 3, None) if r1 or r2]
-    assert set(candidate_ranks(conv)) == {r for r in tops if layers.parameters(conv, r) < conv.weight.numel()}
+    assert set(candidate_ranks(conv)) == {r for r in tops if parameters(conv, r) < conv.weight.numel()}
     assert candidate_ranks(nn.Conv2d(8, 8, 3, groups=8)) == []
 
 
@@ -204,7 +208,7 @@ def test_flops_are_those_that_torch_counts(module, shape, ranks):
     gm = capture(nn.Sequential(module), x)
     (node,) = (n for n in gm.graph.nodes if n.op == "call_module")
     for each in [None, *ranks]:
-        form = module if each is None else layers.decomposed(module, each)[0]
+        form = module if each is None else decomposed(module, each)[0]
         with FlopCounterMode(display=False) as counter:
             form(x)
         assert flops(node, module, each) == counter.get_total_flops()

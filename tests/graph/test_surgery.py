@@ -9,11 +9,17 @@ from torch import fx, nn
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxlrd import graph
 from fxlrd.capturing.whole import capture
 from fxlrd.errors import FxlrdError, VerificationError
-from fxlrd.graph.compare import difference
-from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.captured import captured as graph_captured
+from fxlrd.graph.captured import positional, propagate
+from fxlrd.graph.compare import Difference, difference
+from fxlrd.graph.facts import Provenance, provenance
+from fxlrd.graph.guards import replaceable
+from fxlrd.graph.inputs import Inputs, tensors
+from fxlrd.graph.run import evaluating, run
+from fxlrd.graph.surgery import called, fork, replace, restore
+from fxlrd.graph.surgery import calls as graph_calls
 from fxlrd.layers.build import decomposed
 from fxlrd.layers.forms import explicit_ranks
 
@@ -45,15 +51,15 @@ def full_rank(gm, target):
     module = gm.get_submodule(target)
     ranks = explicit_ranks(module, 100)
     form, error = decomposed(module, ranks)
-    new = graph.fork(gm)
-    graph.replace(new, target, form, ranks, error=error)
+    new = fork(gm)
+    replace(new, target, form, ranks, error=error)
     new.graph.lint()
     new.recompile()
     return new
 
 
 def outputs(gm):
-    return graph.tensors(graph.run(gm, graph.captured(gm).inputs))
+    return tensors(run(gm, graph_captured(gm).inputs))
 
 
 def targets(gm):
@@ -63,9 +69,9 @@ def targets(gm):
 def test_fork_shares_modules_and_leaves_the_original_as_it_is():
     gm = captured()
     code, before, wanted = gm.code, targets(gm), outputs(gm)
-    new = graph.fork(gm)
-    assert all(new.get_submodule(t) is m for t, m in graph.called(gm).items())
-    assert graph.captured(new) is graph.captured(gm)
+    new = fork(gm)
+    assert all(new.get_submodule(t) is m for t, m in called(gm).items())
+    assert graph_captured(new) is graph_captured(gm)
     assert not {id(n) for n in new.graph.nodes} & {id(n) for n in gm.graph.nodes}
     assert [n.meta.get("fxlrd") for n in new.graph.nodes] == [n.meta.get("fxlrd") for n in gm.graph.nodes]
     new = full_rank(gm, "stem")
@@ -78,7 +84,7 @@ def test_fork_shares_modules_and_leaves_the_original_as_it_is():
 @pytest.mark.parametrize("training", [True, False])
 def test_fork_carries_the_mode_of_the_containers(training):
     gm = captured().train(training)
-    assert {m.training for m in graph.fork(gm).modules()} == {training}
+    assert {m.training for m in fork(gm).modules()} == {training}
 
 
 @pytest.mark.parametrize(
@@ -95,19 +101,19 @@ def test_replace_and_restore_at_every_call(target, calls, roles):
     new = full_rank(gm, target)
     assert target not in targets(new)
     for role in roles:
-        nodes = graph.calls(new, f"{target}.{role}")
+        nodes = graph_calls(new, f"{target}.{role}")
         assert len(nodes) == calls
-        assert {(p.name, p.role) for p in map(graph.provenance, nodes)} == {(target, role)}
-        assert all(graph.provenance(n).original is original for n in nodes)
-        assert all(graph.provenance(n).error < 1e-12 for n in nodes)
+        assert {(p.name, p.role) for p in map(provenance, nodes)} == {(target, role)}
+        assert all(provenance(n).original is original for n in nodes)
+        assert all(provenance(n).error < 1e-12 for n in nodes)
     assert difference(outputs(new), wanted, "replaced").max_abs <= 1e-9
 
-    graph.restore(new, target, latency=0.5)
+    restore(new, target, latency=0.5)
     new.graph.lint()
     new.recompile()
     assert new.get_submodule(target) is original
     assert targets(new) == targets(gm)
-    assert {graph.provenance(n) for n in graph.calls(new, target)} == {graph.Provenance(target, latency=0.5)}
+    assert {provenance(n) for n in graph_calls(new, target)} == {Provenance(target, latency=0.5)}
     assert difference(outputs(new), wanted, "restored").max_abs == 0
 
 
@@ -117,7 +123,7 @@ def test_every_layer_of_a_chain():
     chain = ["0.first", "0.core", "0.last", "1.first", "1.last", "2.first", "2.core", "2.last"]
     assert targets(new) == chain
     assert difference(outputs(new), outputs(gm), "chain").max_abs <= 1e-9
-    graph.restore(new, "1")
+    restore(new, "1")
     new.graph.lint()
     new.recompile()
     assert targets(new) == [*chain[:3], "1", *chain[5:]]
@@ -127,8 +133,8 @@ def test_every_layer_of_a_chain():
 def test_replaced_nodes_have_the_shapes_of_a_propagation_and_no_stale_flops():
     new = full_rank(captured(), "stem")
     inferred = {n.name: n.meta["tensor_meta"] for n in new.graph.nodes if n.op == "call_module"}
-    assert all("flops" not in n.meta for role in ("first", "core", "last") for n in graph.calls(new, f"stem.{role}"))
-    graph.propagate(new, graph.captured(new).inputs)
+    assert all("flops" not in n.meta for role in ("first", "core", "last") for n in graph_calls(new, f"stem.{role}"))
+    propagate(new, graph_captured(new).inputs)
     for n in new.graph.nodes:
         if n.op == "call_module":
             found = n.meta["tensor_meta"]
@@ -138,10 +144,10 @@ def test_replaced_nodes_have_the_shapes_of_a_propagation_and_no_stale_flops():
 def test_restored_nodes_have_no_flops_of_the_last_factor():
     gm = captured()
     new = full_rank(gm, "stem")
-    graph.propagate(new, graph.captured(new).inputs)
-    graph.restore(new, "stem")
-    wanted = graph.calls(gm, "stem")[0].meta["flops"]
-    assert all(n.meta.get("flops", wanted) == wanted for n in graph.calls(new, "stem"))
+    propagate(new, graph_captured(new).inputs)
+    restore(new, "stem")
+    wanted = graph_calls(gm, "stem")[0].meta["flops"]
+    assert all(n.meta.get("flops", wanted) == wanted for n in graph_calls(new, "stem"))
 
 
 def test_gradient_flows_and_mode_goes_round_trip():
@@ -158,9 +164,9 @@ def test_provenance_survives_deepcopy():
     new = full_rank(captured(), "stem")
     twin = copy.deepcopy(new)
     pairs = list(zip(new.graph.nodes, twin.graph.nodes, strict=True))
-    assert all(graph.provenance(a) is graph.provenance(b) for a, b in pairs)
-    assert sum(graph.provenance(a) is not None for a, _ in pairs) == len(targets(new))
-    assert graph.captured(twin) == graph.captured(new)
+    assert all(provenance(a) is provenance(b) for a, b in pairs)
+    assert sum(provenance(a) is not None for a, _ in pairs) == len(targets(new))
+    assert graph_captured(twin) == graph_captured(new)
     assert twin.stem.core is not new.stem.core
     assert difference(outputs(twin), outputs(new), "copy").max_abs == 0
 
@@ -207,22 +213,22 @@ HOOKS = [
 
 @pytest.mark.parametrize("register", HOOKS)
 def test_a_layer_with_hooks_is_left_alone(register):
-    assert "hooks" in graph.replaceable(captured(with_hook(register)))["0"]
+    assert "hooks" in replaceable(captured(with_hook(register)))["0"]
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 def test_guards_name_their_reason():
     old = captured(nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 6))))
-    assert "weight_norm" in graph.replaceable(old)["0"]
+    assert "weight_norm" in replaceable(old)["0"]
     new = captured(nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6))))
-    assert "remove_parametrizations" in graph.replaceable(new)["0"]
+    assert "remove_parametrizations" in replaceable(new)["0"]
     sub = captured(nn.Sequential(Scaled(6, 6)))
-    assert graph.replaceable(sub)["0"] == "Scaled is a subclass of Linear with a behaviour of its own"
-    assert graph.replaceable(captured(nn.Sequential(nn.Linear(6, 6)))) == {"0": None}
+    assert replaceable(sub)["0"] == "Scaled is a subclass of Linear with a behaviour of its own"
+    assert replaceable(captured(nn.Sequential(nn.Linear(6, 6)))) == {"0": None}
 
 
 def test_tied_weights_name_each_other():
-    assert graph.replaceable(captured(Tied())) == {
+    assert replaceable(captured(Tied())) == {
         "a": "its weight is shared with b.weight",
         "b": "its weight is shared with a.weight",
         "c": None,
@@ -230,7 +236,7 @@ def test_tied_weights_name_each_other():
 
 
 def test_a_weight_read_beside_its_layer_is_left_alone():
-    reason = graph.replaceable(captured(Read()))["a"]
+    reason = replaceable(captured(Read()))["a"]
     assert reason is not None
     assert "weight" in reason
 
@@ -242,12 +248,12 @@ def test_a_layer_inside_a_module_called_whole_is_left_alone():
     x = g.placeholder("x")
     g.output(g.call_module("a", (g.call_module("a.0", (x,)),)))
     gm = fx.GraphModule(root, g)
-    assert graph.replaceable(gm) == {"a.0": "a module around it is called as a whole as well"}
+    assert replaceable(gm) == {"a.0": "a module around it is called as a whole as well"}
 
 
 def test_reasons_are_one_line():
     for model in (Tied(), with_hook("register_forward_hook"), nn.Sequential(Scaled(6, 6))):
-        assert not any("\n" in (reason or "") for reason in graph.replaceable(captured(model)).values())
+        assert not any("\n" in (reason or "") for reason in replaceable(captured(model)).values())
 
 
 class Initialised(nn.Conv2d):
@@ -277,11 +283,11 @@ def test_a_subclass_that_is_only_made_otherwise_is_like_any():
     model = nn.Sequential(Initialised(6), Further(6)).double()
     gm = capture(model, torch.randn(1, 6, 5, 5).double())
     reason = "Further is a subclass of Conv2d with a behaviour of its own"
-    assert graph.replaceable(gm) == {"0": None, "1": reason}
+    assert replaceable(gm) == {"0": None, "1": reason}
 
 
 def test_a_shared_module_is_no_tie():
-    assert graph.replaceable(captured()) == {"stem": None, "body.0": None, "head": None}
+    assert replaceable(captured()) == {"stem": None, "body.0": None, "head": None}
 
 
 @pytest.mark.parametrize(
@@ -298,7 +304,7 @@ def test_propagate_counts_the_flops_of_the_model(model, shape):
     x = torch.randn(shape)
     gm = capture(model, x)
     # With gradients on, attention is kept off its fused path here too.
-    with graph.evaluating(model), FlopCounterMode(display=False) as counter:
+    with evaluating(model), FlopCounterMode(display=False) as counter:
         model(x)
     assert sum(n.meta["flops"] for n in gm.graph.nodes) == counter.get_total_flops() > 0
     for n in gm.graph.nodes:
@@ -315,7 +321,7 @@ def test_propagate_returns_the_outputs_and_leaves_the_modes():
     gm.train()
     gm.body.get_submodule("1").eval()
     modes = [m.training for m in gm.modules()]
-    found = graph.propagate(gm, graph.captured(gm).inputs)
+    found = propagate(gm, graph_captured(gm).inputs)
     assert [m.training for m in gm.modules()] == modes
     assert difference(found, outputs(gm), "propagate").max_abs == 0
     assert not any(t.requires_grad for t in found)
@@ -326,10 +332,10 @@ def test_evaluating_restores_each_mode_also_after_an_exception():
     model.body[1].eval()
     model.head.eval()
     modes = [m.training for m in model.modules()]
-    with graph.evaluating(model):
+    with evaluating(model):
         assert not any(m.training for m in model.modules())
     assert [m.training for m in model.modules()] == modes
-    with pytest.raises(RuntimeError, match="inside"), graph.evaluating(model):
+    with pytest.raises(RuntimeError, match="inside"), evaluating(model):
         raise RuntimeError("inside")
     assert [m.training for m in model.modules()] == modes
 
@@ -338,10 +344,10 @@ def test_difference_of_values():
     a, b = torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])
     found = difference([a], [b], "here")
     assert (found.max_abs, found.relative) == (0.5, 0.1)
-    assert difference([a, b], [a, b], "here") == graph.Difference(0, 0)
+    assert difference([a, b], [a, b], "here") == Difference(0, 0)
     assert difference([torch.ones(2)], [torch.zeros(2)], "here").relative == 2**0.5
-    assert difference([], [], "here") == graph.Difference(0, 0)
-    assert difference([torch.ones(0)], [torch.ones(0)], "here") == graph.Difference(0, 0)
+    assert difference([], [], "here") == Difference(0, 0)
+    assert difference([torch.ones(0)], [torch.ones(0)], "here") == Difference(0, 0)
     assert difference([torch.tensor([3 + 4j])], [torch.tensor([0j])], "here").max_abs == 5
     assert difference([torch.tensor([True, False])], [torch.tensor([True, True])], "here").max_abs == 1
 
@@ -355,7 +361,7 @@ def test_difference_is_taken_in_float64():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite(value):
     bad, good = torch.tensor([1.0, value]), torch.tensor([1.0, 2.0])
-    assert difference([bad], [bad.clone()], "here") == graph.Difference(0, 0)
+    assert difference([bad], [bad.clone()], "here") == Difference(0, 0)
     for outputs, reference in ((bad, good), (good, bad), (-bad if value == value else good, bad)):
         with pytest.raises(VerificationError, match=r"^here: output 0 "):
             difference([outputs], [reference], "here")
@@ -403,15 +409,15 @@ def test_positional_inputs_follow_the_placeholders():
         return a + b + c
 
     gm = fx.symbolic_trace(forward)
-    assert graph.positional(gm, Inputs((1,), {"b": 2})) == [1, 2, 3]
-    assert graph.positional(gm, Inputs((), {"c": 5, "b": 2, "a": 1})) == [1, 2, 5]
+    assert positional(gm, Inputs((1,), {"b": 2})) == [1, 2, 3]
+    assert positional(gm, Inputs((), {"c": 5, "b": 2, "a": 1})) == [1, 2, 5]
     with pytest.raises(FxlrdError, match=r"^example inputs: the model's argument 'b' is missing$"):
-        graph.positional(gm, Inputs((1,)))
+        positional(gm, Inputs((1,)))
 
 
 def test_run_names_what_does_not_fit():
     with pytest.raises(FxlrdError) as caught:
-        graph.run(nn.Linear(4, 4).double(), Inputs((torch.ones(2, 3),)))
+        run(nn.Linear(4, 4).double(), Inputs((torch.ones(2, 3),)))
     message = str(caught.value)
     assert message.startswith("the model fails on the example inputs (float32[2, 3] on cpu): ")
     assert "the model's weights are float64 on cpu" in message

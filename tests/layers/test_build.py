@@ -9,14 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fxlrd import layers
 from fxlrd.calibration.patches import patches
 from fxlrd.errors import FxlrdError
 from fxlrd.factor.svd import relative_error
 from fxlrd.factor.whiten import RIDGE
 from fxlrd.graph.compare import difference
-from fxlrd.layers.fit import Moments, Seen
-from fxlrd.layers.kinds import channel_axis
+from fxlrd.layers.build import decomposed, from_blocks, resized, skeleton, weight_blocks
+from fxlrd.layers.fit import MATTERS_RIDGE, Moments, Seen, roots
+from fxlrd.layers.forms import explicit_ranks, full_ranks, parameters, ranks_for_ratio, ranks_text
+from fxlrd.layers.forms import form as layers_form
+from fxlrd.layers.kinds import CONVS, Conv, channel_axis, channels, kernel_area, kernel_text, op, spatial_dims
+from fxlrd.layers.kinds import TRANSPOSED as layers_TRANSPOSED
 
 SIZES = (9, 7, 6)
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -49,7 +52,7 @@ def convs(draw):
         words = ["valid", "same", "same"] if set(options["stride"]) == {1} else ["valid"]
         options["padding"] = draw(st.sampled_from([options["padding"], *words]))
         options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"]))
-    kinds = layers.TRANSPOSED if "output_padding" in options else layers.CONVS
+    kinds = layers_TRANSPOSED if "output_padding" in options else CONVS
     conv = kinds[dims - 1](c_in, c_out, **options, groups=groups, bias=draw(st.booleans()), dtype=torch.float64)
     if draw(st.booleans()):
         conv.weight.data = channels_last(conv.weight.data)
@@ -65,8 +68,8 @@ def linears(draw):
 @st.composite
 def with_ranks(draw, modules, full=False):
     module = draw(modules)
-    c_in, c_out, _ = layers.channels(module)
-    if layers.form(module) == "svd":
+    c_in, c_out, _ = channels(module)
+    if layers_form(module) == "svd":
         tops = [min(c_in, c_out)]
         kept = [True]
     else:
@@ -86,7 +89,7 @@ def assert_same_outputs(found, wanted, atol):
 
 def rebuilt(module, form):
     """The weight that the factors stand for."""
-    groups = layers.channels(module)[2]
+    groups = channels(module)[2]
     parts = {name: p.weight.detach().unflatten(0, (groups, -1)) for name, p in form.named_children()}
     transposed = {name for name, p in form.named_children() if getattr(p, "transposed", False)}
     parts = {name: w.transpose(1, 2) if name in transposed else w for name, w in parts.items()}
@@ -112,7 +115,7 @@ same_padding = pytest.mark.filterwarnings("ignore:Using padding='same' with even
 @given(with_ranks(convs(), full=True), st.booleans())
 def test_conv_at_full_rank_gives_the_same_outputs(case, last):
     conv, ranks = case
-    form, error = layers.decomposed(conv, ranks)
+    form, error = decomposed(conv, ranks)
     x = channels_last(image(conv)) if last else image(conv)
     assert error <= 1e-12
     assert_same_outputs(form(x), conv(x), 1e-9)
@@ -123,7 +126,7 @@ def test_conv_at_full_rank_gives_the_same_outputs(case, last):
 @given(with_ranks(linears(), full=True), st.sampled_from([(), (3,), (2, 3), (2, 1, 3), (0,)]))
 def test_linear_at_full_rank_gives_the_same_outputs(case, batch):
     linear, ranks = case
-    form, error = layers.decomposed(linear, ranks)
+    form, error = decomposed(linear, ranks)
     x = torch.randn(*batch, linear.in_features, dtype=torch.float64)
     assert error <= 1e-12
     assert_same_outputs(form(x), linear(x), 1e-9)
@@ -134,11 +137,11 @@ def test_linear_at_full_rank_gives_the_same_outputs(case, batch):
 @given(with_ranks(st.one_of(convs(), linears())), st.integers(1, 3))
 def test_form_is_the_layer_with_the_rebuilt_weight(case, sweeps):
     module, ranks = case
-    form, error = layers.decomposed(module, ranks, sweeps)
+    form, error = decomposed(module, ranks, sweeps)
     stand_in = copy.deepcopy(module)
     with torch.no_grad():
         stand_in.weight.copy_(rebuilt(module, form))
-    x = image(module) if isinstance(module, layers.Conv) else torch.randn(3, 2, module.in_features, dtype=torch.float64)
+    x = image(module) if isinstance(module, Conv) else torch.randn(3, 2, module.in_features, dtype=torch.float64)
     assert_same_outputs(form(x), stand_in(x), 1e-9)
     assert error == pytest.approx(relative_error(module.weight, stand_in.weight), rel=1e-9, abs=1e-12)
 
@@ -147,33 +150,33 @@ def test_form_is_the_layer_with_the_rebuilt_weight(case, sweeps):
 @given(with_ranks(st.one_of(convs(), linears())))
 def test_parameters_and_skeleton_are_those_of_the_form(case):
     module, ranks = case
-    form, _ = layers.decomposed(module, ranks)
+    form, _ = decomposed(module, ranks)
     weights = [part.weight for part in form]
-    assert layers.parameters(module, ranks) == sum(w.numel() for w in weights)
-    bare = layers.skeleton(module, ranks)
+    assert parameters(module, ranks) == sum(w.numel() for w in weights)
+    bare = skeleton(module, ranks)
     assert repr(bare) == repr(form)
     assert described(bare) == described(form)
 
 
 def test_roles_and_the_place_of_stride_padding_and_bias():
-    form, _ = layers.decomposed(nn.Conv2d(6, 8, 3, stride=2, padding=1, dilation=2), (2, 3))
+    form, _ = decomposed(nn.Conv2d(6, 8, 3, stride=2, padding=1, dilation=2), (2, 3))
     assert [name for name, _ in form.named_children()] == ["first", "core", "last"]
     assert (form.core.stride, form.core.padding, form.core.dilation) == ((2, 2), (1, 1), (2, 2))
     assert [part.bias is None for part in form] == [True, True, False]
-    form, _ = layers.decomposed(nn.Conv2d(6, 8, 1, stride=2), (2,))
+    form, _ = decomposed(nn.Conv2d(6, 8, 1, stride=2), (2,))
     assert [name for name, _ in form.named_children()] == ["first", "last"]
     assert (form.first.stride, form.last.stride) == ((2, 2), (1, 1))
     assert [part.bias is None for part in form] == [True, False]
-    form, _ = layers.decomposed(nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1), (2, 3))
+    form, _ = decomposed(nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1), (2, 3))
     assert [type(part) for part in form] == [nn.Conv2d, nn.ConvTranspose2d, nn.Conv2d]
     assert (form.core.stride, form.core.padding, form.core.output_padding) == ((2, 2), (1, 1), (1, 1))
     assert [part.bias is None for part in form] == [True, True, False]
-    form, _ = layers.decomposed(nn.ConvTranspose1d(6, 8, 1, stride=2, output_padding=1), (2,))
+    form, _ = decomposed(nn.ConvTranspose1d(6, 8, 1, stride=2, output_padding=1), (2,))
     assert [type(part) for part in form] == [nn.Conv1d, nn.ConvTranspose1d]
     assert (form.first.stride, form.last.stride, form.last.output_padding) == ((1,), (2,), (1,))
-    form, _ = layers.decomposed(nn.Conv2d(6, 8, 3), (None, 3))
+    form, _ = decomposed(nn.Conv2d(6, 8, 3), (None, 3))
     assert [name for name, _ in form.named_children()] == ["core", "last"]
-    form, _ = layers.decomposed(nn.Conv2d(6, 8, 3), (2, None))
+    form, _ = decomposed(nn.Conv2d(6, 8, 3), (2, None))
     assert [name for name, _ in form.named_children()] == ["first", "core"]
     assert [part.bias is None for part in form] == [True, False]
 
@@ -194,7 +197,7 @@ MODULES = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dtype_is_carried(make, ranks, dtype):
     module = make().to(dtype)
-    for form in (layers.decomposed(module, ranks)[0], layers.skeleton(module, ranks)):
+    for form in (decomposed(module, ranks)[0], skeleton(module, ranks)):
         assert {p.dtype for p in form.parameters()} == {dtype}
 
 
@@ -204,7 +207,7 @@ def test_requires_grad_is_carried(make, ranks, weight, bias):
     module = make()
     module.weight.requires_grad_(weight)
     module.bias.requires_grad_(bias)
-    form, _ = layers.decomposed(module, ranks)
+    form, _ = decomposed(module, ranks)
     assert {part.weight.requires_grad for part in form} == {weight}
     assert form[-1].bias.requires_grad is bias
 
@@ -212,7 +215,7 @@ def test_requires_grad_is_carried(make, ranks, weight, bias):
 @pytest.mark.parametrize(("make", "ranks"), MODULES)
 @pytest.mark.parametrize("training", [True, False])
 def test_train_flag_is_carried(make, ranks, training):
-    form, _ = layers.decomposed(make().train(training), ranks)
+    form, _ = decomposed(make().train(training), ranks)
     assert {m.training for m in form.modules()} == {training}
 
 
@@ -229,10 +232,10 @@ def test_train_flag_is_carried(make, ranks, training):
 def test_memory_format_is_carried(kind, last, is_last):
     memory_format = last if is_last else torch.contiguous_format
     conv = kind(8, 12, 3).to(memory_format=memory_format)
-    for form in (layers.decomposed(conv, (4, 5))[0], layers.skeleton(conv, (4, 5))):
+    for form in (decomposed(conv, (4, 5))[0], skeleton(conv, (4, 5))):
         assert all(part.weight.is_contiguous(memory_format=memory_format) for part in form)
         assert form.core.weight.is_contiguous() != is_last
-    again = layers.resized(conv, conv.weight.detach().clone(memory_format=torch.contiguous_format), None)
+    again = resized(conv, conv.weight.detach().clone(memory_format=torch.contiguous_format), None)
     assert again.weight.is_contiguous() != is_last
 
 
@@ -241,8 +244,8 @@ def test_random_state_and_layer_are_left_alone(make, ranks):
     module = make()
     state = torch.get_rng_state()
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    form, _ = layers.decomposed(module, ranks)
-    layers.skeleton(module, ranks)
+    form, _ = decomposed(module, ranks)
+    skeleton(module, ranks)
     assert torch.equal(torch.get_rng_state(), state)
     with torch.no_grad():
         for p in form.parameters():
@@ -251,7 +254,7 @@ def test_random_state_and_layer_are_left_alone(make, ranks):
 
 
 def test_gradient_reaches_every_factor():
-    form, _ = layers.decomposed(nn.Conv2d(8, 12, 3), (4, 5))
+    form, _ = decomposed(nn.Conv2d(8, 12, 3), (4, 5))
     form(torch.randn(1, 8, 5, 5)).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in form.parameters())
 
@@ -268,7 +271,7 @@ def test_gradient_reaches_every_factor():
     ],
 )
 def test_reasons_for_no_ranks(module, ratio, reason):
-    assert layers.ranks_for_ratio(module, ratio) == reason
+    assert ranks_for_ratio(module, ratio) == reason
 
 
 @pytest.mark.parametrize(
@@ -287,7 +290,7 @@ def test_reasons_for_no_ranks(module, ratio, reason):
     ],
 )
 def test_ranks_for_ratio(module, ratio, ranks):
-    assert layers.ranks_for_ratio(module, ratio) == ranks
+    assert ranks_for_ratio(module, ratio) == ranks
 
 
 @settings(deadline=None)
@@ -301,14 +304,14 @@ def test_ranks_for_ratio(module, ratio, ranks):
 def test_ranks_for_ratio_meet_the_ratio(c_in, c_out, kernel, ratio, beta):
     conv = nn.Conv2d(c_in, c_out, kernel, device="meta")
     try:
-        ranks = layers.ranks_for_ratio(conv, ratio, beta)
+        ranks = ranks_for_ratio(conv, ratio, beta)
     except FxlrdError:
         assert min(c_in, c_out) >= 16
         return
     if isinstance(ranks, str):
         assert min(c_in, c_out) < 16
         return
-    assert layers.parameters(conv, ranks) * ratio <= conv.weight.numel()
+    assert parameters(conv, ranks) * ratio <= conv.weight.numel()
     tops = (min(c_in, c_out),) if conv.kernel_size == (1, 1) else (c_in, c_out)
     assert all(r is None or 1 <= r < top for r, top in zip(ranks, tops, strict=True))
 
@@ -328,12 +331,12 @@ def test_ranks_for_ratio_meet_the_ratio(c_in, c_out, kernel, ratio, beta):
 )
 def test_a_ratio_out_of_reach_of_a_wide_layer_names_one_that_works(module, beta):
     with pytest.raises(FxlrdError) as caught:
-        layers.ranks_for_ratio(module, 5000, beta)
+        ranks_for_ratio(module, 5000, beta)
     message = str(caught.value)
     assert message.startswith("ratio=5000 leaves less than rank 1 for ")
     assert "\n" not in message
     largest = float(re.search(r"at most ([0-9.e+]+),", message)[1])
-    assert not isinstance(layers.ranks_for_ratio(module, largest, beta), str)
+    assert not isinstance(ranks_for_ratio(module, largest, beta), str)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +351,7 @@ def test_a_ratio_out_of_reach_of_a_wide_layer_names_one_that_works(module, beta)
     ],
 )
 def test_explicit_ranks(module, given, ranks):
-    assert layers.explicit_ranks(module, given) == ranks
+    assert explicit_ranks(module, given) == ranks
 
 
 @pytest.mark.parametrize(
@@ -368,34 +371,34 @@ def test_explicit_ranks(module, given, ranks):
 )
 def test_bad_explicit_ranks(module, given):
     with pytest.raises(FxlrdError, match=r"^ranks=") as caught:
-        layers.explicit_ranks(module, given)
+        explicit_ranks(module, given)
     assert "\n" not in str(caught.value)
 
 
 def test_texts():
-    assert layers.ranks_text((204,)) == "204"
-    assert layers.ranks_text((None, 44)) == "-x44"
-    assert layers.kernel_text(nn.Conv2d(2, 2, (3, 5))) == "3×5"
-    assert layers.kernel_text(nn.Linear(2, 2)) == "1×1"
-    assert (layers.op(nn.Conv2d(2, 2, 1)), layers.op(nn.Linear(2, 2))) == ("Conv2d", "Linear")
-    assert layers.kernel_text(nn.ConvTranspose1d(2, 2, 5)) == "5"
-    assert layers.op(nn.ConvTranspose1d(2, 2, 5)) == "ConvTranspose1d"
+    assert ranks_text((204,)) == "204"
+    assert ranks_text((None, 44)) == "-x44"
+    assert kernel_text(nn.Conv2d(2, 2, (3, 5))) == "3×5"
+    assert kernel_text(nn.Linear(2, 2)) == "1×1"
+    assert (op(nn.Conv2d(2, 2, 1)), op(nn.Linear(2, 2))) == ("Conv2d", "Linear")
+    assert kernel_text(nn.ConvTranspose1d(2, 2, 5)) == "5"
+    assert op(nn.ConvTranspose1d(2, 2, 5)) == "ConvTranspose1d"
 
 
 @settings(deadline=None)
 @given(st.one_of(convs(), linears()))
 def test_a_layer_of_the_same_size_is_the_same(module):
     bias = None if module.bias is None else module.bias.detach()
-    new = layers.resized(module, layers.from_blocks(module, layers.weight_blocks(module)), bias)
+    new = resized(module, from_blocks(module, weight_blocks(module)), bias)
     assert repr(new) == repr(module)
     assert torch.equal(new.weight, module.weight)
     assert new.weight.is_contiguous() == module.weight.is_contiguous()
 
 
-@pytest.mark.parametrize("kind", layers.TRANSPOSED)
+@pytest.mark.parametrize("kind", layers_TRANSPOSED)
 def test_a_transposed_layer_takes_the_size_of_its_weight(kind):
     like = kind(8, 12, 3, stride=2, groups=2, output_padding=1)
-    new = layers.resized(like, torch.randn(6, 5, *like.kernel_size), None, groups=3)
+    new = resized(like, torch.randn(6, 5, *like.kernel_size), None, groups=3)
     assert (new.in_channels, new.out_channels, new.groups) == (6, 15, 3)
     assert (new.stride, new.output_padding) == (like.stride, like.output_padding)
 
@@ -408,8 +411,8 @@ def fitted_to(module, x, matters=None, by_patch=True):
     read = x.movedim(channel_axis(module, x.dim()), -1).flatten(0, -2)
     saw = Seen(Moments.empty(read.shape[1], x.device), None, matters)
     saw.reads.add(read)
-    by_patch = by_patch and isinstance(module, layers.CONVS) and layers.kernel_area(module) > 1
-    if by_patch and layers.channels(module)[2] == 1:
+    by_patch = by_patch and isinstance(module, CONVS) and kernel_area(module) > 1
+    if by_patch and channels(module)[2] == 1:
         saw.patches = Moments.empty(module.weight[0].numel(), x.device)
         saw.patches.add(patches(module, x))
     return saw.fit(module)
@@ -421,14 +424,14 @@ def regularised(g, share):
 
 def data(module, count=8):
     """Inputs whose channels depend on each other and have means."""
-    shape = (count, *(9, 8, 5)[: layers.spatial_dims(module)]) if isinstance(module, layers.Conv) else (20 * count,)
+    shape = (count, *(9, 8, 5)[: spatial_dims(module)]) if isinstance(module, Conv) else (20 * count,)
     mixed = torch.randn(shape[0], *shape[1:], width(module)).double()
     mixed = mixed @ torch.randn(mixed.shape[-1], mixed.shape[-1]).double() * torch.logspace(0, -1, mixed.shape[-1]) + 1
     return mixed.movedim(-1, channel_axis(module, mixed.dim())).to(module.weight.dtype).contiguous()
 
 
 def width(module):
-    c_in, _, groups = layers.channels(module)
+    c_in, _, groups = channels(module)
     return c_in * groups
 
 
@@ -466,9 +469,9 @@ def test_the_bias_keeps_the_mean_of_the_output(make, ranks, weighted):
     matters = torch.randn(20, 12).double().mT.cov() if weighted else None
     if matters is not None:
         matters = matters[: len(module.weight), : len(module.weight)]
-    form, _ = layers.decomposed(module, ranks, fit=fitted_to(module, x, matters))
+    form, _ = decomposed(module, ranks, fit=fitted_to(module, x, matters))
     torch.testing.assert_close(output_means(form, x), output_means(module, x), rtol=0, atol=1e-10)
-    plain, _ = layers.decomposed(module, ranks)
+    plain, _ = decomposed(module, ranks)
     assert (output_means(plain, x) - output_means(module, x)).abs().max() > 1e-3
     assert form[-1].bias is not None
     assert all(part.bias is None for part in form[:-1])
@@ -477,7 +480,7 @@ def test_the_bias_keeps_the_mean_of_the_output(make, ranks, weighted):
 def test_without_patches_the_mean_is_kept_where_there_is_no_padding():
     conv = nn.Conv2d(6, 8, 3, groups=2).double()
     x = data(conv)[..., :1, :1].expand(-1, -1, 9, 8)  # each image even, so that its border is like the rest
-    form, _ = layers.decomposed(conv, (2, 2), fit=fitted_to(conv, x, by_patch=False))
+    form, _ = decomposed(conv, (2, 2), fit=fitted_to(conv, x, by_patch=False))
     torch.testing.assert_close(output_means(form, x), output_means(conv, x), rtol=0, atol=1e-10)
 
 
@@ -486,10 +489,10 @@ def test_the_error_is_that_of_the_output_about_its_mean(make, ranks):
     module = double(make)
     x = data(module)
     fit = fitted_to(module, x)
-    form, error = layers.decomposed(module, ranks, fit=fit)
+    form, error = decomposed(module, ranks, fit=fit)
     change = (module.weight - rebuilt(module, form)).detach()
     # The ridge adds to each group its share of the mean variance of what that reads.
-    groups, positions = layers.channels(module)[2], module(x).numel() / len(module.weight)
+    groups, positions = channels(module)[2], module(x).numel() / len(module.weight)
     if fit.patches is not None:
         variance, share = fit.patches.diagonal().mean()[None], RIDGE + fit.patch_ridge
     else:
@@ -502,7 +505,7 @@ def test_the_error_is_that_of_the_output_about_its_mean(make, ranks):
 
     found = (size((form(x) - module(x)).detach(), change) / size(module(x).detach(), module.weight)).sqrt().item()
     assert error == pytest.approx(found, rel=1e-8)
-    plain, _ = layers.decomposed(module, ranks)
+    plain, _ = decomposed(module, ranks)
     lost = (module.weight - rebuilt(module, plain)).detach()
     assert error < (size((plain(x) - module(x)).detach(), lost) / size(module(x).detach(), module.weight)).sqrt()
 
@@ -510,10 +513,10 @@ def test_the_error_is_that_of_the_output_about_its_mean(make, ranks):
 @pytest.mark.parametrize(("make", "ranks"), [p for p in FITTED if len(p.values[1]) == 1])
 def test_the_error_is_weighted_by_what_matters(make, ranks):
     module = double(make)
-    groups = layers.channels(module)[2]
+    groups = channels(module)[2]
     matters = torch.randn(len(module.weight), 40).double().cov()
     fit = fitted_to(module, data(module), matters)
-    form, error = layers.decomposed(module, ranks, fit=fit)
+    form, error = decomposed(module, ranks, fit=fit)
 
     def size(weight):
         w = weight.detach().flatten(1).unflatten(0, (groups, -1))
@@ -521,7 +524,7 @@ def test_the_error_is_weighted_by_what_matters(make, ranks):
         for i in range(groups):
             ins, outs = (slice(i * n, (i + 1) * n) for n in (w.shape[2], w.shape[1]))
             g = regularised(fit.second[ins, ins], RIDGE + fit.ridge)
-            gamma = regularised(matters[outs, outs], RIDGE + layers.MATTERS_RIDGE)
+            gamma = regularised(matters[outs, outs], RIDGE + MATTERS_RIDGE)
             total += torch.einsum("st,sc,cd,td->", gamma, w[i], g, w[i]).item()
         return total
 
@@ -544,9 +547,9 @@ def test_a_transposed_conv_is_fitted_to_what_each_output_sees(make, ranks, weigh
     module = double(make)
     x = data(module)
     matters = torch.randn(12, 40).double().cov() if weighted else None
-    form, error = layers.decomposed(module, ranks, fit=fitted_to(module, x, matters))
+    form, error = decomposed(module, ranks, fit=fitted_to(module, x, matters))
     torch.testing.assert_close(output_means(form, x), output_means(module, x), rtol=0, atol=1e-10)
-    plain, worse = layers.decomposed(module, ranks)
+    plain, worse = decomposed(module, ranks)
     assert (output_means(plain, x) - output_means(module, x)).abs().max() > 1e-3
     if weighted:
         return
@@ -554,7 +557,7 @@ def test_a_transposed_conv_is_fitted_to_what_each_output_sees(make, ranks, weigh
     fit = fitted_to(module, x)
     axis = channel_axis(module, x.dim())
     centred = x - fit.mean.view(-1, *[1] * (x.dim() - axis - 1))
-    groups = layers.channels(module)[2]
+    groups = channels(module)[2]
     variance = fit.second.diagonal().unflatten(0, (groups, -1)).mean(1) * (RIDGE + fit.ridge)
     without = torch.zeros(12).double()
 
@@ -579,7 +582,7 @@ def test_where_taps_overlap_a_transposed_conv_keeps_the_mean_all_the_same():
     # As many positions are made as read times the stride: each input reaches all of the kernel.
     conv = nn.ConvTranspose2d(6, 8, 3, stride=2, padding_mode="zeros").double()
     x = nn.functional.pad(data(conv, 64) - 1, (1, 1, 1, 1))  # nothing is cut off that is not zero
-    form, _ = layers.decomposed(conv, (3, 4), fit=fitted_to(conv, x))
+    form, _ = decomposed(conv, (3, 4), fit=fitted_to(conv, x))
     made, lost = conv(x), (form(x) - conv(x)).detach()
     scale = x[0, 0].numel() * 4 / made[0, 0].numel()
     added = form.last.bias.detach() - conv.bias.detach()
@@ -589,10 +592,10 @@ def test_where_taps_overlap_a_transposed_conv_keeps_the_mean_all_the_same():
 @pytest.mark.parametrize(("make", "ranks"), [*FITTED, *TRANSPOSED])
 def test_at_full_rank_a_fit_changes_nothing(make, ranks):
     module = double(make)
-    full, x = layers.full_ranks(module), data(module)
+    full, x = full_ranks(module), data(module)
     fit = fitted_to(module, x, torch.eye(module(x).shape[channel_axis(module, x.dim())]).double())
-    form, error = layers.decomposed(module, full, fit=fit)
-    assert described(form) == described(layers.decomposed(module, full)[0])
+    form, error = decomposed(module, full, fit=fit)
+    assert described(form) == described(decomposed(module, full)[0])
     assert error <= 1e-12
     assert_same_outputs(form(x), module(x), 1e-9)
 
@@ -601,7 +604,7 @@ def test_at_full_rank_a_fit_changes_nothing(make, ranks):
 def test_one_mode_alone_at_full_rank_loses_nothing(ranks):
     conv = nn.Conv2d(8, 12, 3, padding=1).double()
     x = data(conv)
-    form, error = layers.decomposed(conv, ranks, fit=fitted_to(conv, x))
+    form, error = decomposed(conv, ranks, fit=fitted_to(conv, x))
     assert error < 1e-7, "the square root of rounding"
     assert_same_outputs(form(x), conv(x), 1e-7)
 
@@ -611,13 +614,13 @@ def test_one_mode_alone_at_full_rank_loses_nothing(ranks):
 def test_each_group_is_fitted_alone(kind, kernel, ranks):
     conv = kind(8, 12, kernel, groups=2).double()
     x, matters = data(conv), torch.randn(12, 40).double().cov()
-    form, _ = layers.decomposed(conv, ranks, fit=fitted_to(conv, x, matters))
+    form, _ = decomposed(conv, ranks, fit=fitted_to(conv, x, matters))
     for ins, outs in ((slice(4), slice(6)), (slice(4, 8), slice(6, 12))):
         alone = kind(4, 6, kernel).double()
         alone.weight.data = conv.weight.detach()[ins if alone.transposed else outs]
         alone.bias.data = conv.bias.detach()[outs]
         fit = fitted_to(alone, x[:, ins], matters[outs, outs], by_patch=False)
-        wanted, _ = layers.decomposed(alone, ranks, fit=fit)
+        wanted, _ = decomposed(alone, ranks, fit=fit)
         assert_same_outputs(form(x)[:, outs], wanted(x[:, ins]), 1e-9)
 
 
@@ -625,14 +628,14 @@ def test_the_roots_are_those_of_the_groups():
     conv = nn.Conv2d(6, 4, 1, groups=2).double()
     x, matters = data(conv), torch.randn(4, 40).double().cov()
     fit = fitted_to(conv, x, matters)
-    reads, weights = layers.roots(conv, fit)
+    reads, weights = roots(conv, fit)
     for i in range(2):
         ins, outs = slice(3 * i, 3 * i + 3), slice(2 * i, 2 * i + 2)
         wanted = regularised(fit.second[ins, ins], RIDGE + fit.ridge)
         torch.testing.assert_close(reads.root[i] @ reads.root[i], wanted, rtol=1e-10, atol=1e-10)
-        wanted = regularised(matters[outs, outs], RIDGE + layers.MATTERS_RIDGE)
+        wanted = regularised(matters[outs, outs], RIDGE + MATTERS_RIDGE)
         torch.testing.assert_close(weights.root[i] @ weights.root[i], wanted, rtol=1e-10, atol=1e-10)
-    assert layers.roots(conv, fit._replace(matters=None))[1] is None
+    assert roots(conv, fit._replace(matters=None))[1] is None
 
 
 POOR = {
@@ -652,9 +655,9 @@ POOR = {
 def test_poor_data_give_a_form_that_is_fit_for_use(poor, make, ranks, dtype, matters):
     module = make().to(dtype)
     x = data(module)
-    _, c_out, groups = layers.channels(module)
+    _, c_out, groups = channels(module)
     gamma = None if matters is None else matters * torch.eye(c_out * groups)
-    form, error = layers.decomposed(module, ranks, fit=fitted_to(module, POOR[poor](x), gamma))
+    form, error = decomposed(module, ranks, fit=fitted_to(module, POOR[poor](x), gamma))
     assert 0 <= error <= 1
     assert {p.dtype for p in form.parameters()} == {dtype}
     assert all(p.isfinite().all() for p in form.parameters())
@@ -668,7 +671,7 @@ def test_a_new_bias_is_trained_if_the_weight_is(weight, bias):
     linear = nn.Linear(8, 12, bias).requires_grad_(weight)
     x = data(linear)
     before = {name: p.detach().clone() for name, p in linear.named_parameters()}
-    form, _ = layers.decomposed(linear, (4,), fit=fitted_to(linear, x))
+    form, _ = decomposed(linear, (4,), fit=fitted_to(linear, x))
     assert {p.requires_grad for p in form.parameters()} == {weight}
     assert all(torch.equal(p, before[name]) for name, p in linear.named_parameters())
     assert form.training
@@ -676,11 +679,11 @@ def test_a_new_bias_is_trained_if_the_weight_is(weight, bias):
 
 def test_factors_that_are_fitted_share_their_size():
     linear = nn.Linear(8, 12).double()
-    form, _ = layers.decomposed(linear, (4,), fit=fitted_to(linear, data(linear)))
+    form, _ = decomposed(linear, (4,), fit=fitted_to(linear, data(linear)))
     first, last = (torch.linalg.svdvals(part.weight.detach()) for part in form)
     torch.testing.assert_close(first, last, rtol=1e-9, atol=0)
     conv = nn.Conv2d(8, 12, 3).double()
-    form, _ = layers.decomposed(conv, (4, 5), fit=fitted_to(conv, data(conv)))
+    form, _ = decomposed(conv, (4, 5), fit=fitted_to(conv, data(conv)))
     for part, axis in ((form.first, 0), (form.last, 1)):
         flat = part.weight.detach()[..., 0, 0].movedim(axis, 0)
         torch.testing.assert_close(flat @ flat.mT, torch.eye(len(flat)).double(), rtol=0, atol=1e-12)

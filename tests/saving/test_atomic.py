@@ -14,7 +14,7 @@ from fxlrd.passes import Decompose
 from fxlrd.saving import storage as checkpoint
 from fxlrd.saving.load import load
 from fxlrd.saving.save import save
-from tests.checkpoint.nets import Net, X, compressed, empty, equal
+from tests.saving.nets import Net, X, compressed, empty, equal
 
 STEPS = ["_hashed", "_synced", "write_whole", "save_file"]
 

@@ -7,7 +7,7 @@ from fxlrd.cli import main
 from fxlrd.saving.load import load
 from fxlrd.saving.save import save
 from fxlrd.saving.schema import read_plan
-from tests.checkpoint.nets import Net, compressed, empty
+from tests.saving.nets import Net, compressed, empty
 
 
 def test_the_command_line_opens_what_it_saved(tmp_path, capsys, monkeypatch):

@@ -21,7 +21,7 @@ from fxlrd.saving import storage as checkpoint
 from fxlrd.saving.load import load
 from fxlrd.saving.save import save
 from fxlrd.saving.schema import PLAN, read_plan
-from tests.checkpoint.nets import Loop, Net, compressed
+from tests.saving.nets import Loop, Net, compressed
 
 # -- wrong architectures
 

@@ -24,7 +24,7 @@ from fxlrd.saving import storage as checkpoint
 from fxlrd.saving.load import load
 from fxlrd.saving.save import save
 from fxlrd.saving.schema import PLAN, read_plan
-from tests.checkpoint.nets import Loop, Net, X, compressed, empty, equal, trained
+from tests.saving.nets import Loop, Net, X, compressed, empty, equal, trained
 
 
 def state(model):

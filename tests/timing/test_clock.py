@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from fxlrd.timing import clock as latency
-from fxlrd.timing.cache import Cache, Setting
+from fxlrd.timing.cache import Cache, Setting, cache_folder, example, signature
 from fxlrd.timing.clock import Timing, compare
+from fxlrd.timing.inductor import compiled
 
 CPU = torch.device("cpu")
 SETTING = Setting("cpu: some", "2.0", 2, False)
@@ -240,12 +241,12 @@ def test_keys_differ_by_setting_and_layer(tmp_path):
     ]
     conv, shape = nn.Conv2d(4, 8, 3), (1, 4, 8, 8)
     signatures = [
-        latency.signature(conv, shape, torch.float32, "contiguous"),
-        latency.signature(conv, shape, torch.bfloat16, "contiguous"),
-        latency.signature(conv, shape, torch.float32, "channels_last"),
-        latency.signature(conv, (2, 4, 8, 8), torch.float32, "contiguous"),
-        latency.signature(nn.Conv2d(4, 8, 3, stride=2), shape, torch.float32, "contiguous"),
-        latency.signature(nn.Conv2d(4, 8, 3, bias=False), shape, torch.float32, "contiguous"),
+        signature(conv, shape, torch.float32, "contiguous"),
+        signature(conv, shape, torch.bfloat16, "contiguous"),
+        signature(conv, shape, torch.float32, "channels_last"),
+        signature(conv, (2, 4, 8, 8), torch.float32, "contiguous"),
+        signature(nn.Conv2d(4, 8, 3, stride=2), shape, torch.float32, "contiguous"),
+        signature(nn.Conv2d(4, 8, 3, bias=False), shape, torch.float32, "contiguous"),
     ]
     keys = list(itertools.product(settings, signatures))
     for i, key in enumerate(keys):
@@ -274,10 +275,10 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 def test_example_leaves_the_random_state_alone():
     state = torch.get_rng_state()
-    x = latency.example((2, 3, 4, 5), torch.bfloat16, "channels_last", CPU)
+    x = example((2, 3, 4, 5), torch.bfloat16, "channels_last", CPU)
     assert (x.shape, x.dtype) == ((2, 3, 4, 5), torch.bfloat16)
     assert x.is_contiguous(memory_format=torch.channels_last)
-    y = latency.example((2, 3, 4, 5), torch.bfloat16, "contiguous", CPU)
+    y = example((2, 3, 4, 5), torch.bfloat16, "contiguous", CPU)
     assert y.is_contiguous()
     assert torch.equal(x, y)
     assert torch.equal(torch.get_rng_state(), state)
@@ -287,7 +288,7 @@ def test_compiled_has_a_code_object_of_its_own(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "compile", lambda gm: asked.append(gm) or gm)
     module = nn.Sequential(nn.Linear(4, 4)).eval()
-    calls = [latency.compiled(module) for _ in range(2)]
+    calls = [compiled(module) for _ in range(2)]
     assert type(asked[0]).forward.__code__ is not type(asked[1]).forward.__code__
     x = torch.randn(2, 4)
     assert all(torch.equal(call(x), module(x)) for call in calls)
@@ -295,7 +296,7 @@ def test_compiled_has_a_code_object_of_its_own(monkeypatch):
 
 def test_compiled_really_freezes_the_weights():
     module, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4)
-    call = latency.compiled(module)
+    call = compiled(module)
     with torch.no_grad():
         before = call(x)
         module[0].weight.zero_()
@@ -307,6 +308,6 @@ def test_cache_folder_without_a_home(monkeypatch):
     monkeypatch.delenv("FXLRD_CACHE_DIR", raising=False)
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    latency.cache_folder()
+    cache_folder()
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert latency.cache_folder() == Path("/somewhere/fxlrd")
+    assert cache_folder() == Path("/somewhere/fxlrd")
