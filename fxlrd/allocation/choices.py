@@ -1,9 +1,10 @@
 """The forms that a layer can take, each with its cost and its predicted error.
 
 The predicted error of a layer's form is that of the layer's output on the calibration inputs, weighted by how much
-each direction of it matters (fxlrd/calibration/importance.py): the relative squared error of the *model's* output that
-this one layer causes. Those of different layers add up, as far as they are independent. All ranks of a layer come from one
-factorisation: with singular values σ of the whitened weight Γ^½·W·G^½, respectively the core K of its higher-order SVD,
+each direction of it matters (fxlrd/calibration/importance.py): the relative squared error of the *model's* output
+that this one layer causes. Those of different layers add up, as far as they are independent. All ranks of a layer
+come from one factorisation: with singular values σ of the whitened weight Γ^½·W·G^½, respectively the core K of its
+higher-order SVD,
 
     SVD        error(R) = Σ_{i>R} σᵢ²
     Tucker-2   error(r1, r2) = ‖K‖² − ‖K[:r2, :r1]‖²
