@@ -1,0 +1,56 @@
+"""Stand-ins for clocks: no test compares seconds that a machine took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from fxlrd.timing.clock import Timing
+
+
+class FakeClock:
+    """A clock that moves only while a callable of `call` runs. ``ran`` has the names of the calls, in order."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.ran: list[str] = []
+
+    def perf_counter(self) -> float:
+        """Return the seconds so far, as `time.perf_counter` would."""
+        return self.now
+
+    def call(self, name: str, cost: float | Callable[[int], float]) -> Callable[[], None]:
+        """Return a callable that takes ``cost`` seconds: a number, or a function of how many calls ran before."""
+
+        def run() -> None:
+            self.now += cost(len(self.ran)) if callable(cost) else cost
+            self.ran.append(name)
+
+        return run
+
+
+class FakeTimer:
+    """Stands in for `fxlrd.timing.clock.compare`: times are ``seconds_of(name, round)``, ratios are to the first.
+
+    ``rounds`` has the names of what was timed together, a list for each time that the timer was asked.
+    Each callable runs once, so that one that fails does so in the test.
+    """
+
+    def __init__(self, seconds_of: Callable[[str, int], float], spread: float = 0.0) -> None:
+        self.seconds_of = seconds_of
+        self.spread = spread
+        self.rounds: list[list[str]] = []
+
+    def __call__(
+        self, variants: Mapping[str, Callable[[], object]], device: torch.device, seconds: float = 0.0
+    ) -> dict[str, Timing]:
+        """Return made-up timings of ``variants``, whose callables run once each."""
+        times = {name: self.seconds_of(name, len(self.rounds)) for name in variants}
+        self.rounds.append(list(variants))
+        for call in variants.values():
+            call()
+        reference = next(iter(times.values()))
+        return {
+            name: Timing(s, s / reference, 0.0 if i == 0 else self.spread) for i, (name, s) in enumerate(times.items())
+        }
