@@ -39,7 +39,7 @@ def trained() -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         model = network()
-    with as_file(files("fxlrd") / "data" / "fashion.safetensors") as path:
+    with as_file(files("fxlrd.app") / "data" / "fashion.safetensors") as path:
         model.load_state_dict(load_file(path))
     return model.eval()
 
@@ -66,5 +66,5 @@ def _normalised(name: str) -> Tensor:
 def _array(name: str):  # type: ignore[no-untyped-def]
     import numpy as np
 
-    with as_file(files("fxlrd") / "data" / "fashion.npz") as path, np.load(path, allow_pickle=False) as found:
-        return found[name]
+    with as_file(files("fxlrd.app") / "data" / "fashion.npz") as path, np.load(path, allow_pickle=False) as arrays:
+        return arrays[name]
