@@ -16,6 +16,7 @@ from torch._inductor import config
 
 import fxlrd
 from fxlrd.backend import KEPT, Compressed, Options
+from tests.support.cases import cases
 
 EAGER = {"inner": "eager"}
 
@@ -89,6 +90,7 @@ def refused(match, *args, model=None, **options):
 # The door
 
 
+@pytest.mark.slow
 def test_entry_point_without_importing_fxlrd():
     script = (
         "import torch, sys; m = torch.nn.Sequential(torch.nn.Linear(64, 64)); x = torch.randn(2, 64)\n"
@@ -130,6 +132,7 @@ def test_ranks_times_on_the_example_inputs():
     close(compiled(model, preset="ranks", passes=None)(x), expected(model, x, preset="ranks"))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_ranks_are_timed_under_the_inner_compiler(monkeypatch):
     model, x = nn.Sequential(nn.Conv2d(128, 256, 1)).eval(), torch.randn(2, 128, 28, 28)
@@ -148,7 +151,7 @@ def _keeping(found, call):
     return recorded
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", cases(["aot_eager", "inductor"], slow=["inductor"]))
 @torch.no_grad()
 def test_inner_compilers(inner):
     model, x = net(), images()
@@ -212,6 +215,7 @@ def test_a_name_to_skip_that_fits_nothing_warns():
         compiled(net(), skip="layr1.0.conv1")(images())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_inner_options_and_mode():
     x = images()
@@ -275,7 +279,7 @@ def test_gradient_of_the_input():
 # Never stale, never foreign
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", cases(["eager", "aot_eager", "inductor"], slow=["inductor"]))
 @torch.no_grad()
 def test_two_instances_take_turns(inner, monkeypatch):
     a, b, x = net(0), net(1), images()
@@ -289,6 +293,7 @@ def test_two_instances_take_turns(inner, monkeypatch):
         close(f(b, x), want[1])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_few_sets_are_kept():
     x = images()
@@ -398,6 +403,7 @@ def test_writes_that_torch_does_not_count():
     close(f(x), expected(model, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [_load, _step, _replace, _data, _in_place])
 @torch.no_grad()
 def test_changed_weights_that_are_frozen(change):
@@ -414,6 +420,7 @@ def test_changed_weights_that_are_frozen(change):
     close(got, want)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_frozen_instances_and_norms():
     a, b, x = net(0), net(1), images()
@@ -483,6 +490,7 @@ def test_no_weight_is_kept_alive():
     assert served.latest.factors == ()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_newcomer_at_the_same_address():
     x = images()
@@ -505,7 +513,8 @@ def test_weights_without_versions_are_refused():
 # Dynamo's ways
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", cases(["eager", "inductor"], slow=["inductor"]))
 @torch.no_grad()
 def test_dynamic_shapes(inner):
     model = net()
@@ -534,6 +543,7 @@ def test_new_weights_that_call_for_another_graph(dynamic, monkeypatch):
     assert any("runs uncompiled" in str(w.message) for w in caught) is dynamic
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_threads_with_models_of_their_own():
     models, x = [net(i) for i in range(2)], images()
@@ -549,6 +559,7 @@ def test_threads_with_models_of_their_own():
         assert list(pool.map(wrong, range(2))) == [0, 0]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_automatic_dynamic_shapes():
     model = net()
@@ -599,7 +610,7 @@ def test_inference_mode(inner):
         close(f(x), expected(model, x))
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", cases(["eager", "inductor"], slow=["inductor"]))
 @torch.no_grad()
 def test_autocast(inner):
     model, x = net(), images()

@@ -15,6 +15,7 @@ from fxlrd.files import write_out
 SMALL = ["--input", "3x64x64"]
 
 
+@pytest.mark.slow
 def test_compress_prints_tables_and_writes_json(tmp_path, capsys):
     path = tmp_path / "report.json"
     assert main(["compress", "torchvision:resnet18", *SMALL, "--batch", "2", "--json", str(path)]) == 0
@@ -28,6 +29,7 @@ def test_compress_prints_tables_and_writes_json(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 
+@pytest.mark.slow
 def test_merge_with_calibration_inputs_from_a_file(tmp_path, capsys):
     np.save(tmp_path / "images.npy", np.random.default_rng(0).normal(size=(6, 3, 64, 64)).astype("float32"))
     command = ["compress", "torchvision:resnet18", *SMALL, "--batch", "2", "--passes", "calibrate,merge"]
@@ -43,6 +45,7 @@ def test_merge_with_calibration_inputs_from_a_file(tmp_path, capsys):
     assert "no calibration inputs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ranks_prints_the_papers_table(capsys):
     assert main(["ranks", "torchvision:resnet18", "--input", "3x32x32"]) == 0
     out = capsys.readouterr().out
@@ -108,6 +111,7 @@ def test_a_device_is_written_to_and_a_link_stays_one(tmp_path):
     os.close(reader)
 
 
+@pytest.mark.slow
 def test_the_module_runs():
     done = subprocess.run([sys.executable, "-m", "fxlrd", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("fxlrd ")

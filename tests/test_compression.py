@@ -154,6 +154,7 @@ def test_state_dict_names_are_stable():
     assert "3.first.bias" not in names
 
 
+@pytest.mark.slow
 def test_layers_that_only_training_calls_are_reported():
     x = torch.randn(1, 3, 64, 64)
     report = quick(googlenet(init_weights=False), x).report
@@ -228,6 +229,7 @@ def test_a_model_that_cannot_be_traced_says_where():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_under_inductor():
     x = torch.randn(1, 3, 33, 33)
     result = fxlrd.compress(resnet18().eval(), x, pipeline="decompose,snap{seconds=0.01}", compile=True, measure=False)
@@ -310,6 +312,7 @@ def test_a_list_of_passes_is_a_pipeline():
     assert torch.equal(quick(model, x, pipeline=[Decompose()]).model(x), quick(model, x).model(x))
 
 
+@pytest.mark.slow
 def test_inplace_counts_what_the_graph_never_calls():
     x = torch.randn(1, 3, 64, 64)
     result = quick(googlenet(init_weights=False), x, inplace=True)
@@ -493,6 +496,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_auto_on_any_kind_of_model(kind):
     build, data = KINDS[kind]

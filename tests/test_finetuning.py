@@ -214,6 +214,7 @@ if int(os.environ["RANK"]) == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_on_the_whole_batch(tmp_path):
     # 69 examples in batches of 16 leave 5 for the last: shares of 2 and 3.
     script, out = tmp_path / "worker.py", tmp_path / "out.pt"

@@ -8,6 +8,8 @@ from fxlrd.app import demo, fashion
 from fxlrd.timing import layers as layer_latency
 from fxlrd.timing.clock import Timing
 
+pytestmark = pytest.mark.slow
+
 
 def compare(calls, *_, **__):
     """Every call but the original's takes half of its time."""

@@ -536,6 +536,7 @@ def test_passes_and_steps_on_the_command_line(tmp_path, capsys, monkeypatch):
     assert "layer4" in (tmp_path / "d.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("out", "status", "message"),
     [

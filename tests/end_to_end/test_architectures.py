@@ -15,6 +15,8 @@ from fxlrd.graph.inputs import tensors
 from fxlrd.graph.run import run
 from fxlrd.layers.kinds import LAYERS
 
+pytestmark = pytest.mark.slow
+
 # Image sizes as small as the architecture takes, for the suite's sake.
 SIZES = {
     "resnet18": 64,

@@ -23,6 +23,7 @@ from fxlrd.passes import Allocate, Branch, Calibrate, Decompose, Freeze, Merge, 
 from fxlrd.passes.snap import _places
 from fxlrd.timing.cache import example, layout
 from fxlrd.timing.layers import placed
+from tests.support.cases import cases
 
 KINDS = {
     "Conv1d": (lambda: nn.Conv1d(24, 32, 3, padding=1, stride=2), (24, 12)),
@@ -216,6 +217,7 @@ def test_branches_of_any_core(kind, ranks):
     torch.testing.assert_close(result.graph_module(x), stand_in(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batched", [True, False])
 def test_branches_are_timed(kind, batched):
@@ -351,7 +353,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", cases(WHOLE, slow=["r3d_18"]))
 def test_whole_models_decompose(name):
     build, shape, left, ops = WHOLE[name]
     model, x = build().eval(), torch.randn(shape)
@@ -373,7 +375,7 @@ def test_whole_models_decompose(name):
     assert next(iter(ops)) in report.to_table()
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", cases(WHOLE, slow=["r3d_18"]))
 def test_whole_models_at_full_rank_are_exact(name):
     build, shape, _, _ = WHOLE[name]
     model, x = build().double().eval(), torch.randn(shape).double()
@@ -404,6 +406,7 @@ def test_preset_ranks(name):
     assert result.model(x).shape == model(x).shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["params", "flops"])
 @pytest.mark.parametrize("name", TINY)
 def test_preset_auto(name, measure):
@@ -420,6 +423,7 @@ def test_preset_auto(name, measure):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_budget_of_latency_on_convs_of_any_kind():
     build, shape = TINY["U-Net"]
     gm = capture(build().eval(), torch.randn(shape))

@@ -16,6 +16,7 @@ from torchvision.models import VisionTransformer
 
 import fxlrd
 from fxlrd import FxlrdError
+from tests.support.cases import cases
 
 FORMS: dict[str, tuple[dict[str, Any], str]] = {
     "lrd": ({}, "svd"),
@@ -25,10 +26,7 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {
     "merge": ({"pipeline": "calibrate{holdout=true},merge{ratio=2},refit,recalibrate"}, "merged"),
 }
 """What compress is asked for, and a decision that a layer then has at least."""
-CASES = [
-    *(("cnn", form) for form in FORMS),
-    *(("vit", "lrd"), ("vit", "merge"), ("bert", "lrd"), ("hf_vit", "lrd")),
-]
+CASES = [*(f"cnn-{form}" for form in FORMS), "vit-lrd", "vit-merge", "bert-lrd", "hf_vit-lrd"]
 ANY = torch.export.Dim.DYNAMIC
 
 Inputs = dict[str, Tensor]
@@ -136,9 +134,9 @@ def again(model: nn.Module, x: Inputs, form: str, **options: Any) -> fxlrd.Resul
     return fxlrd.compress(model, x, measure=False, **options)
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(scope="module", params=cases(CASES, slow=["bert-lrd", "hf_vit-lrd"]))
 def case(request) -> Case:
-    kind, form = request.param
+    kind, form = request.param.split("-")
     return compressed(globals()[kind], form)
 
 
@@ -202,6 +200,7 @@ def test_torch_export(case):
         assert same(run(**few(x)), model(**few(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx(case):
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -236,6 +235,7 @@ def test_torch_compile(case):
     assert same(run(**case.x), case.model(**case.x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [cnn, vit, bert])
 def test_inductor(make):
     torch.compiler.reset()

@@ -8,6 +8,8 @@ from torchvision import models
 
 import fxlrd
 
+pytestmark = pytest.mark.slow
+
 # Parameters (M), depth, FLOPs (G); FLOPs with the stride of a 1x1 conv on its first factor. The paper prints depths
 # of 115, 233 and 352. The convention that gives 115 (stem, seven a bottleneck, two for fc) gives 234 and 353 for the
 # deeper two: 1 + 7·33 + 2 and 1 + 7·50 + 2.

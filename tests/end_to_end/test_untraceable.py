@@ -689,6 +689,7 @@ def hugging_face(name):
 MODELS = ["bert", "gpt2", "llama", "vit", "whisper", "resnet", "deberta", "t5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers(name):
     model, inputs = hugging_face(name)
@@ -707,6 +708,7 @@ def test_transformers(name):
     assert quick(model, inputs, ratio=1.5).report.after["params"] < result.report.before["params"]
 
 
+@pytest.mark.slow
 def test_bert_with_another_length_and_a_mask_given_later():
     model, inputs = hugging_face("bert")
     found = quick(model, {"input_ids": inputs["input_ids"]}, pipeline=FULL).model
@@ -717,6 +719,7 @@ def test_bert_with_another_length_and_a_mask_given_later():
     same(found, model, inputs_embeds=torch.randn(1, 5, 16, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
 def test_generate_gives_the_same_tokens(name):
     model, inputs = hugging_face(name)
@@ -728,6 +731,7 @@ def test_generate_gives_the_same_tokens(name):
     assert cut.shape[0] == 2
 
 
+@pytest.mark.slow
 def test_gpt2_has_linears_in_disguise_and_a_cache():
     model, inputs = hugging_face("gpt2")
     result = quick(model, inputs, pipeline=FULL)
@@ -744,6 +748,7 @@ def test_gpt2_has_linears_in_disguise_and_a_cache():
     assert found.report.settings["output_error"] < 1e-9
 
 
+@pytest.mark.slow
 def test_a_hook_on_a_linear_in_disguise_keeps_it():
     model, inputs = hugging_face("gpt2")
     model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda m, a, y: y * 2)
@@ -752,6 +757,7 @@ def test_a_hook_on_a_linear_in_disguise_keeps_it():
     same(result.model, model, **inputs)
 
 
+@pytest.mark.slow
 def test_llama_trains_with_labels_and_saves(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     model, inputs = hugging_face("llama")
@@ -765,6 +771,7 @@ def test_llama_trains_with_labels_and_saves(tmp_path):
     assert set(state) == set(found.state_dict())
 
 
+@pytest.mark.slow
 def test_calibrated_as_a_tokenizer_gives_batches():
     model, inputs = hugging_face("bert")
     BatchEncoding = pytest.importorskip("transformers").BatchEncoding
@@ -773,6 +780,7 @@ def test_calibrated_as_a_tokenizer_gives_batches():
     assert result.report.after["params"] <= 0.9 * result.report.before["params"]
 
 
+@pytest.mark.slow
 def test_vit_is_quantized_after_compression():
     model, inputs = hugging_face("vit")
     inputs = {k: v.float() for k, v in inputs.items()}
@@ -784,6 +792,7 @@ def test_vit_is_quantized_after_compression():
         assert moved(small.vit(**inputs)[0], found.vit(**inputs)[0]) < 0.1
 
 
+@pytest.mark.slow
 def test_vit_in_torchao_int8_after_compression():
     torchao = pytest.importorskip("torchao.quantization")
     model, inputs = hugging_face("vit")
@@ -819,6 +828,7 @@ def torchvision(name):
     return model.eval(), inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fasterrcnn", "ssdlite", "raft"])
 def test_torchvision(name):
     model, inputs = torchvision(name)
@@ -834,6 +844,7 @@ def test_torchvision(name):
     assert all(torch.isfinite(t).all() for t in tensors(out))
 
 
+@pytest.mark.slow
 def test_a_detector_at_full_rank_finds_the_same_and_trains():
     model, (image,) = torchvision("fasterrcnn")
     # Far from ties: the order of boxes hangs on their scores.

@@ -150,6 +150,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_network_is_that_with_interpolative_factors(name, monkeypatch):
     build, size, count, some = NETWORKS[name]
@@ -183,6 +184,7 @@ def test_kept_channels_and_interpolation_come_from_the_moments_on_the_nodes(monk
         torch.testing.assert_close(matrix, least_squares(found.second, kept, found.ridge), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_what_reads_a_squeeze_excitation_reads_the_same_channels():
     model, x = randomised(models.efficientnet_b0()), images(32)
     gm = merged(model, x, ratio=2).graph_module
@@ -242,6 +244,7 @@ def test_the_predicted_error_is_measured_on_the_calibration_inputs():
 PAPER = {"resnet50": (50, -51.5, -55.1), "resnet101": (101, -56.4, -58.9), "resnet152": (152, -58.1, -60.2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_figures(name):
     depth, params, flops = PAPER[name]
@@ -259,6 +262,7 @@ def test_the_papers_figures(name):
         assert after.get_submodule(target) is before.get_submodule(target)
 
 
+@pytest.mark.slow
 def test_the_rank_is_that_of_equation_7_beside_a_spatial_conv():
     gm = merged(models.resnet50().eval().float(), torch.randn(2, 3, 32, 32)).graph_module
     r = fxlrd.ranks.tucker2_rank(512, 512, 3, 2.75)
@@ -722,6 +726,7 @@ def test_relocate_over_a_norm_of_constant_scale_and_no_shift_is_the_tucker_form(
     )
 
 
+@pytest.mark.slow
 def test_relocate_in_bottlenecks():
     model, x = randomised(models.resnet50()), images(32, batch=2)
     gm = capture(model, x)
@@ -919,6 +924,7 @@ def test_snap_takes_the_hardware_multiple_that_pays(monkeypatch):
     assert Merge(ranks=39)(gm).graph_module.get_submodule("0").out_features == 39
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vgg11_bn"])
 def test_snap_really_times_groups_of_every_kind(name):
     torch.manual_seed(0)

@@ -178,6 +178,7 @@ def test_a_graph_without_shapes_is_left_alone_with_the_reason():
     assert "give example inputs" in result.skipped[0].reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, True])
 def test_the_real_timing_runs(compile):
     x = torch.randn(1, 32, 6, 6)

@@ -15,6 +15,7 @@ from fxlrd.report.html import page as written
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[browser]'")
 
+pytestmark = pytest.mark.slow
 EVIL = "<script>hacked = 1</script>"
 WIDTHS = [390, 1440]
 SCHEMES = ["light", "dark"]

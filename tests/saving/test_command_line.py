@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fxlrd.app.models import load_model
 from fxlrd.cli import main
 from fxlrd.saving.load import load
@@ -27,6 +29,7 @@ def test_the_command_line_opens_what_it_saved(tmp_path, capsys, monkeypatch):
     assert load("saved", empty(net))[0].first.out_features == 16
 
 
+@pytest.mark.slow
 def test_the_command_line_opens_a_model_that_cannot_be_made_without_weights(tmp_path):
     command = ["compress", "torchvision:regnet_y_400mf", "--input", "3x32x32", "--skip", "trunk_output.*"]
     assert main([*command, "--save", str(tmp_path)]) == 0
