@@ -1,0 +1,19 @@
+"""What the README says to type is what runs elsewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def code_blocks(language: str) -> list[str]:
+    """Return the README's code blocks in that language."""
+    readme = (ROOT / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+
+
+def test_the_command_for_the_tests_is_the_one_that_ci_runs():
+    (command,) = (block for block in code_blocks("bash") if "pytest" in block)
+    assert command == (ROOT / ".ci" / "test-commands").read_text()
