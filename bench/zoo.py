@@ -33,9 +33,9 @@ from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.inputs import Inputs
 from fxlrd.layers.kinds import LAYERS
 from fxlrd.pipeline import PRESETS
+from fxlrd.report.numbers import change, giga
+from fxlrd.report.numbers import error as digits
 from fxlrd.report.report import Report
-from fxlrd.report.table import change, giga
-from fxlrd.report.table import error as digits
 
 EXACT = 1e-3
 """In float32 the depth of a network multiplies rounding errors; above this it is no rounding."""

@@ -29,6 +29,7 @@ from fxlrd.pipeline import Pipeline, Record
 from fxlrd.progress import Progress, bar, quiet
 from fxlrd.report.report import Report, figures
 from fxlrd.report.rows import layer_rows
+from fxlrd.report.table import summary
 from fxlrd.request import _check_model, steps_for
 from fxlrd.saving.architecture import lay_out, lay_out_graph, remember, shapes_before
 from fxlrd.timing.cache import Setting
@@ -36,12 +37,19 @@ from fxlrd.timing.clock import Timing, compare
 from fxlrd.timing.inductor import compiled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """The compressed ``model`` and the ``report`` on how it came about."""
+    """The compressed ``model`` and the ``report`` on its compression."""
 
     model: nn.Module
     report: Report
+
+    def __repr__(self) -> str:
+        return f"Result({summary(self.report.to_dict())})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the report's headline and layers."""
+        return self.report._repr_html_()
 
 
 def compress(

@@ -22,8 +22,8 @@ from fxlrd.graph.run import evaluating
 from fxlrd.passes import Calibrate, Decompose, Merge, Recalibrate, Refit
 from fxlrd.pipeline import Pipeline
 from fxlrd.progress import Progress, bar, quiet
+from fxlrd.report.numbers import giga
 from fxlrd.report.report import Report
-from fxlrd.report.table import giga
 from fxlrd.timing.cache import Setting
 from fxlrd.timing.clock import Timing, compare
 

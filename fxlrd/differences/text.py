@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from fxlrd.differences.blocks import _Block, _siblings, _tree
 from fxlrd.layers.forms import ranks_text
-from fxlrd.report.table import change as percent
-from fxlrd.report.table import error, giga
+from fxlrd.report.numbers import change as percent
+from fxlrd.report.numbers import error, giga
 
 if TYPE_CHECKING:
     from fxlrd.differences.match import Item

@@ -38,7 +38,7 @@ from fxlrd.layers.forms import Ranks, ranks_for_ratio, ranks_text
 from fxlrd.layers.kinds import channels, layer, op
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
-from fxlrd.report.table import giga
+from fxlrd.report.numbers import giga
 from fxlrd.timing.cache import Cache, Setting
 from fxlrd.timing.clock import Timing, compare
 from fxlrd.timing.inductor import compiled

@@ -16,7 +16,7 @@ from fxlrd.report import table
 from fxlrd.timing.clock import Timing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The figures of one compression.
 
@@ -34,8 +34,8 @@ class Report:
     layers: list[dict[str, Any]]
     passes: list[dict[str, Any]]
     warnings: list[str] = field(default_factory=list)
-    ledger: tuple[Record, ...] = field(default=(), repr=False)
-    diff: dict[str, Any] | None = field(default=None, repr=False)
+    ledger: tuple[Record, ...] = field(default=())
+    diff: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data, fit for JSON."""
@@ -44,7 +44,16 @@ class Report:
 
     def to_table(self) -> str:
         """Return the report as text: the headline, the passes, the layers."""
-        return table.whole(self.to_dict())
+        return table.report_text(self.to_dict())
+
+    def __repr__(self) -> str:
+        return f"Report({table.summary(self.to_dict())})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: headline and layers, without a script."""
+        from fxlrd.report.html import fragment
+
+        return fragment(self.to_dict())
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one page that needs nothing else: no server, no network."""
@@ -54,7 +63,7 @@ class Report:
 
     def ranks_table(self) -> str:
         """Return the paper's Table 2 of this model: ranks by ratio and as snapped, with the times behind them."""
-        return table.ranks(self.ledger, self.layers)
+        return table.ranks_table(self.ledger, self.layers)
 
 
 def figures(gm: fx.GraphModule, latency: Timing | None = None, params: int = 0, flops: int = 0) -> dict[str, Any]:

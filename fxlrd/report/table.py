@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from fxlrd.layers.forms import ranks_text
+from fxlrd.report.numbers import change, error, giga, ms, speed_text
 
 if TYPE_CHECKING:
     from fxlrd.pipeline import Record
@@ -15,11 +16,50 @@ if TYPE_CHECKING:
 _STYLE = "simple"
 
 
-def whole(report: Mapping[str, Any]) -> str:
+def report_text(report: Mapping[str, Any]) -> str:
     """Return headline, passes and layers, one table under the other, and the warnings."""
-    parts = [headline(report), passes(report["passes"]), layers(report["layers"])]
+    parts = [headline(report), passes_table(report["passes"]), layers_table(report["layers"])]
     parts += [f"warning: {text}" for text in report["warnings"]]
     return "\n\n".join(parts)
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """Return the model's name, the `outcome` and the error of the outputs, on one line."""
+    relative = output_error(report)
+    return f"{report['model']}: {outcome(report)}" + (f", output error {error(relative)}" if relative else "")
+
+
+def outcome(report: Mapping[str, Any]) -> str:
+    """Return the result of the compression in a few words: speed, parameters, FLOPs."""
+    parts = []
+    if (measured := speed(report)) is not None:
+        times, spread = measured
+        if times - spread > 1:
+            parts.append(f"{times:.2f}× as fast as the original")
+        elif times + spread < 1:
+            parts.append(f"slower than the original: {times:.2f}× its speed")
+        else:
+            parts.append("as fast as the original, within the noise of the measurement")
+    for key, word in (("params", "parameters"), ("flops", "FLOPs")):
+        before, after = report["before"][key], report["after"][key]
+        if before and after != before:
+            share = 100 * (after - before) / before
+            parts.append(f"{abs(share):.1f} % {'fewer' if share < 0 else 'more'} {word}")
+    return ", ".join(parts) or "nothing changed"
+
+
+def speed(report: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return how many times as fast as the original the model is, and the spread of that; None if not measured."""
+    settings = report["settings"]
+    return (settings["speedup"], settings["speedup_spread"]) if "speedup" in settings else None
+
+
+def output_error(report: Mapping[str, Any]) -> float | None:
+    """Return the relative error of the outputs on the example inputs; None if nothing was verified."""
+    if (measured := report["settings"].get("output_error")) is not None:
+        return float(measured)
+    errors = [row["relative_error"] for row in report["passes"]]
+    return errors[-1] if errors else None
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -37,10 +77,11 @@ def headline(report: Mapping[str, Any]) -> str:
     if before["depth"] is not None:
         rows.append(["depth (layers)", before["depth"], after["depth"], ""])
     if before["latency_ms"] is not None:
-        speed = f"{report['settings']['speedup']:.2f}× ± {report['settings']['speedup_spread']:.2f}"
-        rows.append(["latency", ms(before["latency_ms"]), ms(after["latency_ms"]), speed])
-    if (moved := report["settings"].get("output_error")) is not None:
-        rows.append(["output error", "", error(moved), "of the whole model, relative"])
+        measured = speed(report)
+        note = speed_text(*measured) if measured is not None else ""
+        rows.append(["latency", ms(before["latency_ms"]), ms(after["latency_ms"]), note])
+    if (relative := report["settings"].get("output_error")) is not None:
+        rows.append(["output error", "", error(relative), "of the whole model, relative"])
     title = f"{report['model']} on {report['device']}\n{report['settings']['inputs']}, {report['settings']['mode']}"
     return (
         title
@@ -49,8 +90,8 @@ def headline(report: Mapping[str, Any]) -> str:
     )
 
 
-def passes(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the ledger."""
+def passes_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the passes, one a line, and their notes."""
     cells = [
         [
             row["text"],
@@ -69,7 +110,7 @@ def passes(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([text, "", *notes]) if notes else text
 
 
-def layers(rows: Sequence[Mapping[str, Any]]) -> str:
+def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the layers, one a line."""
     cells = [
         [
@@ -90,7 +131,7 @@ def layers(rows: Sequence[Mapping[str, Any]]) -> str:
     return tabulate(cells, headers=headers, tablefmt=_STYLE, disable_numparse=True, colalign=right)
 
 
-def ranks(ledger: Sequence[Record], rows: Sequence[Mapping[str, Any]]) -> str:
+def ranks_table(ledger: Sequence[Record], rows: Sequence[Mapping[str, Any]]) -> str:
     """Return each layer's rank by ratio and as snapped, and the times relative to the original layer's."""
     by_ratio = {s.name: s.note.rpartition(" ")[2] for r in ledger if r.name == "decompose" for s in r.sites}
     snapped = {s.name: s for r in ledger if r.name == "snap" for s in r.sites}
@@ -115,23 +156,3 @@ def ranks(ledger: Sequence[Record], rows: Sequence[Mapping[str, Any]]) -> str:
         )
     headers = ["layer", "weight", "rank by ratio", "snapped", "time at first", "time now", "ms now"]
     return tabulate(cells, headers=headers, tablefmt=_STYLE, disable_numparse=True)
-
-
-def change(before: float, after: float) -> str:
-    """Return the relative change in percent."""
-    return f"{100 * (after - before) / before:+.1f} %" if before else ""
-
-
-def giga(flops: float) -> str:
-    """Return FLOPs in G, or M where they are few."""
-    return f"{flops / 1e9:.2f} G" if flops >= 1e8 else f"{flops / 1e6:.2f} M"
-
-
-def ms(value: float) -> str:
-    """Return milliseconds."""
-    return f"{value:.2f} ms"
-
-
-def error(value: float | None) -> str:
-    """Return an error in three digits; a dash where none was measured."""
-    return "-" if value is None else f"{value:.3g}"

@@ -18,14 +18,26 @@ from torch import nn
 import fxlrd
 from fxlrd.app.demo import Comparison, Row
 from fxlrd.cli import main
+from fxlrd.compression import Result
 from fxlrd.differences.compare import diff
 from fxlrd.pipeline import Pipeline
 from fxlrd.report import html
 from fxlrd.report.html import diff_page, page
+from fxlrd.report.numbers import error
 from fxlrd.report.sides import arranged, block_name
 
 ROOT = Path(html.__file__).parents[2]
 EVIL = "<script>hacked = 1</script>"
+EVILS = [
+    EVIL,
+    "</script><script>alert(1)</script>",
+    "<!--<script>",
+    "\"' onload=x",
+    "a\u2028b</SCRIPT",
+    "&lt;b&gt;",
+    "{{ 7*7 }}",
+]
+EVIL_NAMES = ["script", "closing", "comment", "quotes", "separator", "entity", "template"]
 VOID = {"meta", "link", "input", "wbr", "rect"}
 
 
@@ -107,19 +119,7 @@ def test_the_policy_allows_the_pages_own_style_and_script_only(plain):
     assert "http" not in policy
 
 
-@pytest.mark.parametrize(
-    "evil",
-    [
-        EVIL,
-        "</script><script>alert(1)</script>",
-        "<!--<script>",
-        "\"' onload=x",
-        "a\u2028b</SCRIPT",
-        "&lt;b&gt;",
-        "{{ 7*7 }}",
-    ],
-    ids=["script", "closing", "comment", "quotes", "separator", "entity", "template"],
-)
+@pytest.mark.parametrize("evil", EVILS, ids=EVIL_NAMES)
 def test_text_stays_text_wherever_it_comes_from(evil, plain, report, variants):
     rows = [dict(row, name=f"{evil}.{i}", op=evil, reason=evil) for i, row in enumerate(plain["layers"])]
     passes = [dict(row, text=evil, name=evil, note=evil) for row in plain["passes"]]
@@ -146,7 +146,7 @@ def test_the_headline(plain):
     assert f"Depth, layers {after['depth']} from {before['depth']}" in words
     assert f"−{100 * (1 - after['params'] / before['params']):.1f} %" in words
     assert "Accuracy" not in words
-    moved = html.error(plain["passes"][-1]["relative_error"])
+    moved = error(plain["passes"][-1]["relative_error"])
     assert f"Output error {moved} relative" in words
 
 
@@ -221,6 +221,20 @@ def test_tables_name_their_rows_and_columns(report, variants):
     assert all(a["tabindex"] == "0" and a["role"] == "region" and a["aria-labelledby"] for a in boxes)
     sortable = [a for t, a in read.tags if t == "th" and "aria-sort" in a]
     assert len(sortable) == 8 + 12  # without latency before and after: nothing was timed
+
+
+@pytest.mark.parametrize("evil", EVILS, ids=EVIL_NAMES)
+def test_a_notebook_shows_headline_and_layers(evil, report):
+    rows = [dict(row, name=f"{evil}.{i}", reason=evil) for i, row in enumerate(report.layers)]
+    shown = replace(report, model=evil, device=evil, layers=rows, warnings=[evil])
+    for result in (shown, Result(nn.Linear(2, 2), shown)):
+        text = result._repr_html_()
+        read = Reader(text)
+        assert {tag for tag, _ in read.tags} <= {"div", "p", "strong", "table", "thead", "tbody", "tr", "th", "td"}
+        assert {name for _, a in read.tags for name in a} <= {"scope", "style"}
+        assert read.words.count(" ".join(evil.split())) == 3 + 2 * len(rows)
+        assert "% fewer parameters" in read.words
+        assert "Parameters" in read.words
 
 
 def test_a_thousand_layers_stay_small(large):
