@@ -21,6 +21,7 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import annotate, fork
 from fxlrd.passes import PASSES
 from fxlrd.passes.contract import Pass, PassResult, Site, Skip
+from fxlrd.passes.driver import check_needs, label
 from fxlrd.progress import Progress, quiet
 from fxlrd.spec import _build, _options, _split, _text
 from fxlrd.timing.clock import Timing
@@ -132,10 +133,12 @@ class Pipeline:
         """Run the passes on ``gm``.
 
         ``example_inputs`` default to those that ``gm`` was captured with; without any, nothing is verified.
-        ``callback(before, pass, after)`` is called after each pass. Raises VerificationError if an exact pass
-        changed the outputs beyond rounding or any pass changed their number, shapes or dtypes.
+        ``callback(before, pass, after)`` is called after each pass. Raises FxlrdError before anything runs if a pass
+        needs what neither ``gm`` has nor an earlier pass leaves, and VerificationError if an exact pass changed the
+        outputs beyond rounding or any pass changed their number, shapes or dtypes.
         """
         gm = fork(gm)
+        check_needs(self.passes, gm)
         known = captured(gm)
         inputs = Inputs.of(example_inputs) if example_inputs is not None else known.inputs if known else None
         annotate(gm)
@@ -172,7 +175,7 @@ def _verify(
     reference: list[Tensor],
 ) -> Errors:
     """Return (largest absolute, relative) error against the reference, and relative against the pass's input."""
-    name = type(step).__name__.lower()
+    name = label(step)
     moved = difference(outputs, before, name)
     total = difference(outputs, reference, name)
     if all(site.exact for site in result.sites):
@@ -188,7 +191,7 @@ def _verify(
 def _record(step: Pass, result: PassResult, errors: Errors, seconds: float) -> Record:
     gm = result.graph_module
     return Record(
-        type(step).__name__.lower(),
+        label(step),
         _text(step),
         all(site.exact for site in result.sites),
         result.sites,

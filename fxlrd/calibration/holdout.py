@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,32 +18,71 @@ from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, run
 from fxlrd.graph.surgery import fork
 
-_KEPT = "fxlrd.held"
+_HELD_OUT = "fxlrd.held"
 _REFERENCE = "fxlrd.reference"
 
 
 @dataclass(frozen=True)
-class Held:
+class Holdout:
     """Inputs that no fit has seen, with the outputs that the original model gives for them."""
 
     inputs: tuple[Inputs, ...]
     outputs: tuple[list[Tensor], ...]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Held:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Holdout:
         return self
 
     def error(self, gm: fx.GraphModule) -> float:
         """Return ‖outputs − original outputs‖ / ‖original outputs‖ of a graph over all held-out inputs.
 
-        Outputs of whole numbers, such as classes, have no part in it. Infinite where outputs are not finite any more.
+        Outputs of whole numbers, such as classes, do not count. Infinite where outputs are no longer finite.
         """
-        found = (t for inputs in self.inputs for t in outputs(gm, inputs))
-        wanted = (t for each in self.outputs for t in each)
-        a, b = ([t for t in each if t.is_floating_point() or t.is_complex()] for each in (found, wanted))
+        now = _real(t for inputs in self.inputs for t in outputs(gm, inputs))
+        original = _real(t for each in self.outputs for t in each)
         try:
-            return difference(a, b, "held-out calibration inputs").relative
+            return difference(now, original, "held-out calibration inputs").relative
         except VerificationError:  # NaN or Inf where the original's are finite
             return math.inf
+
+
+@dataclass(frozen=True)
+class TooFew:
+    """Inputs were to be held out, but there were too few for it."""
+
+    reason: str = (
+        f"too few calibration inputs to hold some out, to judge it by: give {EVERY} batches, or {EVERY} inputs in one"
+    )
+
+
+@dataclass(frozen=True)
+class Disabled:
+    """No inputs were to be held out."""
+
+
+HeldOut = Holdout | TooFew | Disabled
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a change is kept, and the errors on held-out inputs, in words."""
+
+    kept: bool
+    note: str = ""
+
+
+def keep_if_better(held_out: HeldOut, before: fx.GraphModule, after: fx.GraphModule) -> Verdict:
+    """Judge a change by the inputs held out: it is kept if it lowers the error on them, or where there are none."""
+    if not isinstance(held_out, Holdout):
+        return Verdict(True)
+    was, now = held_out.error(before), held_out.error(after)
+    note = f"output error on held-out inputs {was:.3g} → {now:.3g}"
+    return Verdict(True, note) if now < was else Verdict(False, f"{note}: not kept")
+
+
+def held_out_of(gm: fx.GraphModule, inputs: Iterable[Inputs]) -> Holdout | TooFew:
+    """Return inputs held out of a fit with the graph's outputs for them; `TooFew` if there are none."""
+    inputs = tuple(inputs)
+    return Holdout(inputs, tuple(outputs(gm, each) for each in inputs)) if inputs else TooFew()
 
 
 def outputs(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
@@ -54,39 +94,29 @@ def outputs(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
         return tensors(gm(*positional(gm, inputs)))
 
 
-def hold(gm: fx.GraphModule, inputs: list[Inputs] | None) -> None:
-    """Keep on the graph module inputs that a fit must not see, what it gives for them now, and what it is now.
+def _real(values: Iterable[Tensor]) -> list[Tensor]:
+    return [t for t in values if t.is_floating_point() or t.is_complex()]
 
-    None: no inputs were to be held out. An empty list: they were too few for that.
-    """
+
+def record_calibrated(gm: fx.GraphModule, held_out: HeldOut) -> None:
+    """Record on a graph module what it is now, before any pass rewrites it, and the inputs held out of its fits."""
     gm.meta[_REFERENCE] = fork(gm)
-    gm.meta.pop(_KEPT, None)
-    if inputs is not None:
-        gm.meta[_KEPT] = Held(tuple(inputs), tuple(outputs(gm, each) for each in inputs))
+    gm.meta[_HELD_OUT] = held_out
 
 
 def reference(gm: fx.GraphModule) -> fx.GraphModule | None:
     """Return the graph as it was when it was calibrated, if it was."""
-    found = gm.meta.get(_REFERENCE)
-    return found if isinstance(found, fx.GraphModule) else None
+    recorded = gm.meta.get(_REFERENCE)
+    return recorded if isinstance(recorded, fx.GraphModule) else None
 
 
-def held(gm: fx.GraphModule) -> Held | None:
-    """Return what was held out of the fit, if anything was."""
-    found = gm.meta.get(_KEPT)
-    return found if isinstance(found, Held) and found.inputs else None
-
-
-TOO_FEW = f"too few calibration inputs to hold some out, to judge it by: give {EVERY} batches, or {EVERY} inputs in one"
-
-
-def too_few(gm: fx.GraphModule) -> bool:
-    """Whether inputs were to be held out, but were too few for it."""
-    found = gm.meta.get(_KEPT)
-    return isinstance(found, Held) and not found.inputs
+def held_out(gm: fx.GraphModule) -> HeldOut:
+    """Return the inputs held out when the graph was calibrated; `Disabled` if it was not."""
+    recorded = gm.meta.get(_HELD_OUT)
+    return recorded if isinstance(recorded, HeldOut) else Disabled()
 
 
 def let_go(gm: fx.GraphModule) -> None:
     """Forget the inputs held out and the graph that was calibrated."""
-    gm.meta.pop(_KEPT, None)
+    gm.meta.pop(_HELD_OUT, None)
     gm.meta.pop(_REFERENCE, None)

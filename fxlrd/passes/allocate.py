@@ -21,6 +21,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
@@ -63,6 +64,8 @@ class Allocate:
     layer signature, ``cache=False`` neither reads nor writes timings on disk. Predicted errors mean most after
     ``calibrate{effects=256}``. Raises FxlrdError for a budget out of reach, saying what is within.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ()
 
     params: float = 0.0
     flops: float = 0.0

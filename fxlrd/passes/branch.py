@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -45,6 +46,8 @@ class Branch:
     measurement's noise; ``compile`` times under Inductor. ``rotate=False`` cuts as the paper does. ``skip`` takes names
     and globs. ``steps`` bounds the search for the rotation.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ()
 
     groups: int = 4
     timed: bool = False

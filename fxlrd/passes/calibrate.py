@@ -12,17 +12,16 @@ modified. Later passes read what is on the nodes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx
 
 from fxlrd.calibration.batches import as_batches, as_inputs, split
-from fxlrd.calibration.holdout import hold
+from fxlrd.calibration.holdout import Disabled, held_out_of, record_calibrated
 from fxlrd.calibration.moments import sweep
-from fxlrd.errors import FxlrdError
 from fxlrd.graph.inputs import Inputs
-from fxlrd.graph.surgery import annotate, fork
 from fxlrd.passes.contract import PassResult
+from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 
 
@@ -39,6 +38,9 @@ class Calibrate:
     the model or is not finite.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("calibration",)
+    leaves: ClassVar[tuple[str, ...]] = ("reference",)
+
     calibration: Any = field(default=None, compare=False, repr=False)
     outputs: bool = True
     patches: int = 0
@@ -47,15 +49,10 @@ class Calibrate:
 
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with moments on its nodes."""
-        if self.calibration is None:
-            raise FxlrdError(
-                "calibrate: no calibration inputs; give calibration= (on the command line --calibration), "
-                "such as a list of batches"
-            )
-        gm = fork(gm)
-        annotate(gm)
-        batches = as_inputs(gm, progress(as_batches(self.calibration), "calibrate"))
+        run = start(self, gm, progress)
+        batches = as_inputs(run.gm, progress(as_batches(self.calibration), run.label))
         aside: list[Inputs] = []
-        sweep(gm, split(batches, aside) if self.holdout else batches, self.outputs, self.patches, self.effects)
-        hold(gm, aside if self.holdout else None)
-        return PassResult(gm)
+        fitted = split(batches, aside) if self.holdout else batches
+        sweep(run.gm, fitted, self.outputs, self.patches, self.effects)
+        record_calibrated(run.gm, held_out_of(run.gm, aside) if self.holdout else Disabled())
+        return run.result()

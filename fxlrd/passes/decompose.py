@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx, nn
 
@@ -47,6 +48,8 @@ class Decompose:
     layers or of modules around them. ``beta`` is r2/r1. ``sweeps`` of orthogonal iteration refine a Tucker-2 form of
     the weights. ``fit=False`` approximates the weights alone, whatever was calibrated.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ()
 
     ratio: float = 2.0
     ranks: int | tuple[int | None, ...] | Mapping[str, int | tuple[int | None, ...]] | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx, nn
 
@@ -29,6 +30,8 @@ FORMS = (("first", "last"), ("first", "core", "last"), ("first", "core"), ("core
 @dataclass(frozen=True)
 class Freeze:
     """Set ``requires_grad`` of the factors by ``schedule`` (paper or sequential) as of ``epoch``."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
 
     schedule: str = "paper"
     epoch: int = 0

@@ -34,6 +34,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -74,6 +75,8 @@ class Merge:
     ``snap`` moves r down to a hardware multiple (not below ``floor``·r) where timing the group's layers says that
     it pays, as `snap` does; ``compile`` times under Inductor, ``seconds`` bounds the timing of one group.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ()
 
     mode: str = "interpolative"
     ratio: float = 2.75

@@ -1,8 +1,8 @@
 """recalibrate: BatchNorm statistics of the compressed network, from calibration inputs.
 
 Running means and variances belong to the activations of the original network. Each BatchNorm's are estimated anew: the
-mean over batches of what it sees, all BatchNorms normalising by the batch's own statistics meanwhile, as they did in
-training. Approximate; run twice on the same batches it changes nothing the second time. Only copies are changed.
+mean over batches of the statistics of its input, while all BatchNorms normalise by the batch's own statistics, as in
+training. Approximate; a second run on the same batches changes nothing. Only copies are changed.
 
 This helps where the inputs are many and like the real ones, and hurts otherwise. Where `calibrate` held inputs out, the
 new statistics are kept only if they bring the outputs on those closer to the original model's.
@@ -11,25 +11,30 @@ new statistics are kept only if they bring the outputs on those closer to the or
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxlrd.calibration.batches import NOTHING, as_batches, as_inputs, failed, split
-from fxlrd.calibration.holdout import TOO_FEW, held, too_few
+from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better
 from fxlrd.errors import FxlrdError
 from fxlrd.graph.captured import positional
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.guards import hooked
 from fxlrd.graph.run import evaluating
-from fxlrd.graph.surgery import annotate, called, calls, fork
+from fxlrd.graph.surgery import called, calls
 from fxlrd.passes.contract import PassResult, Site, Skip
+from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+HOOKED = "it has hooks, which a copy would run twice"
 ONE_VALUE = "a batch of one input has no variance: give larger batches"
+WORSE = "its statistics fit held-out inputs better as they were"
 
 
 @dataclass(frozen=True)
@@ -40,80 +45,83 @@ class Recalibrate:
     FxlrdError for data that is empty, does not fit the model or is not finite.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("calibration",)
+
     calibration: Any = field(default=None, compare=False, repr=False)
     guard: bool = True
 
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with BatchNorms of its own."""
-        if self.calibration is None:
-            raise FxlrdError(
-                "recalibrate: no calibration inputs; give calibration= (on the command line --calibration)"
-            )
-        before, gm = gm, fork(gm)
-        annotate(gm)
-        norms, skipped = {}, []
-        for name, module in called(gm).items():
+        run = start(self, gm, progress)
+        norms: list[nn.Module] = []
+        for name, module in called(run.gm).items():
             if type(module) not in NORMS or module.running_mean is None:
                 continue
             if hooked(module):
-                skipped.append(Skip(_origin(gm, name), "it has hooks, which a copy would run twice"))
-            else:
-                norms[name] = copy.deepcopy(module)
-                gm.set_submodule(name, norms[name])
-        if norms and self.guard and too_few(gm):
-            skipped += [Skip(_origin(gm, name), TOO_FEW) for name in norms]
-            gm, norms = fork(before), {}
-        if norms:
-            reason = _estimate(gm, list(norms.values()), progress(as_batches(self.calibration), "recalibrate"))
-            if reason is not None:
-                skipped += [Skip(_origin(gm, name), reason) for name in norms]
-                gm, norms = fork(before), {}
-        note = ""
-        aside = held(gm) if self.guard and norms else None
-        if aside is not None:
-            was, now = aside.error(before), aside.error(gm)
-            note = f"output error on held-out inputs {was:.3g} → {now:.3g}"
-            if not now < was:
-                note += ": not kept"
-                skipped += [
-                    Skip(_origin(gm, name), "its statistics fit held-out inputs better as they were") for name in norms
-                ]
-                gm, norms = fork(before), {}
-        gm.recompile()
-        sites = tuple(Site(_origin(gm, name), False, "statistics re-estimated") for name in norms)
-        return PassResult(gm, sites, tuple(skipped), note)
+                run.add(Skip(_origin(run.gm, name), HOOKED))
+                continue
+            norms.append(copy.deepcopy(module))
+            run.gm.set_submodule(name, norms[-1])
+            run.add(Site(_origin(run.gm, name), False, "statistics re-estimated"))
+        if not norms:
+            return run.result()
+        inputs_held_out = held_out(gm) if self.guard else Disabled()
+        if isinstance(inputs_held_out, TooFew):
+            return run.undone(inputs_held_out.reason)
+        try:
+            _estimate(run.gm, norms, progress(as_batches(self.calibration), run.label))
+        except _OneValueError:
+            return run.undone(ONE_VALUE)
+        verdict = keep_if_better(inputs_held_out, gm, run.gm)
+        return run.result(verdict.note) if verdict.kept else run.undone(WORSE, verdict.note)
 
 
-def _estimate(gm: fx.GraphModule, norms: list[nn.Module], batches: Any) -> str | None:
-    """Set the statistics of ``norms`` to the mean over the batches, or return why not.
+class _OneValueError(Exception):
+    """A BatchNorm was to estimate a variance from one value."""
 
-    Momentum and counters come back.
-    """
-    kept = [(norm.momentum, copy.deepcopy(norm.num_batches_tracked)) for norm in norms]
+
+def _estimate(gm: fx.GraphModule, norms: list[nn.Module], batches: Iterable[Any]) -> None:
+    """Set the statistics of ``norms`` to the mean over the batches."""
     count = 0
-    with evaluating(gm), torch.no_grad():
+    with evaluating(gm), torch.no_grad(), ExitStack() as stack:
         for norm in norms:
-            norm.reset_running_stats()  # type: ignore[operator]
-            norm.momentum = None  # type: ignore[assignment]
-            norm.training = True
+            stack.enter_context(_averaging(norm))
         for i, inputs in enumerate(split(as_inputs(gm, batches), [])):
             try:
                 gm(*positional(gm, inputs))
+            except _OneValueError:
+                raise
             except Exception as error:
-                if "more than 1 value per channel" in str(error):
-                    return ONE_VALUE
                 raise failed(i, inputs, error) from error
             count += 1
     if not count:
         raise FxlrdError(NOTHING)
-    for norm, (momentum, tracked) in zip(norms, kept, strict=True):
+    if not all(bool(norm.running_var.isfinite().all()) for norm in norms):  # type: ignore[operator]
+        raise FxlrdError("recalibrate: the calibration inputs give NaN or Inf; is their scale right?")
+
+
+@contextmanager
+def _averaging(norm: nn.Module) -> Iterator[None]:
+    """Let the statistics of a BatchNorm become the mean over the batches; its momentum and counter come back."""
+    momentum, batches_tracked = norm.momentum, copy.deepcopy(norm.num_batches_tracked)
+    norm.reset_running_stats()  # type: ignore[operator]
+    norm.momentum = None  # type: ignore[assignment]
+    norm.training = True
+    handle = norm.register_forward_pre_hook(_check_variance)
+    try:
+        yield
+    finally:
+        handle.remove()
         norm.momentum = momentum
-        norm.num_batches_tracked = tracked
-        if not bool(norm.running_var.isfinite().all()):  # type: ignore[operator]
-            raise FxlrdError("recalibrate: the calibration inputs give NaN or Inf; is their scale right?")
-    return None
+        norm.num_batches_tracked = batches_tracked
+
+
+def _check_variance(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    (x,) = args
+    if x.numel() == x.shape[1]:
+        raise _OneValueError
 
 
 def _origin(gm: fx.GraphModule, name: str) -> str:
-    known = provenance(calls(gm, name)[0])
-    return known.name if known is not None else name
+    origin = provenance(calls(gm, name)[0])
+    return origin.name if origin is not None else name

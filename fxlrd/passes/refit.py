@@ -15,24 +15,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxlrd.calibration.batches import NOTHING, as_batches, as_inputs, failed, split
-from fxlrd.calibration.holdout import TOO_FEW, held, reference, too_few
+from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better, reference
 from fxlrd.calibration.patches import patches, spread
 from fxlrd.errors import FxlrdError
 from fxlrd.graph.captured import captured, positional
 from fxlrd.graph.facts import FACTORS, KEPT, provenance
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating
-from fxlrd.graph.surgery import annotate, calls, fork, source
+from fxlrd.graph.surgery import calls, source
 from fxlrd.layers.build import resized
 from fxlrd.layers.fit import Moments
 from fxlrd.layers.kinds import CONVS, LAYERS, TRANSPOSED, channel_axis, layer, op
 from fxlrd.passes.contract import PassResult, Site, Skip
+from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 
 RIDGE = 1e-3
@@ -45,6 +46,9 @@ computed from, evenly spread."""
 WIDEST = 2304
 """Layers that read more numbers for each output than this are left alone: the fit would take too long."""
 
+NOT_FINITE = "the calibration inputs give NaN or Inf there"
+WORSE = "held-out inputs fit better as it was"
+
 
 @dataclass(frozen=True)
 class Refit:
@@ -56,42 +60,30 @@ class Refit:
     that is empty, does not fit the model or is not finite.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("calibration", "reference")
+
     calibration: Any = field(default=None, compare=False, repr=False)
     inputs: int = 512
     guard: bool = True
 
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with refitted layers."""
-        if self.calibration is None:
-            raise FxlrdError("refit: no calibration inputs; give calibration= (on the command line --calibration)")
+        run = start(self, gm, progress)
         original = reference(gm)
-        if original is None:
-            raise FxlrdError(
-                "refit: the original network is not known: run calibrate before the passes that rewrite it"
-            )
-        before, gm = gm, fork(gm)
-        annotate(gm)
-        places, skipped = _places(gm, original)
-        if self.guard and too_few(gm):
-            skipped += [Skip(name, TOO_FEW) for name in places]
-            places = {}
+        assert original is not None  # a need of this pass
+        places, run.skipped = _places(run.gm, original)
+        inputs_held_out = held_out(gm) if self.guard else Disabled()
+        if isinstance(inputs_held_out, TooFew):
+            run.skipped += [Skip(name, inputs_held_out.reason) for name in places]
+            return run.result()
         if not places:
-            return PassResult(gm, (), tuple(skipped))
-        batches = _few(split(as_inputs(gm, as_batches(self.calibration)), []), self.inputs)
-        for name in _refit(gm, original, places, batches, progress):
-            places.pop(name)
-            skipped.append(Skip(name, "the calibration inputs give NaN or Inf there"))
-        note = ""
-        aside = held(gm) if self.guard else None
-        if aside is not None:
-            was, now = aside.error(before), aside.error(gm)
-            note = f"output error on held-out inputs {was:.3g} → {now:.3g}"
-            if not now < was:
-                note += ": not kept"
-                skipped += [Skip(name, "held-out inputs fit better as it was") for name in places]
-                gm, places = fork(before), {}
-        gm.recompile()
-        return PassResult(gm, tuple(Site(n, False, "refitted") for n in places), tuple(skipped), note)
+            return run.result()
+        batches = _few(split(as_inputs(run.gm, as_batches(self.calibration)), []), self.inputs)
+        with evaluating(run.gm), evaluating(original), torch.no_grad():
+            networks = _Networks(run.gm, original, batches)
+            run.each(places, lambda name: networks.refit(name, *places[name]))
+        verdict = keep_if_better(inputs_held_out, gm, run.gm)
+        return run.result(verdict.note) if verdict.kept else run.undone(WORSE, verdict.note)
 
 
 def _places(gm: fx.GraphModule, original: fx.GraphModule) -> tuple[dict[str, tuple[fx.Node, fx.Node]], list[Skip]]:
@@ -153,12 +145,12 @@ def _few(batches: Iterable[Inputs], limit: int) -> list[Inputs]:
     return found
 
 
-class _InStep:
+class _Stepper:
     """Runs a graph on several inputs, a node at a time for all of them."""
 
     def __init__(self, gm: fx.GraphModule, batches: list[Inputs]) -> None:
         self.runs = []
-        self.left = list(gm.graph.nodes)
+        self.pending = list(gm.graph.nodes)
         for inputs in batches:
             run = fx.Interpreter(gm)
             run.args_iter = iter(positional(gm, inputs))
@@ -166,8 +158,8 @@ class _InStep:
 
     def until(self, node: fx.Node, included: bool) -> None:
         """Go on until just before ``node``, or just after."""
-        while self.left and (included or self.left[0] is not node):
-            current = self.left.pop(0)
+        while self.pending and (included or self.pending[0] is not node):
+            current = self.pending.pop(0)
             for i, (run, inputs) in enumerate(self.runs):
                 try:
                     run.env[current] = run.run_node(current)
@@ -183,29 +175,25 @@ class _InStep:
         return [run.env[node] for run, _ in self.runs]
 
 
-def _refit(
-    gm: fx.GraphModule,
-    original: fx.GraphModule,
-    places: dict[str, tuple[fx.Node, fx.Node]],
-    batches: list[Inputs],
-    progress: Progress,
-) -> list[str]:
-    """Refit layer after layer; return the names of those that could not be."""
-    failures = []
-    with evaluating(gm), evaluating(original), torch.no_grad():
-        ours, theirs = _InStep(gm, batches), _InStep(original, batches)
-        for name, (node, there) in progress(list(places.items()), "refit"):
-            given = source(node)
-            assert given is not None
-            theirs.until(there, included=True)
-            ours.until(node, included=False)
-            module = gm.get_submodule(str(node.target))
-            new = _solved(module, node.meta.get(KEPT), zip(ours.values(given), theirs.values(there), strict=True))
-            if new is None:
-                failures.append(name)
-            else:
-                gm.set_submodule(str(node.target), new.eval())
-    return failures
+class _Networks:
+    """The compressed and the original network, run in step up to the layer that is refitted."""
+
+    def __init__(self, gm: fx.GraphModule, original: fx.GraphModule, batches: list[Inputs]) -> None:
+        self.gm = gm
+        self.compressed, self.original = _Stepper(gm, batches), _Stepper(original, batches)
+
+    def refit(self, name: str, node: fx.Node, original_call: fx.Node) -> Site | Skip:
+        """Refit the layer that ``node`` calls to what the original layer makes."""
+        read = source(node)
+        assert read is not None
+        self.original.until(original_call, included=True)
+        self.compressed.until(node, included=False)
+        pairs = zip(self.compressed.values(read), self.original.values(original_call), strict=True)
+        new = _solved(self.gm.get_submodule(str(node.target)), node.meta.get(KEPT), pairs)
+        if new is None:
+            return Skip(name, NOT_FINITE)
+        self.gm.set_submodule(str(node.target), new.eval())
+        return Site(name, False, "refitted")
 
 
 def _solved(module: nn.Module, kept: Tensor | None, pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.Module | None:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from itertools import pairwise
+from typing import ClassVar
 
 from torch import fx, nn
 
@@ -51,6 +52,8 @@ class Snap:
     signature. ``cache=False`` neither reads nor writes the timings on disk. Raises FxlrdError for options out
     of range.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ()
 
     search: str = "grid"
     floor: float = 0.75

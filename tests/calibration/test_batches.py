@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +9,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fxlrd import FxlrdError, capture
 from fxlrd.calibration.batches import EVERY, as_batches, as_inputs, failed, split
-from fxlrd.calibration.holdout import held, hold, let_go, outputs, reference, too_few
 from fxlrd.graph.inputs import Inputs
 
 X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12)
@@ -166,83 +163,3 @@ def test_a_stream_is_not_read_ahead_of_more_than_it_must():
     for _ in range(EVERY - 1):
         next(found)
     assert len(read) == EVERY + 1, "the fifth is held out, the sixth handed on at once"
-
-
-def test_what_is_held_out_and_the_graph_as_it_was_are_kept():
-    gm = capture(net(), X)
-    assert held(gm) is reference(gm) is None
-    hold(gm, [Inputs((X,)), Inputs((X + 1,))])
-    assert held(gm).error(gm) == 0
-    assert copy.deepcopy(held(gm)) is held(gm)
-    assert torch.equal(held(gm).outputs[1][0], gm(X + 1))
-    assert torch.equal(reference(gm)(X), gm(X))
-    let_go(gm)
-    assert held(gm) is reference(gm) is None
-    let_go(gm)
-    hold(gm, [])
-    assert held(gm) is None
-    assert too_few(gm)
-    hold(gm, None)
-    assert held(gm) is None
-    assert not too_few(gm)
-    assert reference(gm) is not None
-
-
-class Outputs(nn.Module):
-    """Several outputs, one of whole numbers."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.drop = nn.Linear(6, 3), nn.Linear(6, 2), nn.Dropout()
-
-    def forward(self, x):
-        return self.a(self.drop(x)), {"b": self.b(x), "top": self.a(x).argmax(1)}
-
-
-def test_the_error_is_relative_over_all_that_is_held_out():
-    gm = capture(Outputs().double(), X.double())
-    batches = [Inputs((X.double()[:9],)), Inputs((X.double()[9:] * 3,))]
-    hold(gm, batches)
-    moved = copy.deepcopy(gm)
-    with torch.no_grad():
-        moved.a.bias += 1e-3
-        moved.b.weight *= 1.01
-    pairs = [(a, b) for each in batches for a, b in zip(outputs(moved, each), outputs(gm, each), strict=True)]
-    floats = [(a, b) for a, b in pairs if b.is_floating_point()]
-    assert all(torch.equal(a, b) for a, b in pairs if not b.is_floating_point())
-    above, below = (
-        sum(v.square().sum() for v in each) for each in ([a - b for a, b in floats], [b for _, b in floats])
-    )
-    assert held(gm).error(moved) == pytest.approx((above / below).sqrt().item(), rel=1e-12)
-    assert held(gm).error(gm) == 0
-    assert held(moved).error(moved) > 0, "a copy keeps what the original gave"
-
-
-class Masked(nn.Module):
-    """Logits of which some are ruled out."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.fc(x).masked_fill(x[:, :3] > 0, float("-inf"))
-
-
-def test_outputs_that_are_infinite_on_purpose_do_not_count():
-    gm = capture(Masked().double(), X.double())
-    hold(gm, [Inputs((X.double(),)), Inputs((X.double().neg(),))])
-    moved = copy.deepcopy(gm)
-    with torch.no_grad():
-        moved.fc.weight *= 1.25
-        moved.fc.bias *= 1.25
-    assert held(gm).error(moved) == pytest.approx(0.25, rel=1e-12)
-
-
-def test_outputs_are_those_of_eval_mode_without_gradients():
-    gm = capture(Outputs(), X)
-    gm.train()
-    found = outputs(gm, Inputs((X,)))
-    assert gm.drop.training
-    assert not any(t.requires_grad for t in found)
-    assert torch.equal(found[0], gm.eval()(X)[0])

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxlrd
 from fxlrd import FxlrdError, Pipeline, capture
-from fxlrd.calibration.holdout import held
+from fxlrd.calibration.holdout import Disabled, held_out
 from fxlrd.calibration.moments import moments
 from fxlrd.graph.facts import MOMENTS, SEEN
 from fxlrd.passes import Calibrate, Merge
@@ -167,10 +167,10 @@ def test_what_is_held_out_is_not_in_the_moments():
     gm = Calibrate(x, holdout=True)(capture(net, images())).graph_module
     found = moments(next(n for n in gm.graph.nodes if n.name == "input_1"), 1)
     assert found.count == 8 * 81
-    kept = held(gm)
-    assert torch.equal(kept.inputs[0].args[0], x[8:])
-    assert torch.equal(kept.outputs[0][0], net(x[8:]))
-    assert held(Calibrate(x)(gm).graph_module) is None, "a second sweep replaces what the first held out"
+    judge = held_out(gm)
+    assert torch.equal(judge.inputs[0].args[0], x[8:])
+    assert torch.equal(judge.outputs[0][0], net(x[8:]))
+    assert held_out(Calibrate(x)(gm).graph_module) == Disabled(), "a second sweep replaces what the first held out"
 
 
 def test_effects_leave_no_gradients_and_the_model_as_it_was():

@@ -1,0 +1,121 @@
+"""The driver of the passes: a copy to rewrite, a loop over what may be rewritten, and the result.
+
+A pass says what it does to one thing:
+
+    def __call__(self, gm, progress=quiet):
+        run = start(self, gm, progress, named=self.skip)
+        run.each(layers(run.gm), lambda name: self._rewrite(run.gm, name))
+        return run.result()
+
+A pass also declares what it ``needs`` and what it ``leaves`` for later passes, as names of `NEEDS`. The pipeline checks
+that of all passes before the first one runs, `start` of a pass that is called alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import fx
+
+from fxlrd.calibration.holdout import reference
+from fxlrd.errors import FxlrdError
+from fxlrd.graph.guards import check_names
+from fxlrd.graph.surgery import annotate, fork
+from fxlrd.passes.contract import Pass, PassResult, Site, Skip
+from fxlrd.progress import Progress, quiet
+from fxlrd.timing.clock import Timing
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that a pass cannot run without: whether a pass has it for a graph module, and the error's words."""
+
+    met: Callable[[Any, fx.GraphModule], bool]
+    error: str
+
+
+NEEDS = {
+    "calibration": Need(
+        lambda step, gm: step.calibration is not None,
+        "no calibration inputs; give calibration= (on the command line --calibration), such as a list of batches",
+    ),
+    "reference": Need(
+        lambda step, gm: reference(gm) is not None,
+        "the original network is not known: run calibrate before the passes that rewrite it",
+    ),
+}
+"""What a pass may need, by name: data of its own, and the graph as it was when `Calibrate` ran."""
+
+
+def check_needs(steps: Sequence[Pass], gm: fx.GraphModule) -> None:
+    """Raise FxlrdError for the first pass that needs what neither ``gm`` has nor an earlier pass leaves."""
+    left: set[str] = set()
+    for step in steps:
+        if not hasattr(step, "needs"):  # it declares nothing, so it may leave anything
+            return
+        for name in step.needs:
+            if name not in left and not NEEDS[name].met(step, gm):
+                raise FxlrdError(f"{label(step)}: {NEEDS[name].error}")
+        left.update(getattr(step, "leaves", ()))
+
+
+def label(step: Pass) -> str:
+    """Return the name of a pass in errors, in the ledger and beside progress bars."""
+    return type(step).__name__.lower()
+
+
+@dataclass
+class Run:
+    """One run of a pass: the graph module that came in, the copy that is rewritten, and what was done so far."""
+
+    label: str
+    before: fx.GraphModule
+    gm: fx.GraphModule
+    progress: Progress[Any]
+    sites: list[Site] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
+
+    def each(self, items: Iterable[T], visit: Callable[[T], Site | Skip | None]) -> None:
+        """Visit each item and record what was done there; None is nothing to speak of.
+
+        The items are listed first, so that a visit may change the graph.
+        """
+        for item in self.progress(list(items), self.label):
+            self.add(visit(item))
+
+    def add(self, outcome: Site | Skip | None) -> None:
+        """Record what was done at one place."""
+        if isinstance(outcome, Site):
+            self.sites.append(outcome)
+        elif outcome is not None:
+            self.skipped.append(outcome)
+
+    def result(self, note: str = "", timings: Mapping[str, Mapping[str, Timing]] | None = None) -> PassResult:
+        """Return what the pass did, once its graph is checked and its code is up to date."""
+        self.gm.graph.lint()
+        self.gm.recompile()
+        return PassResult(self.gm, tuple(self.sites), tuple(self.skipped), note, timings or {})
+
+    def undone(self, reason: str, note: str = "") -> PassResult:
+        """Return the graph module as it came in; every site becomes a skip for this reason."""
+        self.gm = fork(self.before)
+        self.skipped += [Skip(site.name, reason) for site in self.sites]
+        self.sites = []
+        return self.result(note)
+
+
+def start(step: Pass, gm: fx.GraphModule, progress: Progress[Any] = quiet, named: Sequence[str] = ()) -> Run:
+    """Return the run of a pass on a copy of ``gm``.
+
+    Raises FxlrdError for what is no captured graph module, for a need that is not met (`NEEDS`), and for a name or glob
+    in ``named`` that fits no layer.
+    """
+    copy = fork(gm)
+    check_needs((step,), gm)
+    annotate(copy)
+    check_names(copy, named)
+    return Run(label(step), gm, copy, progress)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fxlrd import capture
+from fxlrd.calibration.holdout import (
+    Disabled,
+    Holdout,
+    TooFew,
+    Verdict,
+    held_out,
+    held_out_of,
+    keep_if_better,
+    let_go,
+    outputs,
+    record_calibrated,
+    reference,
+)
+from fxlrd.graph.inputs import Inputs
+
+X = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+
+
+def net():
+    return nn.Sequential(nn.Linear(6, 3)).eval()
+
+
+def test_held_out_inputs_and_the_graph_as_it_was_are_recorded():
+    gm = capture(net(), X)
+    assert reference(gm) is None
+    assert held_out(gm) == Disabled()
+    record_calibrated(gm, held_out_of(gm, [Inputs((X,)), Inputs((X + 1,))]))
+    assert isinstance(held_out(gm), Holdout)
+    assert held_out(gm).error(gm) == 0
+    assert copy.deepcopy(held_out(gm)) is held_out(gm)
+    assert torch.equal(held_out(gm).outputs[1][0], gm(X + 1))
+    assert torch.equal(reference(gm)(X), gm(X))
+    for _ in range(2):
+        let_go(gm)
+        assert reference(gm) is None
+        assert held_out(gm) == Disabled()
+
+
+def test_without_held_out_inputs_it_says_whether_there_were_to_be_some():
+    gm = capture(net(), X)
+    for recorded in (held_out_of(gm, []), Disabled()):
+        record_calibrated(gm, recorded)
+        assert held_out(gm) == recorded
+        assert reference(gm) is not None
+    assert held_out_of(gm, []) == TooFew()
+
+
+def test_a_change_is_kept_if_it_lowers_the_error_on_held_out_inputs():
+    gm = capture(net().double(), X.double())
+    judge = held_out_of(gm, [Inputs((X.double(),))])
+    near, far = copy.deepcopy(gm), copy.deepcopy(gm)
+    with torch.no_grad():
+        near.get_submodule("0").bias += 1e-3
+        far.get_submodule("0").bias += 1e-2
+    was, now = judge.error(far), judge.error(near)
+    assert keep_if_better(judge, far, near) == Verdict(True, f"output error on held-out inputs {was:.3g} → {now:.3g}")
+    worse = keep_if_better(judge, near, far)
+    assert worse == Verdict(False, f"output error on held-out inputs {now:.3g} → {was:.3g}: not kept")
+    assert not keep_if_better(judge, near, near).kept, "equal is not better"
+    assert keep_if_better(Disabled(), near, far) == keep_if_better(TooFew(), near, far) == Verdict(True)
+
+
+class Outputs(nn.Module):
+    """Several outputs, one of whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.drop = nn.Linear(6, 3), nn.Linear(6, 2), nn.Dropout()
+
+    def forward(self, x):
+        return self.a(self.drop(x)), {"b": self.b(x), "top": self.a(x).argmax(1)}
+
+
+def test_the_error_is_relative_over_all_that_is_held_out():
+    gm = capture(Outputs().double(), X.double())
+    batches = [Inputs((X.double()[:9],)), Inputs((X.double()[9:] * 3,))]
+    judge = held_out_of(gm, batches)
+    moved = copy.deepcopy(gm)
+    with torch.no_grad():
+        moved.a.bias += 1e-3
+        moved.b.weight *= 1.01
+    pairs = [(a, b) for each in batches for a, b in zip(outputs(moved, each), outputs(gm, each), strict=True)]
+    floats = [(a, b) for a, b in pairs if b.is_floating_point()]
+    assert all(torch.equal(a, b) for a, b in pairs if not b.is_floating_point())
+    above, below = (
+        sum(v.square().sum() for v in each) for each in ([a - b for a, b in floats], [b for _, b in floats])
+    )
+    assert judge.error(moved) == pytest.approx((above / below).sqrt().item(), rel=1e-12)
+    assert judge.error(gm) == 0
+    record_calibrated(gm, judge)
+    assert held_out(copy.deepcopy(gm)).error(moved) > 0, "a copy keeps what the original gave"
+
+
+class Masked(nn.Module):
+    """Logits of which some are ruled out."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc(x).masked_fill(x[:, :3] > 0, float("-inf"))
+
+
+def test_outputs_that_are_infinite_on_purpose_do_not_count():
+    gm = capture(Masked().double(), X.double())
+    judge = held_out_of(gm, [Inputs((X.double(),)), Inputs((X.double().neg(),))])
+    moved = copy.deepcopy(gm)
+    with torch.no_grad():
+        moved.fc.weight *= 1.25
+        moved.fc.bias *= 1.25
+    assert judge.error(moved) == pytest.approx(0.25, rel=1e-12)
+
+
+def test_outputs_are_those_of_eval_mode_without_gradients():
+    gm = capture(Outputs(), X)
+    gm.train()
+    found = outputs(gm, Inputs((X,)))
+    assert gm.drop.training
+    assert not any(t.requires_grad for t in found)
+    assert torch.equal(found[0], gm.eval()(X)[0])
