@@ -31,27 +31,25 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.node import has_side_effect
 
 from fxlrd.errors import FxlrdError
-from fxlrd.layers.kinds import LAYERS
+from fxlrd.layers.kinds import BATCH_NORMS, CONVS, LAYERS, TRANSPOSED
 
+# The signatures of torch's functions, which inspect cannot read: arguments in order, with their defaults.
 _CONV = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _TRANSPOSED = {
     **{"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "output_padding": 0},
     **{"groups": 1, "dilation": 1},
 }
+_CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _NORM = {
     **{"input": None, "running_mean": None, "running_var": None, "weight": None, "bias": None},
     **{"training": False, "momentum": 0.1, "eps": 1e-5},
 }
 _LAYERS: dict[Any, tuple[type[nn.Module], dict[str, Any]]] = {
     F.linear: (nn.Linear, {"input": None, "weight": None, "bias": None}),
-    F.conv1d: (nn.Conv1d, _CONV),
-    F.conv2d: (nn.Conv2d, _CONV),
-    F.conv3d: (nn.Conv3d, _CONV),
-    F.conv_transpose1d: (nn.ConvTranspose1d, _TRANSPOSED),
-    F.conv_transpose2d: (nn.ConvTranspose2d, _TRANSPOSED),
-    F.conv_transpose3d: (nn.ConvTranspose3d, _TRANSPOSED),
+    **{f: (kind, _CONV) for f, kind in zip((F.conv1d, F.conv2d, F.conv3d), CONVS, strict=True)},
+    **{f: (kind, _TRANSPOSED) for f, kind in zip(_CONV_TRANSPOSE, TRANSPOSED, strict=True)},
 }
-"""By function: the module that calls it, and its arguments with their defaults, in order."""
+"""By function: the module that calls it, and the function's arguments with their defaults, in order."""
 
 
 @has_side_effect
@@ -67,7 +65,6 @@ def _exit(*_: Any) -> None:
 _AUTOCAST: dict[Any, Any] = {_enter_autocast: _enter, _exit_autocast: _exit}
 _LOWERED = {stand_in: function for function, stand_in in _AUTOCAST.items()}
 _FUNCTIONS = {module: function for function, (module, _) in _LAYERS.items()}
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _STATIC = "_dynamo_static_input_type"
 
 
@@ -323,7 +320,7 @@ def _stock(node: fx.Node, options: dict[str, Any], tensors: dict[str, Tensor | N
 
 
 def _norm(node: fx.Node, options: dict[str, Any], tensors: dict[str, Tensor | None]) -> nn.Module | None:
-    cls = next((c for c in _NORMS if c is _path(node).cls), None)
+    cls = next((c for c in BATCH_NORMS if c is _path(node).cls), None)
     mean = tensors.get("running_mean")
     if cls is None or options.get("training") or mean is None or tensors.get("running_var") is None:
         return None
@@ -351,7 +348,7 @@ def _call(graph: fx.Graph, module: nn.Module, path: str, value: fx.Node, fetch: 
         return None if tensor is None else fetch(tensor, f"{path}.{key}")
 
     args: tuple[Any, ...]
-    if isinstance(module, _NORMS) and module.running_mean is not None:
+    if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
         args = (value, get("running_mean"), get("running_var"), get("weight"), get("bias"))
         return graph.call_function(F.batch_norm, (*args, False, module.momentum, module.eps))
     function = _FUNCTIONS.get(type(module))

@@ -31,7 +31,6 @@ POOLING_MODULES: tuple[type[nn.Module], ...] = (
     nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
     nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
 )  # fmt: skip
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 ELEMENTWISE_FUNCTIONS = {
     F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.sigmoid, F.logsigmoid, F.tanh,
     F.softplus, F.softsign, F.hardtanh, F.hardsigmoid, F.hardswish, F.dropout, F.relu_, torch.relu, torch.relu_,
@@ -47,6 +46,8 @@ SUMS = {operator.add, operator.iadd, operator.sub, operator.isub, torch.add, tor
 ARITHMETIC = PRODUCTS | SUMS | {operator.truediv, operator.itruediv, torch.div}
 MERGED = (nn.Conv2d, nn.Linear)
 """The layers whose channels are cut."""
+MERGED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+"""The BatchNorms that can stand between such layers: none of three dimensions."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class _Walk:
             module = self.gm.get_submodule(str(node.target))
             if isinstance(module, nn.PReLU):
                 return module.num_parameters in (1, self.found.channels) and not (self.linear and self._dims(node) > 2)
-            if type(module) in BATCH_NORMS:
+            if type(module) in MERGED_NORMS:
                 # On (N, L, C) a BatchNorm1d counts L as channels.
                 return not (self.linear and self._dims(node) > 2)
             return not self.linear and (type(module) in POOLING_MODULES or self._depthwise(module))

@@ -25,13 +25,12 @@ from fxlrd.graph.facts import provenance
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, run
 from fxlrd.graph.surgery import called, chained
+from fxlrd.layers.kinds import LAYERS, OPTIONS
 
 CALLS = 32
 """So many calls of one module are recorded in one run of the model at most; a decoder makes one for each token."""
-DESCRIBING = (
-    "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "nf", "nx",
-)  # fmt: skip
-"""What the code around a layer may ask it for, besides its weights."""
+DESCRIBING = dict.fromkeys(name for kind in LAYERS for name in (*OPTIONS[kind], "nf", "nx") if name != "bias")
+"""The options of a layer, which the code that calls it may read; ``nf`` and ``nx`` are those of a GPT-2 Conv1D."""
 
 
 @dataclass(frozen=True)

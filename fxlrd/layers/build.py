@@ -28,12 +28,12 @@ from fxlrd.layers.kinds import (
     TRANSPOSED,
     Conv,
     Layer,
-    _options,
-    _stock,
     channels,
+    kernel_options,
     kernel_share,
     layer,
     spatial_dims,
+    stock_type,
 )
 
 
@@ -114,7 +114,7 @@ def resized(module: nn.Module, weight: Tensor, bias: Tensor | None, groups: int 
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     else:
         factor = _as_blocks(weight, groups or like.groups, like.transposed)
-        new = _conv(_stock(like), factor, bias is not None, _options(like))
+        new = _conv(stock_type(like), factor, bias is not None, kernel_options(like))
     _fill(new, weight, like)
     if bias is not None:
         new.bias = nn.Parameter(bias.to(like.weight.dtype), like.weight.requires_grad)
@@ -157,7 +157,7 @@ def _assemble(module: Layer, ranks: Ranks, factors: list[Tensor], bias: Tensor |
             spatial = "core"
         parts = []
         for role, f in zip(roles, factors, strict=True):
-            kind, options = (_stock(module), _options(module)) if role == spatial else _pointwise(module)
+            kind, options = (stock_type(module), kernel_options(module)) if role == spatial else _pointwise(module)
             parts.append(_conv(kind, f, role == roles[-1] and given is not None, options))
     for part, f in zip(parts, factors, strict=True):
         _fill(part, from_blocks(part, f), like=module)

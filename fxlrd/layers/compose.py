@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fxlrd.layers.build import resized
-from fxlrd.layers.kinds import kernel_area, layer
+from fxlrd.layers.kinds import BATCH_NORMS, kernel_area, layer, make, options
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return (g, h) of a BatchNorm in eval mode, y = g·x + h for each channel, in float64."""
-    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+    assert isinstance(norm, BATCH_NORMS)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -87,16 +87,11 @@ def keep_channels(module: nn.Module, kept: Tensor) -> nn.Module:
     if isinstance(module, nn.Conv2d):
         bias = None if module.bias is None else module.bias.detach()[kept]
         return resized(module, module.weight.detach()[kept], bias, groups=len(kept))
-    if isinstance(module, nn.PReLU):
-        if module.num_parameters == 1:
-            return module
-        new: nn.Module = nn.PReLU(len(kept), device="meta")
-    else:
-        assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
-        options = {"affine": module.affine, "track_running_stats": module.track_running_stats}
-        new = type(module)(len(kept), module.eps, module.momentum, **options, device="meta")
-        if module.bias is None:  # bias=False, which older versions of torch do not know
-            new.register_parameter("bias", None)
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return module
+    assert isinstance(module, (nn.PReLU, *BATCH_NORMS))
+    count = "num_parameters" if isinstance(module, nn.PReLU) else "num_features"
+    new = make(type(module), options(module) | {count: len(kept)})
     for name, value in module.named_parameters():
         setattr(new, name, nn.Parameter(value.detach()[kept].clone(), value.requires_grad))
     for name, buffer in module.named_buffers():

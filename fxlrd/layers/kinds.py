@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,22 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, *CONVS, *TRANSPOSED)
 Layer = nn.Linear | Conv
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONV = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "bias",
+)  # fmt: skip
+_BATCH_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats", "bias")
+OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("in_features", "out_features", "bias"),
+    **dict.fromkeys(CONVS, _CONV),
+    **dict.fromkeys(TRANSPOSED, (*_CONV, "output_padding")),
+    **dict.fromkeys(BATCH_NORMS, _BATCH_NORM),
+    nn.PReLU: ("num_parameters",),
+    nn.Identity: (),
+}
+"""What configures a module of each class that passes put into models: constructor arguments, and attributes too."""
+_CHANNELS = ("in_channels", "out_channels", "groups", "bias")
+"""What of a conv's options its weight and bias set."""
 
 
 def layer(module: nn.Module) -> Layer:
@@ -21,13 +38,14 @@ def layer(module: nn.Module) -> Layer:
     return module
 
 
-def _stock(module: nn.Module) -> type[Any]:
+def stock_type(module: nn.Module) -> type[Any]:
+    """Return the stock class of a layer, also for a subclass."""
     return next(kind for kind in LAYERS if isinstance(module, kind))
 
 
 def op(module: nn.Module) -> str:
     """Return the layer's stock type name, such as Conv2d or Linear, also for a subclass."""
-    return _stock(module).__name__
+    return stock_type(module).__name__
 
 
 _MAKING = {
@@ -39,7 +57,7 @@ _MAKING = {
 
 def is_stock(module: nn.Module) -> bool:
     """Whether the layer computes what its stock type does: of that type, or a subclass that is only made otherwise."""
-    stock, classes = _stock(module), type(module).__mro__
+    stock, classes = stock_type(module), type(module).__mro__
     own = {name for kind in classes[: classes.index(stock)] for name in vars(kind)} - _MAKING
     return not any(hasattr(stock, name) for name in own)
 
@@ -77,10 +95,32 @@ def kernel_text(module: nn.Module) -> str:
     return "×".join(str(k) for k in layer(module).weight.shape[2:]) or "1×1"
 
 
-def _options(module: Conv) -> dict[str, Any]:
-    """Return how the kernel is applied, as arguments of such a conv."""
-    names = ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
-    return {name: getattr(module, name) for name in [*names, *(["output_padding"] if module.transposed else [])]}
+def options(module: nn.Module) -> dict[str, Any]:
+    """Return the constructor arguments that make a module like this one, which is of a class in `OPTIONS`.
+
+    >>> options(nn.Linear(3, 5, bias=False))
+    {'in_features': 3, 'out_features': 5, 'bias': False}
+    """
+    names = next(OPTIONS[kind] for kind in OPTIONS if isinstance(module, kind))
+    return {name: getattr(module, name) if name != "bias" else module.bias is not None for name in names}
+
+
+def kernel_options(conv: Conv) -> dict[str, Any]:
+    """Return how the kernel is applied, as constructor arguments of such a conv."""
+    return {name: value for name, value in options(conv).items() if name not in _CHANNELS}
+
+
+def make(kind: type[nn.Module], options: Mapping[str, Any]) -> nn.Module:
+    """Return a new module of a class in `OPTIONS`, its tensors on the meta device; the random state stays as it was."""
+    if kind is nn.Identity:
+        return nn.Identity()
+    if not issubclass(kind, BATCH_NORMS):
+        return kind(**options, device="meta")
+    # Older versions of torch do not know the option bias of a BatchNorm.
+    norm = kind(**{name: value for name, value in options.items() if name != "bias"}, device="meta")
+    if not options["bias"]:
+        norm.register_parameter("bias", None)
+    return norm
 
 
 def depthwise(module: nn.Module) -> bool:

@@ -44,7 +44,7 @@ from fxlrd.allocation.plan import planned
 from fxlrd.errors import FxlrdError, unknown
 from fxlrd.factor.tucker import tucker2
 from fxlrd.graph.captured import captured, refresh_shapes
-from fxlrd.graph.channels import BATCH_NORMS, ELEMENTWISE_MODULES, MERGED, Group
+from fxlrd.graph.channels import ELEMENTWISE_MODULES, MERGED, MERGED_NORMS, Group
 from fxlrd.graph.facts import FACTORS, KEPT, KEY, SEEN, Provenance, provenance
 from fxlrd.graph.guards import check_names, matches, replaceable
 from fxlrd.graph.surgery import annotate, calls, fork, layers, source
@@ -227,7 +227,7 @@ class Merge:
         """Compose layer ``name`` with what follows it; None where nothing affine does."""
         first = calls(gm, name)[0]
         between, second = _affine_chain(gm, first)
-        norms = [n for n in between if type(gm.get_submodule(str(n.target))) in BATCH_NORMS]
+        norms = [n for n in between if type(gm.get_submodule(str(n.target))) in MERGED_NORMS]
         if second is None and not (self.norms and norms):
             return None
         if not isinstance(gm.get_submodule(name), MERGED):
@@ -401,7 +401,7 @@ _PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 def _affine_norm(module: nn.Module, node: fx.Node, linear: bool) -> bool:
     """Whether the module is a BatchNorm of fixed statistics over the channels that the layer before it makes."""
-    if not isinstance(module, BATCH_NORMS) or type(module) not in BATCH_NORMS or module.running_mean is None:
+    if not isinstance(module, MERGED_NORMS) or type(module) not in MERGED_NORMS or module.running_mean is None:
         return False
     meta = node.meta.get("tensor_meta")
     # On (N, L, C) a BatchNorm1d counts L as channels.

@@ -27,11 +27,11 @@ from fxlrd.graph.facts import provenance
 from fxlrd.graph.guards import hooked
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import called, calls
+from fxlrd.layers.kinds import BATCH_NORMS
 from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 HOOKED = "it has hooks, which a copy would run twice"
 ONE_VALUE = "a batch of one input has no variance: give larger batches"
 WORSE = "its statistics fit held-out inputs better as they were"
@@ -55,7 +55,7 @@ class Recalibrate:
         run = start(self, gm, progress)
         norms: list[nn.Module] = []
         for name, module in called(run.gm).items():
-            if type(module) not in NORMS or module.running_mean is None:
+            if type(module) not in BATCH_NORMS or module.running_mean is None:
                 continue
             if hooked(module):
                 run.add(Skip(_origin(run.gm, name), HOOKED))

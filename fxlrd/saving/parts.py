@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fxlrd.errors import FxlrdError, one_line
-from fxlrd.saving.schema import _LAYERS, _NORM
+from fxlrd.layers.kinds import make
+from fxlrd.saving.schema import KINDS
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -57,13 +58,7 @@ def _made(name: str, spec: dict[str, Any]) -> nn.Module:
     if "parts" in spec:
         return nn.Sequential(OrderedDict((role, _made(f"{name}.{role}", part)) for role, part in spec["parts"]))
     options = {n: tuple(v) if isinstance(v, list) else v for n, v in spec["options"].items()}
-    kind, names = _LAYERS[spec["kind"]]
-    device = {} if spec["kind"] == "Identity" else {"device": "meta"}
-    biased = options.pop("bias") if names is _NORM else True  # older versions of torch have no such option
     try:
-        module = kind(**options, **device)
+        return make(KINDS[spec["kind"]], options)
     except Exception as error:
         raise FxlrdError(f"load: {name} cannot be made: {one_line(error)}: the plan is damaged") from error
-    if not biased:
-        module.register_parameter("bias", None)
-    return module

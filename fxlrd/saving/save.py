@@ -4,9 +4,9 @@
     weights-<hash>.safetensors       every parameter and buffer, under its name in the model
 
 Loading makes a copy of the user's own architecture without weights, puts empty layers into it where the plan says so,
-and gives it the tensors. Nothing is decomposed, timed or unpickled; the classes that a plan may name are listed in
-`_LAYERS`. All is checked before the model is handed out, against the plan and the architecture; the plan holds a
-checksum of the weights and of itself.
+and gives it the tensors. Nothing is decomposed, timed or unpickled; a plan names only classes in
+`fxlrd.layers.kinds.OPTIONS`. All is checked before the model is handed out, against the plan and the architecture; the
+plan holds a checksum of the weights and of itself.
 
 Saving is atomic: the weights are written under the name of their own hash, and with the plan, which is replaced last
 and at once, they take effect. Whoever is killed before leaves the old checkpoint, and after, the new one.
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.facts import FACTORS
 from fxlrd.graph.surgery import chained
+from fxlrd.layers.kinds import OPTIONS, options
 from fxlrd.saving.architecture import Layout, config, recall
 from fxlrd.saving.parts import _around, _dense, _join, _made, _plain, _slots, _strides
-from fxlrd.saving.schema import _FORMAT, _LAYERS, VERSION
+from fxlrd.saving.schema import _FORMAT, VERSION
 from fxlrd.saving.storage import _write
 
 
@@ -105,13 +106,11 @@ def _spec(name: str, module: nn.Module) -> dict[str, Any]:
         if beside := config(module)[1]["shapes"]:
             raise FxlrdError(f"save: {name}: {', '.join(beside)} beside its factors: load makes no layer with that")
         return {"parts": [[role, _spec(f"{name}.{role}", part)] for role, part in module.named_children()]}
-    kind, names = _LAYERS.get(type(module).__name__, (None, ()))
-    if type(module) is not kind:
+    if type(module) not in OPTIONS:
         raise FxlrdError(f"save: {name}: a {type(module).__name__} has taken the place of what was compressed")
-    options = {n: getattr(module, n) if n != "bias" else module.bias is not None for n in names}
     spec = {
         "kind": type(module).__name__,
-        "options": {n: list(v) if isinstance(v, tuple) else v for n, v in options.items()},
+        "options": {n: list(v) if isinstance(v, tuple) else v for n, v in options(module).items()},
     }
     if config(_made(name, spec)) != config(module):
         raise FxlrdError(f"save: {name}: this {type(module).__name__} is no longer what its options say")

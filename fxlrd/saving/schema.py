@@ -10,11 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.facts import FACTORS
-from fxlrd.layers.kinds import CONVS, TRANSPOSED
+from fxlrd.layers.kinds import OPTIONS
 
 PLAN = "plan.json"
 VERSION = 1
@@ -22,19 +20,8 @@ _FORMAT = "fxlrd checkpoint"
 _LARGEST_PLAN = 32 * 2**20
 """Bytes; the plan of ResNet-152 has a quarter of a MiB."""
 _REMEDY = "give the architecture that was compressed"
-_CONV = (
-    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "bias",
-)  # fmt: skip
-_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats", "bias")
-_LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    "Linear": (nn.Linear, ("in_features", "out_features", "bias")),
-    **{kind.__name__: (kind, _CONV) for kind in CONVS},
-    **{kind.__name__: (kind, (*_CONV, "output_padding")) for kind in TRANSPOSED},
-    **{kind.__name__: (kind, _NORM) for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)},
-    "PReLU": (nn.PReLU, ("num_parameters",)),
-    "Identity": (nn.Identity, ()),
-}
-"""What a plan may put into a model, with the options that it is made from."""
+KINDS = {kind.__name__: kind for kind in OPTIONS}
+"""The classes of what a plan may put into a model."""
 
 
 def _whole(value: Any) -> bool:
@@ -159,9 +146,9 @@ def _check_spec(spec: Any, where: str, parts: bool = False) -> None:
             _check_spec(part, where)
         return
     _need(isinstance(spec, dict) and set(spec) == {"kind", "options"}, where)
-    known = isinstance(spec["kind"], str) and spec["kind"] in _LAYERS
-    _need(known, f"{where}: its class is none of {', '.join(_LAYERS)}")
+    known = isinstance(spec["kind"], str) and spec["kind"] in KINDS
+    _need(known, f"{where}: its class is none of {', '.join(KINDS)}")
     options = spec["options"]
-    _need(isinstance(options, dict) and set(options) == set(_LAYERS[spec["kind"]][1]), f"{where}: options")
+    _need(isinstance(options, dict) and set(options) == set(OPTIONS[KINDS[spec["kind"]]]), f"{where}: options")
     for name, value in options.items():
         _need(_ALLOWED.get(name, _whole)(value), f"{where}: {name}")
