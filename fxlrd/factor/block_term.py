@@ -3,13 +3,13 @@
     core (r2×r1×K)  →  Q·core·Pᵀ,   maximise  f(P, Q) = Σⱼ ‖Qⱼ·core·Pⱼᵀ‖²
 
 over orthogonal P (r1×r1) and Q (r2×r2) with N row blocks Pⱼ, Qⱼ of equal height. Cutting the rotated core to its
-diagonal blocks then loses 1 − f/‖core‖² of its energy; for orthogonal P and Q the blocks are also the best ones.
+diagonal blocks then loses 1 − f/‖core‖² of its energy. For orthogonal P and Q these blocks are also the best ones.
 
-Starts: higher-order singular bases of the core with its K positions weighted at random. If the core is
-block-diagonal in some hidden bases, each of their vectors lies in one block (random weights tell equal singular
-values apart), and what is left to find is which: a balanced assignment of channels by the energies ‖core[i, j]‖².
-From the best starts, alternating steps in P and Q. For fixed P, f is convex in Q, so that the orthogonal factor of
-its gradient [Qⱼ·Mⱼ], Mⱼ = core·PⱼᵀPⱼ·coreᵀ, never lowers it.
+The search starts from higher-order singular bases of the core with its K positions weighted at random. If the core
+is block-diagonal in some hidden bases, each of their vectors lies in one block (random weights separate equal
+singular values), and it remains to find which: a balanced assignment of channels by the energies ‖core[i, j]‖².
+From the best starts, steps in P and Q alternate. For fixed P, f is convex in Q, so that the orthogonal factor of its
+gradient [Qⱼ·Mⱼ], Mⱼ = core·PⱼᵀPⱼ·coreᵀ, never lowers it.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ import torch
 from torch import Tensor
 
 STEPS = 200
-"""Most alternating steps to the end of the search."""
+"""Largest number of alternating steps in the final search."""
 
 _STARTS = 8
 _CLIMBED, _FIRST_STEPS = 3, 10
-"""So many of the starts are followed for so many steps; then the best of them alone."""
+"""The best ``_CLIMBED`` starts are followed for ``_FIRST_STEPS`` steps, then the best of them alone."""
 _SETTLED = 1e-5, 1e-2
-"""A step that wins less than these shares of the energy and of what is still lost ends the search."""
+"""A step that gains less than the first share of all energy and the second of the lost energy ends the search."""
 _ROUNDING = 1e-13
 
 
 class Blocks(NamedTuple):
     """Orthogonal ``p`` (r1×r1), ``q`` (r2×r2), the diagonal blocks ``cores`` (N, R2, R1, K) of Q·core·Pᵀ, and the
-    share of the core's energy in them (``kept``) beside the share of a cut without rotation (``plain``).
+    share of the core's energy in them (``retained``) beside that of a cut without rotation (``unrotated``).
     """
 
     p: Tensor
     q: Tensor
     cores: Tensor
-    kept: float
-    plain: float
+    retained: float
+    unrotated: float
 
 
 class _Point(NamedTuple):
@@ -53,7 +53,7 @@ class _Point(NamedTuple):
 def block_term(core: Tensor, groups: int, steps: int = STEPS) -> Blocks:
     """Rotate ``core`` (r2, r1, K) and cut it to ``groups`` diagonal blocks. Both ranks are multiples of it.
 
-    With no ``steps`` it is cut as it is. Runs in float64; the same core gives the same blocks every time.
+    With ``steps=0`` it is cut without rotation. Runs in float64; the same core gives the same blocks every time.
     """
     core = core.double()
     total = core.square().sum().item()
@@ -66,8 +66,8 @@ def block_term(core: Tensor, groups: int, steps: int = STEPS) -> Blocks:
         last = _climb(core, max(climbed, key=lambda s: s.energy), groups, steps)
         best = max(plain, last, key=lambda s: s.energy)
     cores = _diagonal(_rotated(core, best.p, best.q), groups)
-    kept, cut = (min(s.energy / total, 1.0) if total else 1.0 for s in (best, plain))
-    return Blocks(best.p, best.q, cores, kept, cut)
+    retained, unrotated = (min(s.energy / total, 1.0) if total else 1.0 for s in (best, plain))
+    return Blocks(best.p, best.q, cores, retained, unrotated)
 
 
 def _starts(core: Tensor, groups: int) -> Iterator[_Point]:
@@ -94,7 +94,7 @@ def _singular(unfolded: Tensor) -> Tensor:
 
 
 def _climb(core: Tensor, start: _Point, groups: int, steps: int) -> _Point:
-    """Alternate steps in Q and P while they pay."""
+    """Alternate steps in Q and P until a step gains too little."""
     total = core.square().sum().item()
     by_row = core.transpose(1, 2).contiguous()  # r2, K, r1
     by_column = core.permute(1, 2, 0).contiguous()  # r1, K, r2

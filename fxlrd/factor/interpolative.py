@@ -1,12 +1,12 @@
 """Interpolative decomposition of a tensor's channels from its second moments.
 
-Keep r of C channels and rebuild the others linearly from them: X ≈ X[:, S]·Tᵀ, with T (C×r) least squares on
-the second moments G = E[x·xᵀ] and T[S] the identity. What a consumer with weight w then computes differs by
+Retain r of C channels and rebuild the others linearly from them: X ≈ X[:, S]·Tᵀ, with T (C×r) least squares on
+the second moments G = E[x·xᵀ] and T[S] the identity. The output of a consumer with weight W then differs by
 
     E‖W·(x − T·x[S])‖² = tr(A·R),   A = WᵀW,  R = G − G[:,S]·G[S,S]⁻¹·G[S,:]
 
-Channels are picked greedily, each time the one that lowers this the most: pivoted Cholesky on G, with the
-pivot j that maximises (R·A·R)ⱼⱼ / Rⱼⱼ instead of Rⱼⱼ. With A = 1 that is column subset selection, of which the
+Channels are picked greedily, each time the one that lowers this most: pivoted Cholesky on G, with the pivot j
+that maximises (R·A·R)ⱼⱼ / Rⱼⱼ instead of Rⱼⱼ. With A = 1 this is column subset selection, of which the
 column-pivoted QR is the cheap variant.
 """
 
@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 _ONE_BY_ONE = 1024
-"""Up to this many channels each pivot is chosen after the last one's update, in float64; beyond, a block of
-pivots at a time, in float32."""
+"""Up to this many channels, each pivot is chosen after the update by the one before, in float64. Above it, a block
+of pivots is chosen at a time, in float32."""
 
 _TINY = 1e-300
 
 
 class Interpolation(NamedTuple):
-    """The kept channels (ascending), T (C×r) with ``x ≈ T @ x[kept]``, and the predicted relative error."""
+    """The retained channels (ascending), T (C×r) with ``x ≈ T @ x[retained]``, and the predicted relative error."""
 
-    kept: Tensor
+    retained: Tensor
     matrix: Tensor
     error: float
 
@@ -35,14 +35,14 @@ class Interpolation(NamedTuple):
 def interpolate(second: Tensor, rank: int, importance: Tensor | None = None) -> Interpolation:
     """Pick ``rank`` of the C channels with second moments ``second`` (C×C) and interpolate the others.
 
-    ``importance`` is A = WᵀW (C×C) of what reads the channels, identity by default. Runs in float64. The error
-    is sqrt(tr(A·R) / tr(A·G)), 0 where the channels carry nothing.
+    ``importance`` is A = WᵀW (C×C) of the layers that read the channels, identity by default. Runs in float64. The
+    error is sqrt(tr(A·R) / tr(A·G)), 0 where all channels are zero.
     """
     g = second.double()
     a = torch.eye(len(g), dtype=g.dtype, device=g.device) if importance is None else importance.double()
-    kept = select(g, rank, a)
-    matrix = least_squares(g, kept)
-    return Interpolation(kept, matrix, residual(g, kept, matrix, a))
+    retained = select(g, rank, a)
+    matrix = least_squares(g, retained)
+    return Interpolation(retained, matrix, residual(g, retained, matrix, a))
 
 
 def select(second: Tensor, rank: int, importance: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def select(second: Tensor, rank: int, importance: Tensor) -> Tensor:
 
 
 def greedy(second: Tensor, rank: int, importance: Tensor) -> list[int]:
-    """Return ``rank`` channel indices in the order that they are picked in: fewer would be the first of them."""
+    """Return ``rank`` channel indices in the order of picking: those of a lower rank are the first of them."""
     count = len(second)
     wide = count > _ONE_BY_ONE
     # Scale matters to neither the order of the gains nor the weights; products stay within range.
@@ -66,7 +66,7 @@ def greedy(second: Tensor, rank: int, importance: Tensor) -> list[int]:
         variance = r.diagonal()
         alive = free & (variance > negligible)
         if not bool(alive.any()):
-            # Whatever is left is a linear function of what was picked: any channels will do.
+            # All others are linear functions of the picked channels: any of them will do.
             picked += torch.nonzero(free).flatten()[: rank - len(picked)].tolist()
             break
         gain = torch.where(alive, (r * q).sum(0).clamp_min(0) / variance.clamp_min(negligible), -1.0)
@@ -81,7 +81,7 @@ def greedy(second: Tensor, rank: int, importance: Tensor) -> list[int]:
 
 
 def _pivots(gain: Tensor, r: Tensor, count: int) -> Tensor:
-    """Return the best ``count`` pivots, each chosen with its gain scaled to the variance the others leave it."""
+    """Return the best ``count`` pivots; each gain is scaled to the share of variance that earlier pivots leave."""
     if count == 1:
         return gain.argmax().view(1)
     candidates = gain.topk(min(4 * count, int((gain >= 0).sum()))).indices
@@ -89,47 +89,47 @@ def _pivots(gain: Tensor, r: Tensor, count: int) -> Tensor:
     variance = local.diagonal().clone()
     chosen: list[int] = []
     for _ in range(count):
-        left = gains * (local.diagonal() / variance).clamp_min(0)
-        left[chosen] = -1.0
-        j = int(left.argmax())
+        remaining = gains * (local.diagonal() / variance).clamp_min(0)
+        remaining[chosen] = -1.0
+        j = int(remaining.argmax())
         chosen.append(j)
         local -= torch.outer(local[:, j], local[j]) / local[j, j].clamp_min(1e-6 * variance[j])
     return candidates[chosen]
 
 
-def least_squares(second: Tensor, kept: Tensor, ridge: float = 0.0) -> Tensor:
+def least_squares(second: Tensor, retained: Tensor, ridge: float = 0.0) -> Tensor:
     """Return T (C×r) = G[:,S]·G[S,S]⁺ with T[S] set to the exact identity.
 
     ``ridge``, relative to the mean variance, is added to the diagonal of G[S,S].
     """
     g = second.double()
-    inner = g[kept][:, kept]
-    inner = inner + torch.eye(len(kept), dtype=g.dtype, device=g.device) * (ridge * inner.diagonal().mean())
+    inner = g[retained][:, retained]
+    inner = inner + torch.eye(len(retained), dtype=g.dtype, device=g.device) * (ridge * inner.diagonal().mean())
     scale = inner.diagonal().sqrt()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of a dead channel
     inner = inner / torch.outer(scale, scale)
     factor, failed = torch.linalg.cholesky_ex(inner)
     if not failed.item() and bool((factor.diagonal() > 1e-5).all()):
-        matrix = torch.cholesky_solve(g[kept] / scale[:, None], factor).mT
+        matrix = torch.cholesky_solve(g[retained] / scale[:, None], factor).mT
     else:
         values, vectors = torch.linalg.eigh(inner)
-        # A relative cut-off: directions that the calibration inputs never showed get no say.
+        # A relative cut-off drops the directions that do not occur in the calibration inputs.
         inverse = torch.where(values > values[-1] * 1e-10, 1 / values.clamp_min(_TINY), 0.0)
-        matrix = ((g[:, kept] / scale @ vectors) * inverse) @ vectors.mT
+        matrix = ((g[:, retained] / scale @ vectors) * inverse) @ vectors.mT
     matrix = matrix / scale
-    matrix[kept] = torch.eye(len(kept), dtype=g.dtype, device=g.device)
+    matrix[retained] = torch.eye(len(retained), dtype=g.dtype, device=g.device)
     return matrix
 
 
-def residual(second: Tensor, kept: Tensor, matrix: Tensor, importance: Tensor) -> float:
+def residual(second: Tensor, retained: Tensor, matrix: Tensor, importance: Tensor) -> float:
     """Return sqrt(tr(A·R) / tr(A·G)), R the second moments of x − T·x[S]."""
     total = (importance * second.double()).sum().item()
-    return (lost(second, kept, matrix, importance) / total) ** 0.5 if total > 0 else 0.0
+    return (lost(second, retained, matrix, importance) / total) ** 0.5 if total > 0 else 0.0
 
 
-def lost(second: Tensor, kept: Tensor, matrix: Tensor, importance: Tensor) -> float:
+def lost(second: Tensor, retained: Tensor, matrix: Tensor, importance: Tensor) -> float:
     """Return tr(A·R), R the second moments of x − T·x[S]."""
     g = second.double()
-    cross = matrix @ g[kept]
-    r = g - cross - cross.mT + matrix @ g[kept][:, kept] @ matrix.mT
+    cross = matrix @ g[retained]
+    r = g - cross - cross.mT + matrix @ g[retained][:, retained] @ matrix.mT
     return max((importance * r).sum().item(), 0.0)

@@ -26,8 +26,8 @@ class Pair(NamedTuple):
 def svd(weight: Tensor, rank: int) -> Pair:
     """Return the best rank-``rank`` approximation of ``weight`` (…, S, C) as first (…, R, C), last (…, S, R).
 
-    Leading dimensions are a batch. Runs and answers in float32, or float64 for a float64 weight. ``rank``
-    must lie in 1…min(S, C).
+    Leading dimensions are a batch. Computes and returns float32, or float64 for a float64 weight. ``rank`` must lie
+    in 1…min(S, C).
     """
     w = working(weight)
     peak = magnitude(w)
@@ -45,9 +45,9 @@ def svd(weight: Tensor, rank: int) -> Pair:
 
 
 def balance(left: Tensor, right: Tensor, scale: Tensor, split_left: bool) -> tuple[Tensor, Tensor]:
-    """Return (first, last), moving √σ from the factor that carries σ (``left`` if split_left) to the other.
+    """Return (first, last), with √σ moved from the factor that carries σ (``left`` if split_left) to the other.
 
-    ``scale`` (…, R, 1) holds σ. Directions of zero weight stay zero on the side that carried σ.
+    ``scale`` (…, R, 1) holds σ. Directions where σ is zero stay zero in the factor that carried it.
     """
     root = scale.sqrt()
     inverse = torch.where(root > 0, 1 / root, torch.zeros_like(root))

@@ -2,10 +2,10 @@
 
     W (S×C×k…) ≈ core (r2×r1×k…) ×_C first (r1×C) ×_S last (S×r2)
 
-``first`` and ``last`` have orthonormal rows and columns. Start: the input basis of the plain higher-order
-SVD. Then half-steps of higher-order orthogonal iteration (De Lathauwer et al. 2000b): each basis is the best
-one given the other, so the error never rises, and after the first half-step it is that of the sequentially
-truncated HOSVD, with ‖W − W'‖² ≤ tail²(C mode) + tail²(S mode).
+``first`` has orthonormal rows, ``last`` orthonormal columns. The start is the input basis of the plain higher-order
+SVD. Half-steps of higher-order orthogonal iteration follow (De Lathauwer et al. 2000b): each basis is the best one
+for the other, so the error never rises. After the first half-step it is that of the sequentially truncated HOSVD,
+with ‖W − W'‖² ≤ tail²(C mode) + tail²(S mode).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fxlrd.factor.svd import relative_error
 
 
 class Triple(NamedTuple):
-    """A Tucker-2 form and its relative Frobenius error. A mode that is not cut has None for its factor."""
+    """A Tucker-2 form and its relative Frobenius error. The factor of a mode that is not cut is None."""
 
     first: Tensor | None
     core: Tensor
@@ -31,8 +31,9 @@ class Triple(NamedTuple):
 def tucker2(weight: Tensor, rank_in: int | None, rank_out: int | None, sweeps: int = 1) -> Triple:
     """Return the Tucker-2 factors of ``weight`` (G, S, C, k…), a batch of G convolution weights.
 
-    Shapes: first (G, r1, C), core (G, r2, r1, k…), last (G, S, r2). A rank of None leaves that mode alone and
-    its factor out (Tucker-1). Ranks lie in 1…C and 1…S. Runs in float32, or float64 for a float64 weight.
+    Shapes: first (G, r1, C), core (G, r2, r1, k…), last (G, S, r2). A rank of None leaves that mode
+    uncut and without a factor (Tucker-1). Ranks lie in 1…C and 1…S. Computes in float32, or float64 for a float64
+    weight.
     """
     w = working(weight)
     kernel = w.shape[3:]

@@ -1,19 +1,19 @@
-"""Factors fitted to data: the least error of a layer's output, not of its weight.
+"""Factors fitted to data: they minimise the error of a layer's output instead of that of its weight.
 
-With G = E[x·xᵀ] of what the layer reads, and Γ that says how much each direction of its output matters:
+With the second moments G = E[x·xᵀ] of a layer's inputs, and the importance Γ of the directions of its output:
 
     E‖Γ^½·(W − W')·x‖² = ‖Γ^½·(W − W')·G^½‖²
 
-so the best W' of rank R is the truncated SVD of Γ^½·W·G^½, taken back through the inverse roots (for a plain
-matrix). A k×k conv has no such closed form. Its start is the Tucker-2 of the weight whitened channel by channel;
-with the moments G of whole patches (channels × kernel positions), alternating steps then lower the exact error:
+For a matrix, the best W' of rank R is therefore the truncated SVD of Γ^½·W·G^½, multiplied by the inverse roots. A
+k×k conv has no such closed form. It starts from the Tucker-2 of the weight whitened channel by channel. With the
+moments G of whole patches (channels × kernel positions), alternating steps then lower the exact error:
 
-    given first   core and last are a reduced-rank regression, which has a closed form
-    given both    first is a linear least squares problem, solved by conjugate gradients
+    first fixed            core and last are a reduced-rank regression, which has a closed form
+    core and last fixed    first is a linear least squares problem, solved by conjugate gradients
 
-Directions that the data never showed would be divided by zero: a little of the mean variance (``RIDGE``, and the
-caller's ``ridge`` where there were few samples) is added to G and Γ. Everything runs in float64. Factors come out
-balanced (SVD) or with orthonormal outer factors (Tucker-2), as the plain ones do.
+Directions without any variance would be divided by zero: a share of the mean variance (``RIDGE``, plus the caller's
+``ridge`` where there were few samples) is added to G and Γ. Everything runs in float64. Factors are balanced (SVD)
+or have orthonormal outer factors (Tucker-2), as those of `svd` and `tucker2`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ RIDGE = 1e-5
 """Share of the mean variance that is added to every direction."""
 
 _NOTHING = 1e-30
-"""The variance of what never varies: next to nothing beside any other, and its root has an inverse."""
+"""Variance of a channel that is always zero: negligible beside any other, but its root has an inverse."""
 
 _ENOUGH = 1e-3
-"""Alternating stops when a round lowers the error by less than this share."""
+"""The alternation stops when a round lowers the error by less than this share, or after ``_ROUNDS``."""
 
 _ROUNDS = 8
 _STEPS = 10
+"""Conjugate gradient steps a round."""
 
 
 class Root(NamedTuple):
@@ -59,25 +60,25 @@ def root(second: Tensor, ridge: float = 0.0) -> Root:
     return Root(scaled @ vectors.mT, unscaled @ vectors.mT)
 
 
-def whitened_svd(weight: Tensor, rank: int, reads: Root | None, matters: Root | None = None) -> Pair:
-    """Return first (G, R, C) and last (G, S, R) of ``weight`` (G, S, C), the best for the given moments.
+def whitened_svd(weight: Tensor, rank: int, input_root: Root | None, output_root: Root | None = None) -> Pair:
+    """Return first (G, R, C) and last (G, S, R) of ``weight`` (G, S, C), optimal for the moments, for each of G groups.
 
-    ``reads`` is the root of G (G, C, C), ``matters`` that of Γ (G, S, S); None stands for the identity. The
-    error is relative, of the weighted output.
+    ``input_root`` (G, C, C) is the root of the inputs' second moments, ``output_root`` (G, S, S) that of Γ; None
+    stands for the identity. The error is relative, of the output weighted by Γ.
     """
     w = weight.detach().double()
-    if reads is not None:
-        w = w @ reads.root
-    if matters is not None:
-        w = matters.root @ w
+    if input_root is not None:
+        w = w @ input_root.root
+    if output_root is not None:
+        w = output_root.root @ w
     pair = svd(w, rank)
-    first = pair.first if reads is None else pair.first @ reads.inverse
-    last = pair.last if matters is None else matters.inverse @ pair.last
+    first = pair.first if input_root is None else pair.first @ input_root.inverse
+    last = pair.last if output_root is None else output_root.inverse @ pair.last
     return Pair(*_balanced(first, last), pair.error)
 
 
 def _balanced(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors of the same product that share its singular values evenly."""
+    """Return factors with the same product, each with the square roots of its singular values."""
     q_last, r_last = torch.linalg.qr(last)
     q_first, r_first = torch.linalg.qr(first.mT)
     u, s, v = torch.linalg.svd(r_last @ r_first.mT, full_matrices=False)
@@ -89,43 +90,44 @@ def whitened_tucker2(
     weight: Tensor,
     rank_in: int | None,
     rank_out: int | None,
-    reads: Root | None,
-    matters: Root | None = None,
+    input_root: Root | None,
+    output_root: Root | None = None,
     patches: Tensor | None = None,
     ridge: float = 0.0,
 ) -> Triple:
-    """Return the Tucker-2 factors of ``weight`` (G, S, C, k…) fitted to the given moments.
+    """Return the Tucker-2 factors of ``weight`` (G, S, C, k…) fitted to the moments; shapes are those of `tucker2`.
 
-    ``reads`` (G, C, C) is by channel. ``patches`` (C·K, C·K), for G = 1 only, are the moments of what the kernel
-    sees, channel-major: then factors are refined on them while that pays. Shapes are as of `tucker2`. The error is
-    relative, of the weighted output, exact with ``patches``, else as if kernel positions were uncorrelated.
+    ``input_root`` (G, C, C) is by channel, ``output_root`` as in `whitened_svd`. ``patches`` (C·K, C·K), for G = 1
+    only, are the second moments of the patches that the kernel is applied to, channel-major: the factors are refined
+    on them. The error is relative, of the output weighted by Γ: exact with ``patches``, otherwise as if kernel
+    positions were uncorrelated.
     """
     w = weight.detach().double()
     whitened = w
-    if reads is not None:
-        whitened = torch.einsum("gsc...,gcd->gsd...", whitened, reads.root)
-    if matters is not None:
-        whitened = torch.einsum("gts,gsc...->gtc...", matters.root, whitened)
+    if input_root is not None:
+        whitened = torch.einsum("gsc...,gcd->gsd...", whitened, input_root.root)
+    if output_root is not None:
+        whitened = torch.einsum("gts,gsc...->gtc...", output_root.root, whitened)
     triple = tucker2(whitened, rank_in, rank_out, sweeps=2)
     first, core, last, error = triple
-    if first is not None and reads is not None:
-        first = first @ reads.inverse
-    elif reads is not None:
-        core = torch.einsum("gor...,grc->goc...", core, reads.inverse)
+    if first is not None and input_root is not None:
+        first = first @ input_root.inverse
+    elif input_root is not None:
+        core = torch.einsum("gor...,grc->goc...", core, input_root.inverse)
     if patches is not None and bool(patches.count_nonzero()):
-        scaled = w if matters is None else torch.einsum("gts,gsc...->gtc...", matters.root, w)
+        scaled = w if output_root is None else torch.einsum("gts,gsc...->gtc...", output_root.root, w)
         first, core, last, error = _refined(scaled, first, core, last, patches, ridge)
-    if last is not None and matters is not None:
-        last = matters.inverse @ last
-    elif matters is not None:
-        core = torch.einsum("gts,gsr...->gtr...", matters.inverse, core)
+    if last is not None and output_root is not None:
+        last = output_root.inverse @ last
+    elif output_root is not None:
+        core = torch.einsum("gts,gsr...->gtr...", output_root.inverse, core)
     return Triple(*_orthonormal(first, core, last), error)
 
 
 def _orthonormal(
     first: Tensor | None, core: Tensor, last: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Return factors of the same product whose outer ones have orthonormal rows and columns."""
+    """Return factors with the same product; ``first`` has orthonormal rows, ``last`` orthonormal columns."""
     if first is not None:
         q, r = torch.linalg.qr(first.mT)
         first, core = q.mT, torch.einsum("gor...,gqr->goq...", core, r)
@@ -137,8 +139,8 @@ def _orthonormal(
 
 def _refined(
     w: Tensor, first: Tensor | None, core: Tensor, last: Tensor | None, patches: Tensor, ridge: float
-) -> tuple[Tensor | None, Tensor, Tensor | None, float]:
-    """Alternate between (core, last) and first on the moments of patches while the error falls."""
+) -> Triple:
+    """Alternate between (core, last) and first on the patches' moments, and return the best factors and their error."""
     width, kernel = w.shape[2], w.shape[3:]
     moments = patches.double()
     moments = moments + torch.eye(len(moments), dtype=moments.dtype, device=moments.device) * (
@@ -160,7 +162,7 @@ def _refined(
         u = _input_factor(target, u, c, v, moments)
     assert best is not None
     error, u, c, v = best
-    return (
+    return Triple(
         None if u is None else u[None],
         c.unflatten(1, (-1, *kernel))[None],
         None if v is None else v[None],
@@ -173,7 +175,7 @@ def _energy(weight: Tensor, moments: Tensor) -> float:
 
 
 def _widened(product: Tensor, u: Tensor | None, width: int) -> Tensor:
-    """Return B·(U⊗1): what the factors do to the patch, S × C·K."""
+    """Return B·(U⊗1): the factors as one matrix on patches, S × C·K."""
     if u is None:
         return product
     return torch.einsum("srk,rc->sck", product.unflatten(1, (len(u), -1)), u).flatten(1)
@@ -190,11 +192,11 @@ def _cut(moments: Tensor, u: Tensor | None, width: int) -> tuple[Tensor, Tensor]
 def _regressed(
     target: Tensor, u: Tensor | None, moments: Tensor, width: int, rank: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the best core (r2 × r1·K) and last (S × r2, orthonormal) given ``u``."""
+    """Return the best core (r2 × r1·K) and last (S × r2, orthonormal) for ``u``."""
     cross, inner = _cut(moments, u, width)
     scale = inner.diagonal().clamp_min(1e-300).rsqrt()
     lower, failed = torch.linalg.cholesky_ex(inner * scale[:, None] * scale)
-    if failed.item():  # channels that are never on
+    if failed.item():  # some channels are always zero
         lower = torch.linalg.cholesky(
             inner * scale[:, None] * scale + 1e-8 * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
         )
@@ -206,7 +208,7 @@ def _regressed(
 
 
 def _input_factor(target: Tensor, u: Tensor, core: Tensor, last: Tensor | None, moments: Tensor) -> Tensor:
-    """Return a better U (r1 × C) given core and last: some conjugate gradient steps on its normal equations."""
+    """Return a better U (r1 × C) for core and last: conjugate gradient steps on its normal equations."""
     rank, width = u.shape
     # With orthonormal columns, ‖T − V·c·U‖² = ‖Vᵀ·T − c·U‖² + const.
     goal = target if last is None else last.mT @ target

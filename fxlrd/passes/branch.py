@@ -100,7 +100,7 @@ class Branch:
             name,
             False,
             f"core {core.in_channels}→{core.out_channels} in {groups} branches: "
-            f"{100 * blocks.kept:.1f} % of its energy kept ({100 * blocks.plain:.1f} % without rotation)"
+            f"{100 * blocks.retained:.1f} % of its energy kept ({100 * blocks.unrotated:.1f} % without rotation)"
             + (f", weight error {error:.2g}" if error is not None else ""),
         )
 

@@ -23,7 +23,7 @@ def matrix(values, m, n):
     return u * values @ v.T
 
 
-def left_over(m, u):
+def residual_norm(m, u):
     m, u = m.double(), u.double()
     return torch.linalg.norm(m - u @ (u.mT @ m), dim=(-2, -1))
 
@@ -56,8 +56,8 @@ def test_float64_error_is_the_truncated_tail(name, m, n):
         assert (u.dtype, u.shape) == (torch.float64, (m, rank))
         torch.testing.assert_close(u.T @ u, torch.eye(rank, dtype=u.dtype), rtol=0, atol=1e-13)
         optimal = tail(w, rank)
-        assert optimal * (1 - 1e-9) <= left_over(w, u) + 1e-15
-        assert left_over(w, u) <= optimal * (1 + EXCESS) + 1e-14
+        assert optimal * (1 - 1e-9) <= residual_norm(w, u) + 1e-15
+        assert residual_norm(w, u) <= optimal * (1 + EXCESS) + 1e-14
 
 
 @pytest.mark.parametrize(("m", "n"), [(40, 40), (24, 90), (90, 24)])
@@ -71,13 +71,13 @@ def test_float32_error_is_within_the_excess_of_the_optimal_one(name, m, n):
         torch.testing.assert_close(u.T @ u, torch.eye(rank), rtol=0, atol=4e-6)
         optimal = tail(w, rank)
         # A basis held in float32 cannot do better than its own rounding, which adds in quadrature.
-        assert left_over(w, u) <= (optimal.square() * (1 + EXCESS) ** 2 + (2 * EPS * norm) ** 2).sqrt()
+        assert residual_norm(w, u) <= (optimal.square() * (1 + EXCESS) ** 2 + (2 * EPS * norm) ** 2).sqrt()
 
 
 @pytest.mark.parametrize("rank", [10, 13])
-def test_a_small_tail_is_found_as_well_as_an_svd_finds_it(rank):
+def test_a_small_tail_is_as_accurate_as_that_of_an_svd(rank):
     w = matrix(spectrum("steep", 40), 40, 80).float()  # tails of 1e-2 and 2.5e-3: far below √ε·σ₁ in their squares
-    assert left_over(w, left_basis(w, rank)) <= tail(w, rank) * (1 + EXCESS)
+    assert residual_norm(w, left_basis(w, rank)) <= tail(w, rank) * (1 + EXCESS)
 
 
 def test_columns_descend():
@@ -104,7 +104,7 @@ def test_fallback_to_a_true_svd_for_a_tail_below_float64_grams(methods):
 def test_one_bad_matrix_of_a_batch_is_enough_for_the_fallback():
     plain, steep = torch.randn(40, 80), matrix(10 ** -torch.arange(40, dtype=torch.float64), 40, 80).float()
     batch = torch.stack([plain, steep])
-    excess = left_over(batch, left_basis(batch, 3)) / tail(batch, 3)
+    excess = residual_norm(batch, left_basis(batch, 3)) / tail(batch, 3)
     assert excess.max() <= 1 + EXCESS
 
 
@@ -116,7 +116,7 @@ def test_planted_rank_is_reproduced_and_the_basis_complete(dtype, m, n, planted,
     eps = torch.finfo(dtype).eps
     assert u.shape == (m, rank)
     torch.testing.assert_close(u.T @ u, torch.eye(rank, dtype=dtype), rtol=0, atol=20 * eps)
-    assert left_over(w, u) <= 20 * eps * torch.linalg.norm(w)
+    assert residual_norm(w, u) <= 20 * eps * torch.linalg.norm(w)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -130,7 +130,7 @@ def test_the_scale_of_the_matrix_does_not_matter(scale):
     # Squares of such values leave float32: the Gram matrix is all zeros or all Inf.
     w = matrix(spectrum("slow", 20), 20, 30)
     scaled = (w * scale).float()
-    assert left_over(scaled.double() / scale, left_basis(scaled, 5)) <= tail(w, 5) * (1 + EXCESS)
+    assert residual_norm(scaled.double() / scale, left_basis(scaled, 5)) <= tail(w, 5) * (1 + EXCESS)
 
 
 def test_no_gradient_is_recorded():

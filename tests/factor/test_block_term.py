@@ -45,9 +45,9 @@ def check(core: torch.Tensor, blocks: Blocks, groups: int) -> None:
     for n, block in enumerate(blocks.cores):
         r2, r1 = block.shape[:2]
         torch.testing.assert_close(block, turned[n * r2 : (n + 1) * r2, n * r1 : (n + 1) * r1], rtol=1e-9, atol=1e-9)
-    assert blocks.kept == pytest.approx(energy(turned, groups), rel=1e-9)
-    assert blocks.plain == pytest.approx(energy(core, groups), rel=1e-9)
-    assert blocks.kept >= blocks.plain
+    assert blocks.retained == pytest.approx(energy(turned, groups), rel=1e-9)
+    assert blocks.unrotated == pytest.approx(energy(core, groups), rel=1e-9)
+    assert blocks.retained >= blocks.unrotated
 
 
 SIZES = [(1, 1), (2, 2), (3, 5), (5, 3), (8, 8), (1, 4), (12, 4)]
@@ -62,13 +62,13 @@ def test_hidden_blocks_are_found(groups, size, equal):
         core, _ = planted(groups, *size, 9, equal=equal)
         blocks = block_term(core, groups)
         check(core, blocks, groups)
-        assert blocks.kept > 1 - 1e-9, seed
+        assert blocks.retained > 1 - 1e-9, seed
 
 
 @pytest.mark.parametrize("groups", [2, 4, 8])
 def test_wide_hidden_blocks_are_found(groups):
     core, _ = planted(groups, 96 // groups, 64 // groups, 9)
-    assert block_term(core, groups).kept > 1 - 1e-9
+    assert block_term(core, groups).retained > 1 - 1e-9
 
 
 @pytest.mark.parametrize("noise", [1e-6, 1e-3, 1e-2, 0.1])
@@ -76,18 +76,18 @@ def test_wide_hidden_blocks_are_found(groups):
 def test_hidden_blocks_are_found_under_noise(groups, noise):
     for seed in range(3):
         torch.manual_seed(seed)
-        core, there = planted(groups, 4, 6, 9, noise)
-        assert block_term(core, groups).kept >= there - 1e-2 * (1 - there), seed
+        core, share = planted(groups, 4, 6, 9, noise)
+        assert block_term(core, groups).retained >= share - 1e-2 * (1 - share), seed
 
 
 @pytest.mark.parametrize("groups", [2, 4, 8])
 def test_one_position_is_diagonal_in_its_singular_bases(groups):
     core = torch.randn(16, 24, 1).double()
-    assert block_term(core, groups).kept > 1 - 1e-9
+    assert block_term(core, groups).retained > 1 - 1e-9
 
 
 @pytest.mark.parametrize("r", [16, 48])
-def test_trained_spectra_keep_clearly_more_than_the_plain_cut(r):
+def test_rotated_blocks_of_trained_spectra_retain_clearly_more_than_unrotated_ones(r):
     for seed in range(3):
         torch.manual_seed(seed)
         core = decaying(r, r)
@@ -95,7 +95,7 @@ def test_trained_spectra_keep_clearly_more_than_the_plain_cut(r):
         for groups in (2, 4, 8):
             blocks = block_term(core, groups)
             check(core, blocks, groups)
-            gains.append((1 - blocks.kept) / (1 - blocks.plain))
+            gains.append((1 - blocks.retained) / (1 - blocks.unrotated))
         assert gains[0] < 0.7
         assert gains[1] < 0.75
         assert gains[2] < 0.75
@@ -103,7 +103,7 @@ def test_trained_spectra_keep_clearly_more_than_the_plain_cut(r):
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 8), (8, 24)])
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
-def test_never_worse_than_the_plain_cut(groups, size):
+def test_never_worse_than_the_unrotated_cut(groups, size):
     core = torch.randn(*size, 9).double()
     check(core, block_term(core, groups), groups)
     diagonal = torch.zeros_like(core)
@@ -112,14 +112,14 @@ def test_never_worse_than_the_plain_cut(groups, size):
         diagonal[rows, columns] = core[rows, columns]
     blocks = block_term(diagonal, groups)
     check(diagonal, blocks, groups)
-    assert blocks.kept > 1 - 1e-12
+    assert blocks.retained > 1 - 1e-12
 
 
-def test_no_steps_cut_the_core_as_it_is():
+def test_without_steps_the_core_is_cut_unrotated():
     core = torch.randn(8, 12, 9).double()
     blocks = block_term(core, 4, steps=0)
     check(core, blocks, 4)
-    assert blocks.kept == blocks.plain
+    assert blocks.retained == blocks.unrotated
     assert torch.equal(blocks.cores[1], core[2:4, 3:6])
 
 
@@ -127,24 +127,27 @@ def test_one_group_is_the_core_itself():
     core = torch.randn(5, 7, 9).double()
     blocks = block_term(core, 1)
     assert torch.equal(blocks.cores[0], core)
-    assert blocks.kept == blocks.plain == 1
+    assert blocks.retained == blocks.unrotated == 1
 
 
-def test_zeros_and_the_same_again():
+def test_a_core_of_zeros():
     blocks = block_term(torch.zeros(4, 4, 9), 2)
-    assert blocks.kept == blocks.plain == 1
+    assert blocks.retained == blocks.unrotated == 1
     assert not blocks.cores.any()
+
+
+def test_the_same_core_gives_the_same_blocks_and_the_global_random_state_stays():
     core = torch.randn(8, 8, 9)
     torch.manual_seed(1)
     first = block_term(core, 4)
     state = torch.random.get_rng_state()
     again = block_term(core, 4)
     assert torch.equal(first.cores, again.cores)
-    assert torch.equal(torch.random.get_rng_state(), state), "the global random state is the caller's"
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_scale_does_not_matter():
     core = decaying(16, 16)
-    kept = block_term(core, 4).kept
-    assert block_term(core * 2.0**30, 4).kept == pytest.approx(kept, rel=1e-9)
-    assert block_term(core * 2.0**-30, 4).kept == pytest.approx(kept, rel=1e-9)
+    retained = block_term(core, 4).retained
+    assert block_term(core * 2.0**30, 4).retained == pytest.approx(retained, rel=1e-9)
+    assert block_term(core * 2.0**-30, 4).retained == pytest.approx(retained, rel=1e-9)

@@ -5,6 +5,7 @@ import torch
 
 from fxlrd.factor.basis import EXCESS
 from fxlrd.factor.svd import relative_error, svd
+from tests.support.factors import svd_product
 
 SHAPES = [(12, 30), (30, 12), (20, 20), (3, 12, 30), (3, 30, 12), (1, 1), (1, 40), (40, 1)]
 
@@ -15,7 +16,7 @@ def optimal(weight, rank):
 
 
 def actual(weight, pair):
-    return relative_error(weight.double(), pair.last.double() @ pair.first.double())
+    return relative_error(weight.double(), svd_product(pair))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -101,7 +102,7 @@ def test_a_zero_matrix_within_a_batch():
 def test_the_scale_of_the_weight_does_not_matter(scale, shape):
     w = torch.randn(shape, dtype=torch.float64)
     pair = svd((w * scale).float(), 5)
-    assert relative_error(w, pair.last.double() @ pair.first.double() / scale) <= optimal(w, 5) * (1 + EXCESS)
+    assert relative_error(w, svd_product(pair) / scale) <= optimal(w, 5) * (1 + EXCESS)
     assert pair.error == pytest.approx(optimal(w, 5), rel=1e-3)
 
 
