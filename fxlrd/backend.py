@@ -42,7 +42,7 @@ from fxlrd.graph.guards import matches
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import layers
 from fxlrd.pipeline import Pipeline
-from fxlrd.request import steps_for
+from fxlrd.request import pipeline_for
 
 KEPT = 4
 """Sets of factors that one compiled graph keeps, for models that take turns."""
@@ -104,7 +104,14 @@ class Options:
         """Return the passes. Raises FxlrdError for those that read calibration inputs."""
         budget = None if self.budget is None else Budget.parse(self.budget)
         skip = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
-        steps = steps_for(self.ratio, self.preset, self.passes, budget, skip, None, self.inner == "inductor")
+        steps = pipeline_for(
+            ratio=self.ratio,
+            preset=self.preset,
+            pipeline=self.passes,
+            budget=budget,
+            skip=skip,
+            compile=self.inner == "inductor",
+        )
         fitted = [type(p).__name__.lower() for p in steps.passes if hasattr(p, "calibration")]
         if fitted:
             raise FxlrdError(

@@ -30,7 +30,7 @@ from fxlrd.progress import Progress, bar, quiet
 from fxlrd.report.report import Report, figures
 from fxlrd.report.rows import layer_rows
 from fxlrd.report.table import summary
-from fxlrd.request import _check_model, steps_for
+from fxlrd.request import check_context, check_model, pipeline_for
 from fxlrd.saving.architecture import lay_out, lay_out_graph, remember, shapes_before
 from fxlrd.timing.cache import Setting
 from fxlrd.timing.clock import Timing, compare
@@ -97,12 +97,17 @@ def compress(
     Raises:
         FxlrdError: for a request that cannot be met; the message is one line, with the remedy.
     """
-    if torch.is_inference_mode_enabled():
-        raise FxlrdError("compress under torch.inference_mode() gives weights that cannot be trained: call it outside")
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        raise FxlrdError("compress under autocast: call it outside, with model and example inputs in one dtype")
-    _check_model(model, inplace)
-    steps = steps_for(ratio, preset, pipeline, budget, skip, calibration, compile)
+    check_context()
+    check_model(model, inplace)
+    steps = pipeline_for(
+        ratio=ratio,
+        preset=preset,
+        pipeline=pipeline,
+        budget=budget,
+        skip=skip,
+        calibration=calibration,
+        compile=compile,
+    )
     inputs = Inputs.of(example_inputs)
     show: Progress[Any] = bar if progress else quiet
     original = _capture(model, inputs)

@@ -1,9 +1,8 @@
-"""The options of compress as a pipeline, and what is refused."""
+"""The options of `fxlrd.compress` as a pipeline, and the requests that are refused."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,8 +17,20 @@ from fxlrd.passes import Allocate
 from fxlrd.passes.contract import Pass
 from fxlrd.pipeline import Pipeline
 
+DEFAULT_PRESET = "lrd"
+BUDGET_PRESET = "auto"
 
-def _check_model(model: Any, inplace: bool) -> None:
+
+def check_context() -> None:
+    """Raise FxlrdError where weights cannot be made that train and run anywhere."""
+    if torch.is_inference_mode_enabled():
+        raise FxlrdError("compress under torch.inference_mode() gives weights that cannot be trained: call it outside")
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise FxlrdError("compress under autocast: call it outside, with model and example inputs in one dtype")
+
+
+def check_model(model: Any, inplace: bool) -> None:
+    """Raise FxlrdError for what is not a module, or a module whose Python code is wrapped, compiled or gone."""
     if not isinstance(model, nn.Module):
         raise FxlrdError(f"model: a {type(model).__name__} is not a torch.nn.Module")
     if hasattr(model, "_orig_mod"):
@@ -28,57 +39,81 @@ def _check_model(model: Any, inplace: bool) -> None:
         raise FxlrdError(f"model: a {type(model).__name__} is a wrapper; compress model.module")
     if isinstance(model, torch.jit.ScriptModule):
         raise FxlrdError("model: a ScriptModule has no Python code to trace; compress the model it was made from")
-    if isinstance(model, torch.export.UnflattenedModule) or (
-        isinstance(model, fx.GraphModule)
-        and any(isinstance(n.target, torch._ops.OpOverload) for n in model.graph.nodes)
-    ):
+    if _exported(model):
         raise FxlrdError("model: it was exported and has operators for layers; compress first, then export the result")
     if inplace and isinstance(model, LAYERS):
         raise FxlrdError("inplace: a bare layer cannot replace itself; wrap it in nn.Sequential first")
 
 
-def steps_for(
-    ratio: float | None,
-    preset: str | None,
-    pipeline: Pipeline | Sequence[Pass] | str | None,
-    budget: Budget | None,
-    skip: str | Sequence[str],
-    calibration: Any,
-    under_inductor: bool,
+def _exported(model: nn.Module) -> bool:
+    if isinstance(model, torch.export.UnflattenedModule):
+        return True
+    if not isinstance(model, fx.GraphModule):
+        return False
+    return any(isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes)
+
+
+def pipeline_for(
+    *,
+    ratio: float | None = None,
+    preset: str | None = None,
+    pipeline: Pipeline | Sequence[Pass] | str | None = None,
+    budget: Budget | None = None,
+    skip: str | Sequence[str] = (),
+    calibration: Any = None,
+    compile: bool = False,
 ) -> Pipeline:
-    """Return the passes that these options of `compress` ask for. Raises FxlrdError where they do not go together."""
-    if pipeline is not None and preset is not None:
-        raise FxlrdError("preset and pipeline: give one of the two")
-    if pipeline is None:
-        steps = Pipeline.preset(preset or ("lrd" if budget is None else "auto"))
-    else:
-        steps = Pipeline.parse(pipeline) if isinstance(pipeline, str) else Pipeline(pipeline)
-        if ratio is not None:
-            raise FxlrdError("ratio goes into the pipeline, as in decompose{ratio=2}, or with a preset")
+    """Return the passes that these options of `fxlrd.compress` ask for.
+
+    Raises FxlrdError for options that exclude each other, or that no pass of the pipeline has.
+    """
+    passes = _chosen(preset, pipeline, budget)
+    if ratio is not None:
+        _check_takes_ratio(passes, pipeline, budget)
+        passes = passes.with_options(ratio=ratio)
     if budget is not None:
-        steps = _with_budget(steps, budget, ratio)
-    elif ratio is not None:
-        if any(isinstance(p, Allocate) for p in steps.passes):
-            raise FxlrdError(f"ratio: {steps} sets every layer's ranks by a budget; give budget=, not ratio=")
-        steps = steps.with_options(ratio=ratio)
+        passes = _with_budget(passes, budget)
     if skip:
-        steps = steps.with_options(skip=(skip,) if isinstance(skip, str) else tuple(skip))
+        passes = passes.with_options(skip=(skip,) if isinstance(skip, str) else tuple(skip))
     if calibration is not None:
-        readers = sum("calibration" in {f.name for f in fields(p)} for p in steps.passes)  # type: ignore[arg-type]
-        if readers > 1 and not isinstance(calibration, (torch.Tensor, list, tuple, Mapping, Inputs)):
-            calibration = list(as_batches(calibration))  # once for all: a generator ends, a loader shuffles
-        steps = steps.with_options(calibration=calibration)
-    if under_inductor and any(hasattr(p, "compile") for p in steps.passes):
-        steps = steps.with_options(compile=True)
-    return steps
+        passes = _with_calibration(passes, calibration)
+    if compile and any(hasattr(p, "compile") for p in passes.passes):
+        passes = passes.with_options(compile=True)
+    return passes
 
 
-def _with_budget(steps: Pipeline, budget: Budget, ratio: float | None) -> Pipeline:
+def _chosen(preset: str | None, pipeline: Pipeline | Sequence[Pass] | str | None, budget: Budget | None) -> Pipeline:
+    if pipeline is None:
+        return Pipeline.preset(preset or (DEFAULT_PRESET if budget is None else BUDGET_PRESET))
+    if preset is not None:
+        raise FxlrdError("preset and pipeline: give one of the two")
+    return Pipeline.parse(pipeline) if isinstance(pipeline, str) else Pipeline(pipeline)
+
+
+def _check_takes_ratio(passes: Pipeline, pipeline: Any, budget: Budget | None) -> None:
+    if pipeline is not None:
+        raise FxlrdError("ratio goes into the pipeline, as in decompose{ratio=2}, or with a preset")
+    if budget is not None:
+        raise FxlrdError("ratio and budget: give one of the two; a budget sets every layer's ranks by itself")
+    if _allocates(passes):
+        raise FxlrdError(f"ratio: {passes} sets every layer's ranks by a budget; give budget=, not ratio=")
+
+
+def _with_budget(passes: Pipeline, budget: Budget) -> Pipeline:
     if not isinstance(budget, Budget):
         raise FxlrdError(f"budget: give fxlrd.Budget(latency=0.5), or params or flops, not {budget!r}")
-    if ratio is not None:
-        raise FxlrdError("ratio and budget: give one of the two; a budget sets every layer's ranks by itself")
-    if not any(isinstance(p, Allocate) for p in steps.passes):
-        raise FxlrdError(f"budget: only allocate spends one, and {steps} has none; use preset auto")
+    if not _allocates(passes):
+        raise FxlrdError(f"budget: only allocate spends one, and {passes} has none; use preset auto")
     shares = {"params": 0.0, "flops": 0.0, "latency": 0.0, budget.measure: budget.share}
-    return steps.with_options(**shares)
+    return passes.with_options(**shares)
+
+
+def _allocates(passes: Pipeline) -> bool:
+    return any(isinstance(p, Allocate) for p in passes.passes)
+
+
+def _with_calibration(passes: Pipeline, calibration: Any) -> Pipeline:
+    readers = sum(hasattr(p, "calibration") for p in passes.passes)
+    if readers > 1 and not isinstance(calibration, (torch.Tensor, list, tuple, Mapping, Inputs)):
+        calibration = list(as_batches(calibration))  # several passes read it: a generator ends, a loader shuffles
+    return passes.with_options(calibration=calibration)

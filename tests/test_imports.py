@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,11 @@ def test_a_pass_imports_no_other_pass():
         if name.startswith("fxlrd.passes.") and not name.rpartition(".")[2].startswith("_"):
             others = {t for t in imported(name) if t.startswith("fxlrd.passes.") and "._" not in t} - shared
             assert not others, f"{name} imports {', '.join(others)}"
+
+
+def test_no_module_has_the_name_of_a_standard_one():
+    """``python fxlrd/x.py`` puts fxlrd/ first on the path, where torch would then find ours."""
+    assert not {path.stem for path in ROOT.glob("*.py")} & sys.stdlib_module_names - {"__main__"}
 
 
 def test_public_functions_hide_no_module():

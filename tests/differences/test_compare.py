@@ -515,7 +515,7 @@ def test_a_defect_is_trouble_and_not_a_difference(capsys, monkeypatch):
     def broken(*args, **options):
         raise KeyError("defect")
 
-    monkeypatch.setattr("fxlrd.cli._compared", broken)
+    monkeypatch.setattr("fxlrd.app.commands.diff", broken)
     assert main([*MODEL, "torchvision:resnet18"]) == 2
     assert "KeyError: 'defect'" in capsys.readouterr().err
 
