@@ -229,7 +229,7 @@ def _pass_row(record: Record) -> dict[str, Any]:
         "text": record.text,
         "exact": record.exact,
         "sites": [{"name": site.name, "note": site.note} for site in record.sites],
-        "skipped": [{"name": skip.name, "reason": skip.reason} for skip in record.skipped],
+        "skipped": [{"name": skip.name, "reason": str(skip.reason)} for skip in record.skipped],
         "max_abs_error": record.max_abs_error,
         "relative_error": record.relative_error,
         "step_error": record.step_error,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class FxlrdError(ValueError):
@@ -36,6 +36,10 @@ class Reason:
 
     def __str__(self) -> str:
         return f"{self.text}: {self.remedy}" if self.remedy else self.text
+
+    def at(self, name: str) -> Reason:
+        """Return the same reason, said of the layer ``name``."""
+        return replace(self, text=f"{name}: {self.text}")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> FxlrdError:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
+from fxlrd.errors import Reason
 from fxlrd.factor.basis import left_basis
 from fxlrd.graph.facts import times
 from fxlrd.graph.surgery import source
@@ -106,7 +107,7 @@ def candidate_ranks(module: nn.Module, ratios: Iterable[float] = RATIOS, multipl
         found = [(r1, r2) for r1 in ins for r2 in outs if r1 or r2]
     if multiple == 1:
         by_ratio = (ranks_for_ratio(module, ratio, strict=False) for ratio in ratios)
-        found += [r for r in by_ratio if not isinstance(r, str)]
+        found += [r for r in by_ratio if not isinstance(r, Reason)]
     return [r for r in dict.fromkeys(found) if parameters(module, r) < layer(module).weight.numel()]
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxlrd.calibration.moments import LARGEST, moments
+from fxlrd.errors import Reason
 from fxlrd.factor.interpolative import greedy, least_squares, lost, residual, select
 from fxlrd.graph.channels import Consumer, Group, group
 from fxlrd.graph.facts import FACTORS, SEEN, provenance
-from fxlrd.graph.guards import is_stem, matches
+from fxlrd.graph.guards import is_stem, matches, stem_reason
 from fxlrd.layers.compose import importance
 from fxlrd.layers.fit import Moments
 from fxlrd.layers.kinds import channel_axis, depthwise
@@ -31,10 +32,10 @@ class Reader(NamedTuple):
 def mergeable(
     gm: fx.GraphModule,
     node: fx.Node,
-    reasons: Mapping[str, str | None],
+    reasons: Mapping[str, Reason | None],
     skip: Sequence[str],
     stem: bool = False,
-) -> Group | str:
+) -> Group | Reason:
     """Return the group of the channels that a layer's call makes, or why it is not to be merged.
 
     ``reasons`` are those of `fxlrd.graph.guards.replaceable` with norms. A group is left alone if any of its layers
@@ -42,30 +43,33 @@ def mergeable(
     """
     name = str(node.target)
     if depthwise(gm.get_submodule(name)):
-        return "a depthwise conv is cut with the layer that feeds it, which stays"
+        return Reason("depthwise", "a depthwise conv is cut with the layer that feeds it, which stays")
     if is_stem(gm, name, gm.get_submodule(name)) and not stem:
-        return "the stem reads the model's input"
+        return stem_reason(gm.get_submodule(name))
     whole = group(gm, node, reasons)
-    if isinstance(whole, str):
+    if isinstance(whole, Reason):
         return whole
     for member in [*whole.producers, *(c.node for c in whole.consumers)]:
         if (pattern := matches(str(member.target), skip)) is not None:
-            return f"skip={pattern} keeps {member.target}"
+            return Reason("skip", f"skip={pattern} keeps {member.target}")
         if (known := provenance(member)) is not None and known.role in FACTORS:
-            return f"{member.target} is a low-rank factor already: merge before decomposing"
+            return Reason("factor", f"{member.target} is a low-rank factor already", "merge before decomposing")
     return whole
 
 
-def readers(gm: fx.GraphModule, whole: Group) -> list[Reader] | str:
+def readers(gm: fx.GraphModule, whole: Group) -> list[Reader] | Reason:
     """Return the group's consumers with what calibration knows of them, or why that is not enough."""
     if whole.channels > LARGEST:
-        return f"calibrate measures no tensor of more than {LARGEST} channels; it makes {whole.channels}"
+        text = f"calibrate measures no tensor of more than {LARGEST} channels; it makes {whole.channels}"
+        return Reason("too-many-channels", text)
     found = []
     for consumer in whole.consumers:
         module = gm.get_submodule(str(consumer.node.target))
         known = _seen(gm, consumer, whole.channels)
         if known is None:
-            return "its output's moments are not known: run calibrate first, on calibration inputs"
+            return Reason(
+                "no-moments", "its output's moments are not known", "run calibrate first, on calibration inputs"
+            )
         saw = consumer.node.meta.get(SEEN)
         weight = importance(module, consumer.block, None if saw is None else saw.matters)
         found.append(Reader(consumer, module, known.second, weight, known.ridge))

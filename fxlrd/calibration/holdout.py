@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from fxlrd.calibration.batches import EVERY
-from fxlrd.errors import VerificationError
+from fxlrd.errors import Reason, VerificationError
 from fxlrd.graph.captured import positional, runnable
 from fxlrd.graph.compare import difference
 from fxlrd.graph.inputs import Inputs, tensors
@@ -49,8 +49,10 @@ class Holdout:
 class TooFew:
     """Inputs were to be held out, but there were too few for it."""
 
-    reason: str = (
-        f"too few calibration inputs to hold some out, to judge it by: give {EVERY} batches, or {EVERY} inputs in one"
+    reason: ClassVar[Reason] = Reason(
+        "too-few-inputs",
+        "too few calibration inputs to hold some out, to judge it by",
+        f"give {EVERY} batches, or {EVERY} inputs in one",
     )
 
 

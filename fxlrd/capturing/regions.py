@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from fxlrd.capturing.watch import _has_weights, _same, _stand_in, _Watch, is_layer, kept_whole
 from fxlrd.capturing.whole import check_weights, trace, train_path_differs
-from fxlrd.errors import CaptureError
+from fxlrd.errors import CaptureError, Reason
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Captured, propagate
 from fxlrd.graph.facts import KEY, TIMES
@@ -37,8 +37,13 @@ from fxlrd.graph.surgery import annotate
 
 SHAPES = 4
 """Calls of one region that stand in the graph: one for each set of argument shapes, up to so many."""
-UNLIKE = "it gives something else alone than in the model: is its forward wrapped, or under autocast?"
-ASKED = "the model does something else once another module stands in its place: is its type or its weight asked for?"
+UNLIKE = Reason(
+    "unlike-alone", "it gives something else alone than in the model: is its forward wrapped, or under autocast?"
+)
+ASKED = Reason(
+    "asked-for",
+    "the model does something else once another module stands in its place: is its type or its weight asked for?",
+)
 
 
 def capture_regions(model: nn.Module, example_inputs: Any) -> fx.GraphModule:

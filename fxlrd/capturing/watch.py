@@ -12,17 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.captured import Unreached
 from fxlrd.graph.compare import difference, rounding
-from fxlrd.graph.guards import NEVER_CALLED, added, hooked, owners
+from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads, hooked, owners, shared_parameter
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import copies, describe, plain, structure
 from fxlrd.graph.run import counting, seeded
 from fxlrd.layers.kinds import LAYERS, op
 
-MORE = "it is called with more than its input"
-COMPILED = "{} is compiled: compress the model first, then compile it"
 _READ = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -42,7 +40,7 @@ class _Watch:
         self.model = model
         outputs, self.flops = counted(structure(model), inputs)
         self.outputs = copies(tensors(outputs))
-        self.reasons: dict[str, str] = {}
+        self.reasons: dict[str, Reason] = {}
         outputs = self._look(inputs, readers=True)
         if not _same(tensors(outputs), self.outputs):  # it asks for types: those of the layers looked at are not theirs
             self._look(inputs, readers=False)
@@ -56,8 +54,9 @@ class _Watch:
         self._tied()
         for name, module in self.modules.items():
             if not is_layer(module) and kept_whole(module):
-                why = f"{name} ({type(module).__name__}) reads its weight itself and is kept whole"
-                why = COMPILED.format(name) if hasattr(module, "_orig_mod") else why
+                why = container_reads(name, module)
+                if hasattr(module, "_orig_mod"):
+                    why = Reason("compiled", f"{name} is compiled", "compress the model first, then compile it")
                 self.reasons.update({n: why for n in self.layers if n.startswith(f"{name}.")})
         for name, module in self.modules.items():
             if transposed_linear(module) and (reason := added(module)) is not None:
@@ -81,7 +80,7 @@ class _Watch:
             for part, parameter in module.named_parameters(recurse=False):
                 others = [n for n in names[id(parameter)] if not n.startswith(f"{name}.")]
                 if others:
-                    self.reasons[name] = f"its {part} is shared with {others[0]}"
+                    self.reasons[name] = shared_parameter(part, others[0])
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -131,7 +130,7 @@ class _Watch:
         for name, module in self.layers.items():
             params = sum(p.numel() for p in module.parameters())
             kind = "Linear" if transposed_linear(module) else op(module)
-            reason = self.reasons.get(name, MORE if self.called(name) else NEVER_CALLED)
+            reason = self.reasons.get(name, MORE_INPUTS if self.called(name) else NEVER_CALLED)
             found[name] = Unreached(reason, kind, tuple(module.weight.shape), params)
         return found
 
@@ -166,7 +165,7 @@ def _has_weights(module: nn.Module) -> bool:
     return is_layer(module) or (bool(own) and type(module).__module__.startswith("torch.nn.modules"))
 
 
-def _watched(name: str, module: nn.Module, reasons: dict[str, str]) -> None:
+def _watched(name: str, module: nn.Module, reasons: dict[str, Reason]) -> None:
     """Make the layer, which belongs to a copy, note who reads its parts other than its own forward."""
     inside = 0
     cls = type(module)
@@ -184,9 +183,8 @@ def _watched(name: str, module: nn.Module, reasons: dict[str, str]) -> None:
         def __getattribute__(self, attribute: str) -> Any:
             if attribute in _READ and not inside:
                 caller = sys._getframe(1).f_code
-                reasons.setdefault(
-                    name, f"its {attribute} is read by {getattr(caller, 'co_qualname', caller.co_name)} directly"
-                )
+                who = getattr(caller, "co_qualname", caller.co_name)
+                reasons.setdefault(name, Reason("weight-read", f"its {attribute} is read by {who} directly"))
             return super().__getattribute__(attribute)
 
     Watched.__name__, Watched.__qualname__, Watched.__module__ = cls.__name__, cls.__qualname__, cls.__module__

@@ -22,11 +22,11 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn.parameter import UninitializedParameter
 
-from fxlrd.errors import CaptureError, FxlrdError, one_line
+from fxlrd.errors import CaptureError, FxlrdError, Reason, one_line
 from fxlrd.graph.captured import Captured, Unreached, propagate
 from fxlrd.graph.compare import difference, rounding
 from fxlrd.graph.facts import KEY
-from fxlrd.graph.guards import NEVER_CALLED, hooked
+from fxlrd.graph.guards import NEVER_CALLED, container_hooked, container_reads, hooked
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, run, unmoved
 from fxlrd.graph.surgery import annotate, set_container_mode
@@ -55,7 +55,7 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         warnings.append("forward takes another path in training mode: the eval path was captured")
     annotate(gm)
     unreached = _unreached(model, gm)
-    dropped = {name: u.params for name, u in unreached.items() if u.reason == NEVER_CALLED}
+    dropped = {name: u.params for name, u in unreached.items() if u.reason.code == NEVER_CALLED.code}
     if dropped:
         warnings.append(
             f"{len(dropped)} layers ({sum(dropped.values()):,} parameters) are never called in eval mode and no part "
@@ -274,16 +274,15 @@ def _unreached(model: nn.Module, gm: fx.GraphModule) -> dict[str, Unreached]:
     return found
 
 
-def _why(model: nn.Module, name: str, targets: set[str], read: dict[str, fx.Node]) -> str:
+def _why(model: nn.Module, name: str, targets: set[str], read: dict[str, fx.Node]) -> Reason:
     around = next((t for t in targets if name.startswith(f"{t}.")), None)
     if around is not None:
         whole = model.get_submodule(around)
-        why = "has hooks and" if hooked(whole) else "reads its weight itself and"
-        return f"{around} ({type(whole).__name__}) {why} is kept whole"
+        return container_hooked(around, whole) if hooked(whole) else container_reads(around, whole)
     if f"{name}.weight" in read:
         user = next(iter(read[f"{name}.weight"].users), None)
         by = getattr(user.target, "__name__", user.target) if user is not None else "forward"
-        return f"its weight is read by {by} directly: the layer itself is never called"
+        return Reason("weight-read", f"its weight is read by {by} directly: the layer itself is never called")
     return NEVER_CALLED
 
 

@@ -304,6 +304,8 @@ def _of_sites(here: Sequence[Item], there: Sequence[Item]) -> dict[str, Any]:
         figures[f"flops{suffix}"] = sum(flops) if flops else None
         figures[f"latency_ms{suffix}"] = times[0] * 1e3 if times else None
         figures[f"error{suffix}"] = max(errors) if errors else None
+    factors = [i.known for i in there if i.known is not None and i.known.role in FACTORS]
+    figures["error_of"] = ("output" if factors[0].fitted else "weight") if factors else None
     return figures
 
 

@@ -155,7 +155,7 @@ def _pass(record: Any) -> dict[str, Any]:
         "name": get(record, "name"),
         "text": get(record, "text"),
         "sites": {get(s, "name"): (get(s, "note"), get(s, "timings") or {}) for s in get(record, "sites")},
-        "skipped": {get(s, "name"): get(s, "reason") for s in get(record, "skipped")},
+        "skipped": {get(s, "name"): str(get(s, "reason")) for s in get(record, "skipped")},
     }
 
 
@@ -164,5 +164,5 @@ def _skipped(before: nn.Module, passes: Sequence[Mapping[str, Any]], touched: se
     reasons = {name: reason for p in passes for name, reason in p["skipped"].items()}
     known = captured(before) if isinstance(before, fx.GraphModule) else None
     if known is not None and passes:
-        reasons |= {name: u.reason for name, u in known.unreached.items()}
+        reasons |= {name: str(u.reason) for name, u in known.unreached.items()}
     return tuple({"name": name, "reason": reason} for name, reason in reasons.items() if name not in touched)

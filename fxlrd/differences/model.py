@@ -141,7 +141,8 @@ class Diff:
         - ``ranks_before``, ``ranks``: lists of int or None (a mode that is not cut), or None
         - ``params_before``, ``params``, ``flops_before``, ``flops``: of the nodes of the site; FLOPs may be None
         - ``latency_ms_before``, ``latency_ms``: where a pass measured them, else None
-        - ``error_before``, ``error``: relative error of the site's form, or None
+        - ``error_before``, ``error``: relative error of the site's form, or None; ``error_of``: weight, or
+          output where it was fitted to calibration inputs
         - ``merged``: names of other sites whose nodes went into this one
         - ``passes``: what changed the site, in the order of application, and ``notes``, what each says of it (both
           need ``report=``)

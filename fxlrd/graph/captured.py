@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp, _extract_tensor_metadata
 
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.facts import KEY, times
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import Around, put, structure
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Unreached:
     """A layer that no node of the graph stands for, and why."""
 
-    reason: str
+    reason: Reason
     op: str
     shape: tuple[int, ...]
     params: int

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
+from fxlrd.errors import Reason
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.kinds import op
 
@@ -124,8 +125,12 @@ def _reads_only_batch(node: fx.Node) -> bool:
 class _Mixes(Exception):
     """The walk met something that does not treat each channel alone."""
 
+    def __init__(self, code: str, text: str, remedy: str = "") -> None:
+        super().__init__(text)
+        self.reason = Reason(code, text, remedy)
 
-def group(gm: fx.GraphModule, producer: fx.Node, replaceable: Mapping[str, str | None]) -> Group | str:
+
+def group(gm: fx.GraphModule, producer: fx.Node, replaceable: Mapping[str, Reason | None]) -> Group | Reason:
     """Return the group of the channels that layer call ``producer`` makes, or why it has none.
 
     ``replaceable`` names the layers that must not be replaced, with the reason (`fxlrd.graph.guards.replaceable`).
@@ -134,14 +139,14 @@ def group(gm: fx.GraphModule, producer: fx.Node, replaceable: Mapping[str, str |
     try:
         walk.backward(producer)
     except _Mixes as stop:
-        return str(stop)
+        return stop.reason
     if not walk.found.consumers:
-        return "no layer reads its output"
+        return Reason("unread", "no layer reads its output")
     return walk.found
 
 
 class _Walk:
-    def __init__(self, gm: fx.GraphModule, producer: fx.Node, replaceable: Mapping[str, str | None]) -> None:
+    def __init__(self, gm: fx.GraphModule, producer: fx.Node, replaceable: Mapping[str, Reason | None]) -> None:
         self.gm = gm
         self.replaceable = replaceable
         self.layers = layers(gm)
@@ -161,7 +166,8 @@ class _Walk:
         elif self._alone(node, 1) and node.all_input_nodes:
             self.backward(node.all_input_nodes[0])
         else:
-            raise _Mixes(f"its output meets {_name(node)}, which no layer of {self.found.channels} channels feeds")
+            text = f"its output meets {_name(node)}, which no layer of {self.found.channels} channels feeds"
+            raise _Mixes("mixed", text)
 
     def forward(self, node: fx.Node, block: int) -> None:
         """Follow the channels from ``node`` to the layers that read them."""
@@ -172,7 +178,7 @@ class _Walk:
             if user in self.visited or _reads_only_batch(user):
                 continue
             if user.op == "output":
-                raise _Mixes("its output is an output of the model")
+                raise _Mixes("model-output", "its output is an output of the model")
             module = self.gm.get_submodule(str(user.target)) if user.op == "call_module" else None
             if str(user.target) in self.layers and module is not None and not self._depthwise(module):
                 self._take_consumer(user, node, module, block)
@@ -180,20 +186,20 @@ class _Walk:
                 self.forward(user, self._features(node) if self._dims(node) > 2 else 1)
             elif user.target in PRODUCTS and _two_tensors(user):
                 if block > 1:
-                    raise _Mixes(f"{_name(user)} multiplies it after it is flattened")
+                    raise _Mixes("product-after-flatten", f"{_name(user)} multiplies it after it is flattened")
                 self.visited.add(user)
                 for operand in user.all_input_nodes:
                     self.backward(operand)
                 self.visited.discard(user)
                 self.forward(user, block)
             elif user.target in SUMS and _two_tensors(user):
-                raise _Mixes(f"its output joins a residual at {_name(user)}")
+                raise _Mixes("residual", f"its output joins a residual at {_name(user)}")
             elif self._alone(user, block):
                 if module is not None and module.state_dict():
                     self._take_through(user)
                 self.forward(user, block)
             else:
-                raise _Mixes(f"{_name(user)} does not treat each channel alone")
+                raise _Mixes("mixed", f"{_name(user)} does not treat each channel alone")
 
     def _alone(self, node: fx.Node, block: int) -> bool:
         """Whether the operation acts on each channel by itself."""
@@ -223,9 +229,9 @@ class _Walk:
     def _take_producer(self, node: fx.Node, module: nn.Module) -> None:
         self._check_type(node, module)
         if isinstance(module, nn.Conv2d) and module.groups > 1:
-            raise _Mixes(f"{node.target} has groups={module.groups}: its outputs cannot be cut one by one")
+            raise _Mixes("grouped", f"{node.target} has groups={module.groups}: its outputs cannot be cut one by one")
         if _out_channels(module) != self.found.channels or isinstance(module, nn.Linear) != self.linear:
-            raise _Mixes(f"{node.target} makes other channels that are multiplied in")
+            raise _Mixes("other-channels", f"{node.target} makes other channels that are multiplied in")
         self._check(node)
         if node not in self.found.producers:
             self.found.producers.append(node)
@@ -234,9 +240,9 @@ class _Walk:
         self._check_type(node, module)
         conv = isinstance(module, nn.Conv2d)
         if isinstance(module, nn.Conv2d) and module.groups > 1:
-            raise _Mixes(f"{node.target} reads it with groups={module.groups}")
+            raise _Mixes("grouped", f"{node.target} reads it with groups={module.groups}")
         if (conv and self.linear) or (not self.linear and self._dims(seen) != (4 if conv else 2)):
-            raise _Mixes(f"{node.target} reads it along another axis than the channels")
+            raise _Mixes("other-axis", f"{node.target} reads it along another axis than the channels")
         self._check(node)
         self.found.consumers.append(Consumer(node, seen, block))
 
@@ -247,15 +253,15 @@ class _Walk:
 
     def _check_type(self, node: fx.Node, module: nn.Module) -> None:
         if not isinstance(module, MERGED):
-            raise _Mixes(f"{node.target} is a {op(module)}: only Conv2d and Linear layers are merged")
+            raise _Mixes("layer-type", f"{node.target} is a {op(module)}: only Conv2d and Linear layers are merged")
 
     def _check(self, node: fx.Node) -> None:
         target = str(node.target)
         reason = self.replaceable.get(target)
         if reason is not None:
-            raise _Mixes(f"{target}: {reason}")
+            raise _Mixes(reason.code, reason.at(target).text, reason.remedy)
         if len(calls(self.gm, target)) > 1:
-            raise _Mixes(f"{target} is called more than once")
+            raise _Mixes("called-again", f"{target} is called more than once")
 
     def _dims(self, node: fx.Node) -> int:
         return len(_shape(node))
@@ -267,7 +273,7 @@ class _Walk:
 def _shape(node: fx.Node) -> tuple[int, ...]:
     meta = node.meta.get("tensor_meta")
     if not isinstance(meta, TensorMetadata):
-        raise _Mixes("shapes are not known: give example inputs")
+        raise _Mixes("no-shapes", "shapes are not known", "give example inputs")
     return tuple(meta.shape)
 
 

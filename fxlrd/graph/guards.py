@@ -8,18 +8,19 @@ from collections.abc import Mapping, Sequence
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fxlrd.errors import unknown
+from fxlrd.errors import Reason, unknown
 from fxlrd.graph.captured import captured
 from fxlrd.graph.facts import FACTORS, provenance
 from fxlrd.graph.surgery import called, calls, layers, source
 from fxlrd.layers.kinds import LAYERS, Conv, is_stock, op
 
-FACTOR = "it is a low-rank factor already"
-NEVER_CALLED = "it is never called in eval mode and is no part of the captured model"
+FACTOR = Reason("factor", "it is a low-rank factor already")
+MORE_INPUTS = Reason("more-inputs", "it is called with more than its input")
+NEVER_CALLED = Reason("never-called", "it is never called in eval mode and is no part of the captured model")
 _STEM_CHANNELS = 4
 
 
-def replaceable(gm: fx.GraphModule, norms: bool = False) -> dict[str, str | None]:
+def replaceable(gm: fx.GraphModule, norms: bool = False) -> dict[str, Reason | None]:
     """Return for each layer None, or why it must not be replaced by other modules.
 
     With ``norms``, also for every other module of torch.nn that has parameters or buffers (BatchNorm, PReLU).
@@ -32,9 +33,9 @@ def replaceable(gm: fx.GraphModule, norms: bool = False) -> dict[str, str | None
 
 def _guard(
     gm: fx.GraphModule, target: str, module: nn.Module, owned: dict[int, list[str]], targets: set[str]
-) -> str | None:
+) -> Reason | None:
     if isinstance(module, LAYERS) and not is_stock(module) and not is_parametrized(module):
-        return f"{type(module).__name__} is a subclass of {op(module)} with a behaviour of its own"
+        return Reason("subclass", f"{type(module).__name__} is a subclass of {op(module)} with a behaviour of its own")
     if (reason := added(module)) is not None:
         return reason
     if is_factor(gm, target):
@@ -42,15 +43,15 @@ def _guard(
     for name, parameter in module.named_parameters():
         others = [owner for owner in owned[id(parameter)] if not owner.startswith(f"{target}.")]
         if others:
-            return f"its {name} is shared with {others[0]}"
+            return shared_parameter(name, others[0])
     for node in gm.graph.find_nodes(op="get_attr", sort=False):
         if str(node.target).startswith(f"{target}."):
-            return f"its {str(node.target).rpartition('.')[2]} is read directly as well"
+            return Reason("read-directly", f"its {str(node.target).rpartition('.')[2]} is read directly as well")
     parts = target.split(".")
     if any(".".join(parts[:i]) in targets for i in range(1, len(parts))):
-        return "a module around it is called as a whole as well"
+        return Reason("container-called", "a module around it is called as a whole as well")
     if any(source(node) is None for node in calls(gm, target)):
-        return "it is called with more than its input"
+        return MORE_INPUTS
     return None
 
 
@@ -79,17 +80,44 @@ def is_factor(gm: fx.GraphModule, target: str) -> bool:
     return all(chain(node) and isinstance(gm.get_submodule(target), LAYERS) for node in calls(gm, target))
 
 
-def added(module: nn.Module) -> str | None:
+def shared_parameter(parameter: str, other: str) -> Reason:
+    """Return the reason of a layer whose parameter is also ``other``."""
+    return Reason("shared-parameter", f"its {parameter} is shared with {other}")
+
+
+def skip_reason(pattern: str) -> Reason:
+    """Return the reason of a layer that ``pattern`` among the layers to skip fits."""
+    return Reason("skip", f"skip={pattern}")
+
+
+def stem_reason(module: nn.Module) -> Reason:
+    """Return the reason of the model's first conv."""
+    return Reason("stem", f"in_channels={module.in_channels}: the stem reads the model's input")
+
+
+def container_hooked(name: str, module: nn.Module) -> Reason:
+    """Return the reason of layers inside the module ``name``, which has hooks that a trace would lose."""
+    return Reason("container-hooks", f"{name} ({type(module).__name__}) has hooks and is kept whole")
+
+
+def container_reads(name: str, module: nn.Module) -> Reason:
+    """Return the reason of layers inside the module ``name``, which does not call them but reads their weights."""
+    return Reason("container-reads", f"{name} ({type(module).__name__}) reads its weight itself and is kept whole")
+
+
+def added(module: nn.Module) -> Reason | None:
     """Return what was added to this one module that a replacement would drop, or None."""
     if is_parametrized(module):
-        return "its weight is parametrized: remove that with torch.nn.utils.parametrize.remove_parametrizations first"
+        remedy = "remove that with torch.nn.utils.parametrize.remove_parametrizations first"
+        return Reason("parametrized", "its weight is parametrized", remedy)
     if hooked(module):
-        return "it has hooks (as weight_norm and spectral_norm do), which a replacement would drop"
+        return Reason("hooks", "it has hooks (as weight_norm and spectral_norm do), which a replacement would drop")
     if "forward" in vars(module):
-        return "its forward was replaced on the module itself (as accelerate does), which a replacement would drop"
+        text = "its forward was replaced on the module itself (as accelerate does), which a replacement would drop"
+        return Reason("own-forward", text)
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks:
-            return f"its {name} has hooks, which a replacement would drop"
+            return Reason("hooks", f"its {name} has hooks, which a replacement would drop")
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fxlrd.errors import Reason
 from fxlrd.layers.build import resized
 from fxlrd.layers.kinds import BATCH_NORMS, kernel_area, layer, make, options
 
@@ -31,24 +32,24 @@ def scaled(module: nn.Module, scale: Tensor, shift: Tensor) -> nn.Module:
     return resized(module, weight, bias * scale + shift)
 
 
-def why_not_composable(first: nn.Module, second: nn.Module, shift: bool) -> str | None:
+def why_not_composable(first: nn.Module, second: nn.Module, shift: bool) -> Reason | None:
     """Return why ``second ∘ first`` is not one layer, or None. ``shift``: the first adds a constant."""
     if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
         return None
     if not (isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)):
-        return "a conv and a linear layer do not compose"
+        return Reason("conv-linear", "a conv and a linear layer do not compose")
     if first.groups > 1 or second.groups > 1:
-        return "grouped convs do not compose into one of fewer operations"
+        return Reason("grouped", "grouped convs do not compose into one of fewer operations")
     if kernel_area(second) == 1:
         if first.padding == "same" and second.stride != (1, 1):
-            return "a conv with padding='same' takes no stride"
-        return "the second, a 1×1 conv, pads between the two" if _pads(second) else None
+            return Reason("same-padding", "a conv with padding='same' takes no stride")
+        return Reason("own-padding", "the second, a 1×1 conv, pads between the two") if _pads(second) else None
     if kernel_area(first) > 1:
-        return "two k×k convs compose into one of a larger kernel"
+        return Reason("larger-kernel", "two k×k convs compose into one of a larger kernel")
     if first.stride != (1, 1) or _pads(first):
-        return "the 1×1 conv has a stride or padding of its own"
+        return Reason("own-stride", "the 1×1 conv has a stride or padding of its own")
     if shift and _pads(second) and second.padding_mode == "zeros":
-        return "a bias before a zero-padded conv is not exact at the border"
+        return Reason("border", "a bias before a zero-padded conv is not exact at the border")
     return None
 
 

@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, Reason
 from fxlrd.layers.kinds import channels, kernel_area, kernel_text, layer
 from fxlrd.ranks import svd_rank, tucker1_rank, tucker2_rank
 
@@ -19,7 +19,6 @@ def ranks_text(ranks: Ranks) -> str:
     return "x".join("-" if r is None else str(r) for r in ranks)
 
 
-TOO_NARROW = "is too narrow"
 _NARROW = 16
 """Below this many channels per group a ratio that leaves no rank is a reason, not an error."""
 
@@ -29,7 +28,12 @@ def form(module: nn.Module) -> str:
     return "svd" if isinstance(module, nn.Linear) or kernel_area(module) == 1 else "tucker2"
 
 
-def ranks_for_ratio(module: nn.Module, ratio: float, beta: float = 1.0, strict: bool = True) -> Ranks | str:
+def no_rank(groups: int) -> Reason:
+    """Return the reason of a depthwise conv."""
+    return Reason("depthwise", f"groups={groups}: one channel a group (depthwise) leaves no rank to cut")
+
+
+def ranks_for_ratio(module: nn.Module, ratio: float, beta: float = 1.0, strict: bool = True) -> Ranks | Reason:
     """Return the ranks at which the layer's factors have 1/ratio of its parameters, or why there are none.
 
     Raises FxlrdError where the layer is wide enough to be cut but ``ratio`` leaves it less than rank 1, unless it
@@ -37,7 +41,7 @@ def ranks_for_ratio(module: nn.Module, ratio: float, beta: float = 1.0, strict: 
     """
     c_in, c_out, groups = channels(module)
     if groups > 1 and min(c_in, c_out) == 1:
-        return f"groups={groups}: one channel a group (depthwise) leaves no rank to cut"
+        return no_rank(groups)
     where = f"{groups} groups of {c_in}→{c_out}" if groups > 1 else f"{c_in}→{c_out}"
     ranks: Ranks
     if form(module) == "svd":
@@ -52,13 +56,13 @@ def ranks_for_ratio(module: nn.Module, ratio: float, beta: float = 1.0, strict: 
             ranks = (tucker1_rank(c_out, c_in, kernel, ratio), None)
     if min(r for r in ranks if r is not None) < 1:
         if min(c_in, c_out) < _NARROW or not strict:
-            return f"{where} {TOO_NARROW}: ratio={ratio:g} leaves no rank"
+            return Reason("too-narrow", f"{where} is too narrow: ratio={ratio:g} leaves no rank")
         raise FxlrdError(
             f"ratio={ratio:g} leaves less than rank 1 for {where}, kernel {kernel_text(module)}: use a ratio of at "
             f"most {_largest_ratio(module, beta):.3g}, or skip the layer"
         )
     if parameters(module, ranks) >= layer(module).weight.numel():
-        return f"{where}: no rank at ratio={ratio:g} saves parameters"
+        return Reason("no-saving", f"{where}: no rank at ratio={ratio:g} saves parameters")
     return ranks
 
 

@@ -32,14 +32,14 @@ from fxlrd.allocation.plan import Plan, leave, sketch
 from fxlrd.allocation.problem import Merging, Problem
 from fxlrd.budget import Budget
 from fxlrd.calibration.moments import seen
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Captured, captured, runnable
 from fxlrd.graph.facts import FACTORS, provenance, times
-from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, replaceable
+from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, replaceable, skip_reason, stem_reason
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import annotate, calls, fork, layers
-from fxlrd.layers.forms import parameters, ranks_text
+from fxlrd.layers.forms import no_rank, parameters, ranks_text
 from fxlrd.layers.kinds import channels, layer
 from fxlrd.passes.contract import PassResult, Skip, names
 from fxlrd.progress import Progress, quiet
@@ -103,7 +103,7 @@ class Allocate:
         leave(gm, plan)
         free = [n for n in problem.items if n not in plan.ranks and n not in problem.touched(plan.kept)]
         reached = {s.name for s in skipped}
-        skipped += [Skip(n, "no cheaper form is worth its error") for n in free if n not in reached]
+        skipped += [Skip(n, _NOT_WORTH_IT) for n in free if n not in reached]
         return PassResult(gm, (), tuple(skipped), note, problem.timings)
 
     # -- the choices
@@ -114,9 +114,9 @@ class Allocate:
         known: dict[str, dict[str, Timing]] = {}
         for name, module in progress(list(layers(gm).items()), "allocate"):
             reason = self._left_alone(gm, name, module, reasons[name])
-            if reason is None or reason == _STEM:
+            if reason is None or reason.code == "stem":
                 found = self._item(gm, name, module, known, problem, alone=reason is not None)
-                if isinstance(found, str):
+                if isinstance(found, Reason):
                     reason = found
                 else:
                     problem.items[name] = found
@@ -124,18 +124,18 @@ class Allocate:
                 skipped.append(Skip(name, reason))
         return skipped
 
-    def _left_alone(self, gm: fx.GraphModule, name: str, module: nn.Module, guard: str | None) -> str | None:
+    def _left_alone(self, gm: fx.GraphModule, name: str, module: nn.Module, guard: Reason | None) -> Reason | None:
         p = provenance(calls(gm, name)[0])
         if p is not None and p.role in FACTORS:
             return FACTOR
         if guard is not None:
             return guard
         if (pattern := matches(name, self.skip)) is not None:
-            return f"skip={pattern}"
+            return skip_reason(pattern)
         c_in, c_out, groups = channels(module)
         if min(c_in, c_out) == 1 and groups > 1:
-            return f"groups={groups}: one channel a group (depthwise) leaves no rank to cut"
-        return _STEM if is_stem(gm, name, module) else None
+            return no_rank(groups)
+        return stem_reason(module) if is_stem(gm, name, module) else None
 
     def _item(
         self,
@@ -145,7 +145,7 @@ class Allocate:
         known: dict[str, dict[str, Timing]],
         problem: Problem,
         alone: bool,
-    ) -> list[Choice] | str:
+    ) -> list[Choice] | Reason:
         """Return the layer's forms that no other beats, the original last, or why they cannot be told."""
         nodes = calls(gm, name)
         found = seen(nodes)
@@ -168,7 +168,7 @@ class Allocate:
             priced = [changed(c, cost=sum(flops(n, module, c.ranks) for n in nodes)) for c in priced]
         else:
             where = placed(nodes[0], module)
-            if isinstance(where, str):
+            if isinstance(where, Reason):
                 return where
             few = [changed(c, cost=parameters(module, c.ranks)) for c in priced if c.ranks]
             few = pareto(few, _TIMED)
@@ -190,7 +190,7 @@ class Allocate:
             if node in done:
                 continue
             whole = mergeable(gm, node, reasons, self.skip)
-            if isinstance(whole, str) or isinstance(known := readers(gm, whole), str):
+            if isinstance(whole, Reason) or isinstance(known := readers(gm, whole), Reason):
                 continue
             done.update(whole.producers)
             if not all(str(n.target) in problem.items for n in (*whole.producers, *(c.node for c in whole.consumers))):
@@ -268,8 +268,8 @@ class Allocate:
         return plan, f"{ratio:.3f} of latency, measured; {problem.note(plan)}"
 
 
+_NOT_WORTH_IT = Reason("not-worth-it", "no cheaper form is worth its error")
 _NOTHING = "allocate: nothing in it can be made cheaper: no layer is left that has a smaller form"
-_STEM = "in_channels: the stem reads the model's input"
 
 
 def _multiple(module: nn.Module) -> int:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.block_term import STEPS, Blocks, block_term
 from fxlrd.factor.tucker import tucker2
 from fxlrd.graph.facts import KEY, provenance
-from fxlrd.graph.guards import check_names, is_factor, matches
+from fxlrd.graph.guards import check_names, is_factor, matches, skip_reason
 from fxlrd.graph.surgery import annotate, calls, fork, infer_shape, layers, source
 from fxlrd.layers.build import from_blocks, resized, weight_blocks
 from fxlrd.layers.kinds import Conv, channel_axis, layer, spatial_dims
@@ -36,6 +36,9 @@ from fxlrd.timing.clock import compare
 from fxlrd.timing.inductor import compiled
 
 GROUPS = (1, 2, 4, 8, 16)
+_NO_CORE = Reason("no-core", "no Tucker-2 form with both outer factors: there is no core to split")
+_BIASED = Reason("biased-core", "a layer was composed into its first factor or core, which has a bias now")
+_ONE_BRANCH = Reason("one-branch", "one branch is the core itself")
 
 
 @dataclass(frozen=True)
@@ -77,23 +80,23 @@ class Branch:
 
     def _branch(self, gm: fx.GraphModule, name: str) -> Site | Skip:
         if (pattern := matches(name, self.skip)) is not None:
-            return Skip(name, f"skip={pattern}")
+            return Skip(name, skip_reason(pattern))
         form = gm.get_submodule(name)
         parts = dict(form.named_children())
         if set(parts) != {"first", "core", "last"}:
-            return Skip(name, "no Tucker-2 form with both outer factors: there is no core to split")
+            return Skip(name, _NO_CORE)
         core = parts["core"]
         assert isinstance(core, Conv)
         if any(layer(parts[role]).bias is not None for role in ("first", "core")):
-            return Skip(name, "a layer was composed into its first factor or core, which has a bias now")
+            return Skip(name, _BIASED)
         if core.groups > 1:
-            return Skip(name, f"its core has groups={core.groups} already")
+            return Skip(name, Reason("branched", f"its core has groups={core.groups} already"))
         limit = min(core.in_channels, core.out_channels)
         groups = self._fastest(gm, name, core) if self.timed else self.groups
         if groups > limit:
-            return Skip(name, f"groups={groups} is more than its rank {limit}")
+            return Skip(name, Reason("too-many-groups", f"groups={groups} is more than its rank {limit}"))
         if groups == 1:
-            return Skip(name, "one branch is the core itself")
+            return Skip(name, _ONE_BRANCH)
         blocks, first, last = _split(parts, groups, self.steps if self.rotate else 0)
         error = _install(gm, name, blocks, first, last, groups)
         return Site(

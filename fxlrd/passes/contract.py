@@ -8,29 +8,38 @@ from typing import Protocol
 
 from torch import fx
 
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, Reason
+from fxlrd.layers.forms import Ranks
 from fxlrd.progress import Progress
 from fxlrd.timing.clock import Timing
+
+UNNAMED = Reason("unnamed", "ranks= does not name it")
+"""The reason of a layer that ``ranks`` by name does not mention."""
 
 
 @dataclass(frozen=True)
 class Site:
     """A layer that a pass rewrote: its name in the captured model, whether that was exact in eval mode, and
-    what was done, in words. ``timings`` holds what was measured on the way, by ranks ("original", "32x32").
+    what was done, in words.
+
+    ``ranks`` are those of its low-rank form now, ``ranks_before`` those that it had before this pass; None where it has
+    no such form. ``timings`` holds what was measured on the way, by ranks ("original", "32x32").
     """
 
     name: str
     exact: bool
     note: str
     timings: dict[str, Timing] = field(default_factory=dict, compare=False)
+    ranks: Ranks | None = None
+    ranks_before: Ranks | None = None
 
 
 @dataclass(frozen=True)
 class Skip:
-    """A layer that a pass left alone, and why, in words that a user can act on."""
+    """A layer that a pass left alone, and why."""
 
     name: str
-    reason: str
+    reason: Reason
 
 
 @dataclass(frozen=True)

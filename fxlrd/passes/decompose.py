@@ -26,15 +26,17 @@ from torch import fx, nn
 
 from fxlrd.allocation.plan import planned
 from fxlrd.calibration.moments import seen
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.facts import provenance
-from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, replaceable
+from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, replaceable, skip_reason, stem_reason
 from fxlrd.graph.surgery import annotate, calls, fork, layers, replace
 from fxlrd.layers.build import decomposed
-from fxlrd.layers.forms import TOO_NARROW, Ranks, explicit_ranks, form, ranks_for_ratio, ranks_text
-from fxlrd.passes.contract import PassResult, Site, Skip, names
+from fxlrd.layers.forms import Ranks, explicit_ranks, form, ranks_for_ratio, ranks_text
+from fxlrd.passes.contract import UNNAMED, PassResult, Site, Skip, names
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
+
+UNPLANNED = Reason("original-planned", "allocate keeps it as it is")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Decompose:
         reasons = replaceable(gm)
         for name, module in progress(list(layers(gm).items()), "decompose"):
             ranks = self._ranks(gm, name, module, reasons[name])
-            if isinstance(ranks, str):
+            if isinstance(ranks, Reason):
                 skipped.append(Skip(_origin(gm, name), ranks))
                 continue
             found = seen(calls(gm, name)) if self.fit else None
@@ -92,13 +94,13 @@ class Decompose:
             factors, error = decomposed(module, ranks, self.sweeps, fit)
             replace(gm, name, factors, ranks, error=error, fitted=fit is not None)
             fitted = "" if fit is None else ", fitted to data"
-            sites.append(Site(name, False, f"{form(module)} at rank {ranks_text(ranks)}{fitted}"))
+            sites.append(Site(name, False, f"{form(module)} at rank {ranks_text(ranks)}{fitted}", ranks=ranks))
         self._check_reach(sites, skipped)
         gm.graph.lint()
         gm.recompile()
         return PassResult(gm, tuple(sites), tuple(skipped))
 
-    def _ranks(self, gm: fx.GraphModule, name: str, module: nn.Module, guard: str | None) -> Ranks | str:
+    def _ranks(self, gm: fx.GraphModule, name: str, module: nn.Module, guard: Reason | None) -> Ranks | Reason:
         """Return the layer's ranks, or why it is left alone."""
         node = calls(gm, name)[0]
         known = provenance(node)
@@ -107,16 +109,16 @@ class Decompose:
         if guard is not None:
             return guard
         if (pattern := matches(name, self.skip)) is not None:
-            return f"skip={pattern}"
+            return skip_reason(pattern)
         try:
             plan = planned(gm) if self.ranks is None else None
             if plan is not None:
-                return plan.ranks.get(name, "allocate keeps it as it is")
+                return plan.ranks.get(name, UNPLANNED)
             if isinstance(self.ranks, Mapping):
                 pattern = matches(name, list(self.ranks))
-                return "ranks= does not name it" if pattern is None else explicit_ranks(module, self.ranks[pattern])
+                return UNNAMED if pattern is None else explicit_ranks(module, self.ranks[pattern])
             if is_stem(gm, name, module):
-                return f"in_channels={module.in_channels}: the stem reads the model's input"
+                return stem_reason(module)
             if self.ranks is not None:
                 return explicit_ranks(module, self.ranks)
             return ranks_for_ratio(module, self.ratio, self.beta)
@@ -124,8 +126,8 @@ class Decompose:
             raise FxlrdError(f"{name}: {error}") from None
 
     def _check_reach(self, sites: list[Site], skipped: list[Skip]) -> None:
-        narrow = [s for s in skipped if TOO_NARROW in s.reason]
-        done = sites or any(s.reason == FACTOR for s in skipped)
+        narrow = [s for s in skipped if s.reason.code == "too-narrow"]
+        done = sites or any(s.reason.code == FACTOR.code for s in skipped)
         if narrow and not done and self.ranks is None:
             raise FxlrdError(f"{narrow[0].name}: {narrow[0].reason}, nor for any other layer: use a smaller ratio")
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from torch import fx
 
 from fxlrd.calibration.holdout import reference
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.guards import check_names
 from fxlrd.graph.surgery import annotate, fork
 from fxlrd.passes.contract import Pass, PassResult, Site, Skip
@@ -100,7 +100,7 @@ class Run:
         self.gm.recompile()
         return PassResult(self.gm, tuple(self.sites), tuple(self.skipped), note, timings or {})
 
-    def undone(self, reason: str, note: str = "") -> PassResult:
+    def undone(self, reason: Reason, note: str = "") -> PassResult:
         """Return the graph module as it came in; every site becomes a skip for this reason."""
         self.gm = fork(self.before)
         self.skipped += [Skip(site.name, reason) for site in self.sites]

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from fxlrd.errors import unknown
+from fxlrd.errors import Reason, unknown
 from fxlrd.graph.facts import FACTORS, provenance
 from fxlrd.graph.guards import is_factor
 from fxlrd.graph.surgery import annotate, fork, layers
@@ -51,11 +51,11 @@ class Freeze:
             gm.set_submodule(name, own.train(form.training))
             trained = " and ".join(_set(own, self.schedule, self.epoch))
             if _trains(own) == _trains(form):
-                skipped.append(Skip(name, f"it trains {trained} already"))
+                skipped.append(Skip(name, Reason("trains-already", f"it trains {trained} already")))
             else:
                 sites.append(Site(name, True, f"trains {trained}"))
         if not sites and not skipped:
-            skipped.append(Skip("model", "no layer stands decomposed: run decompose first"))
+            skipped.append(Skip("model", Reason("nothing-decomposed", "no layer is decomposed", "run decompose first")))
         gm.recompile()
         return PassResult(gm, tuple(sites), tuple(skipped))
 

@@ -41,25 +41,25 @@ from torch import Tensor, fx, nn
 
 from fxlrd.allocation.merges import choose, mergeable, readers
 from fxlrd.allocation.plan import planned
-from fxlrd.errors import FxlrdError, unknown
+from fxlrd.errors import FxlrdError, Reason, unknown
 from fxlrd.factor.tucker import tucker2
 from fxlrd.graph.captured import captured, refresh_shapes
 from fxlrd.graph.channels import ELEMENTWISE_MODULES, MERGED, MERGED_NORMS, Group
 from fxlrd.graph.facts import FACTORS, KEPT, KEY, SEEN, Provenance, provenance
-from fxlrd.graph.guards import check_names, matches, replaceable
+from fxlrd.graph.guards import check_names, matches, replaceable, skip_reason
 from fxlrd.graph.surgery import annotate, calls, fork, layers, source
 from fxlrd.layers.build import resized
 from fxlrd.layers.compose import affine, composed, fold_inputs, keep_channels, keep_outputs, scaled, why_not_composable
 from fxlrd.layers.kinds import channels, depthwise, kernel_area, layer
-from fxlrd.passes.contract import PassResult, Site, Skip, names
+from fxlrd.passes.contract import UNNAMED, PassResult, Site, Skip, names
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio, tucker2_rank
 from fxlrd.timing.groups import time_group
 from fxlrd.timing.search import best_share, grid
 
-UNNAMED = "ranks= does not name it"
-UNMERGED = "only Conv2d and Linear layers are merged"
-PLANNED = "allocate keeps all its channels"
+UNMERGED = Reason("layer-type", "only Conv2d and Linear layers are merged")
+PLANNED = Reason("original-planned", "allocate keeps all its channels")
+NOT_BETWEEN = Reason("not-between", "no 1×1 conv with only BatchNorm, then activation between on both sides")
 MODES = ("interpolative", "exact", "relocate")
 
 
@@ -106,7 +106,7 @@ class Merge:
         plan = planned(gm) if self.ranks is None and self.mode == "interpolative" else None
         if plan is not None:
             result = changed(self, ranks=dict(plan.kept), snap=False)(gm, progress)
-            left = (changed(s, reason=PLANNED if s.reason == UNNAMED else s.reason) for s in result.skipped)
+            left = (changed(s, reason=PLANNED if s.reason.code == UNNAMED.code else s.reason) for s in result.skipped)
             return changed(result, skipped=tuple(left))
         gm = fork(gm)
         annotate(gm)
@@ -134,10 +134,10 @@ class Merge:
         """Whether the user asked for exactly this layer."""
         return isinstance(self.ranks, Mapping) and name in self.ranks
 
-    def _left_alone(self, name: str) -> str | None:
+    def _left_alone(self, name: str) -> Reason | None:
         """Return why the options leave a layer alone, if they do."""
         if (pattern := matches(name, self.skip)) is not None:
-            return f"skip={pattern}"
+            return skip_reason(pattern)
         if isinstance(self.ranks, Mapping) and matches(name, list(self.ranks)) is None:
             return UNNAMED
         return None
@@ -154,7 +154,7 @@ class Merge:
             if depthwise(module) and (known := provenance(node)) is not None and known.role == "merged":
                 continue
             found = self._plan(gm, name, node, reasons)
-            if isinstance(found, str):
+            if isinstance(found, Reason):
                 if self._asked(name):
                     raise FxlrdError(f"merge: {name} cannot be merged: {found}")
                 yield Skip(_origin(node), found)
@@ -170,22 +170,23 @@ class Merge:
             )
 
     def _plan(
-        self, gm: fx.GraphModule, name: str, node: fx.Node, reasons: Mapping[str, str | None]
-    ) -> tuple[Group, int] | str:
+        self, gm: fx.GraphModule, name: str, node: fx.Node, reasons: Mapping[str, Reason | None]
+    ) -> tuple[Group, int] | Reason:
         """Return the group of a producer's channels and how many to keep, or why it is left alone."""
         if (reason := self._left_alone(name)) is not None and not depthwise(gm.get_submodule(name)):
             return reason
         whole = mergeable(gm, node, reasons, self.skip, stem=isinstance(self.ranks, Mapping))
-        if isinstance(whole, str):
+        if isinstance(whole, Reason):
             return whole
         rank = self._rank(gm, name, whole)
         if rank < 1:
-            return f"ratio={self.ratio:g} leaves none of its {whole.channels} channels"
+            return Reason("no-channels", f"ratio={self.ratio:g} leaves none of its {whole.channels} channels")
         if rank >= whole.channels:
             if whole.channels < (before := _weight_before(gm, node)[0]):
-                return f"it is merged already: {whole.channels} of its {before} channels were kept"
-            return f"keeping {rank} of {whole.channels} channels saves nothing"
-        if isinstance(known := readers(gm, whole), str):
+                text = f"it is merged already: {whole.channels} of its {before} channels were kept"
+                return Reason("merged", text)
+            return Reason("no-saving", f"keeping {rank} of {whole.channels} channels saves nothing")
+        if isinstance(known := readers(gm, whole), Reason):
             return known
         return whole, self._snapped(gm, whole, rank) if self.snap else rank
 
@@ -223,7 +224,7 @@ class Merge:
                     skipped[name] = found
         yield from skipped.values()
 
-    def _compose(self, gm: fx.GraphModule, name: str, reasons: Mapping[str, str | None]) -> Site | Skip | None:
+    def _compose(self, gm: fx.GraphModule, name: str, reasons: Mapping[str, Reason | None]) -> Site | Skip | None:
         """Compose layer ``name`` with what follows it; None where nothing affine does."""
         first = calls(gm, name)[0]
         between, second = _affine_chain(gm, first)
@@ -235,10 +236,12 @@ class Merge:
         for node in [first, *between, *([second] if second is not None else [])]:
             reason = reasons[str(node.target)]
             pattern = matches(str(node.target), self.skip)
-            if reason is not None or pattern is not None:
-                return Skip(_origin(first), f"{node.target}: {reason or f'skip={pattern}'}")
+            if reason is None and pattern is not None:
+                reason = skip_reason(pattern)
+            if reason is not None:
+                return Skip(_origin(first), reason.at(str(node.target)))
             if _shared(gm, node):
-                return Skip(_origin(first), f"{node.target} is called more than once")
+                return Skip(_origin(first), Reason("called-again", f"{node.target} is called more than once"))
         module = gm.get_submodule(name)
         for norm in norms:
             module = scaled(module, *affine(gm.get_submodule(str(norm.target))))
@@ -248,7 +251,7 @@ class Merge:
         shift = layer(module).bias
         reason = why_not_composable(module, other, shift is not None and bool(shift.count_nonzero()))
         if reason is None and not _cheaper(first, module, second, other, both := composed(module, other)):
-            reason = f"one layer in the place of it and {second.target} would cost more"
+            reason = Reason("costs-more", f"one layer in the place of it and {second.target} would cost more")
         if reason is not None:
             return (
                 Skip(_origin(first), reason) if not (self.norms and norms) else self._absorb(gm, first, norms, module)
@@ -277,7 +280,7 @@ class Merge:
         for name, module in progress(list(layers(gm).items()), "merge"):
             node = calls(gm, name)[0]
             found = self._between(gm, name, node, reasons)
-            if isinstance(found, str):
+            if isinstance(found, Reason):
                 if self._asked(name):
                     raise FxlrdError(f"merge: {name} cannot be merged: {found}")
                 if kernel_area(module) > 1:
@@ -289,8 +292,8 @@ class Merge:
             yield Site(_origin(node), False, f"{note} (weight error {error:.2g})")
 
     def _between(
-        self, gm: fx.GraphModule, name: str, node: fx.Node, reasons: Mapping[str, str | None]
-    ) -> tuple[Chain, Chain, int] | str:
+        self, gm: fx.GraphModule, name: str, node: fx.Node, reasons: Mapping[str, Reason | None]
+    ) -> tuple[Chain, Chain, int] | Reason:
         """Return the chains before and after a k×k conv and its rank, or why it is left alone."""
         module = gm.get_submodule(name)
         c_in, c_out, groups = channels(module)
@@ -298,26 +301,28 @@ class Merge:
             return reason
         if not isinstance(module, MERGED):
             return UNMERGED
-        if kernel_area(module) == 1 or groups > 1:
-            return f"groups={groups}: only groups=1 has a Tucker form" if groups > 1 else "it is no k×k conv"
+        if groups > 1:
+            return Reason("grouped", f"groups={groups}: only groups=1 has a Tucker form")
+        if kernel_area(module) == 1:
+            return Reason("no-kernel", "it is no k×k conv")
         before, after = _one_by_one_before(gm, node), _one_by_one_after(gm, node)
         if before is None or after is None:
-            return "no 1×1 conv with only BatchNorm, then activation between on both sides"
+            return NOT_BETWEEN
         for member in (before[0], after[-1]):
             if (pattern := matches(str(member.target), self.skip)) is not None:
-                return f"skip={pattern} keeps {member.target}"
+                return Reason("skip", f"skip={pattern} keeps {member.target}")
         if (reason := _first_reason([node, *before, *after], gm, reasons)) is not None:
             return reason
         s, c, *kernel = _weight_before(gm, node)
         rank = self._explicit(name) if self.ranks is not None else tucker2_rank(c, s, kernel, self.ratio)
         if rank < 1:
-            return f"ratio={self.ratio:g} leaves none of its {c_in} channels"
+            return Reason("no-channels", f"ratio={self.ratio:g} leaves none of its {c_in} channels")
         if rank >= min(c_in, c_out) and (c_in, c_out) != (c, s):
-            return f"it is merged already: {c_in}→{c_out} of its {c}→{s} channels were kept"
+            return Reason("merged", f"it is merged already: {c_in}→{c_out} of its {c}→{s} channels were kept")
         if self.ranks is not None:
             return before, after, min(rank, c_in, c_out)
         if rank >= min(c_in, c_out):
-            return f"rank {rank} of {c_in}→{c_out} saves nothing"
+            return Reason("no-saving", f"rank {rank} of {c_in}→{c_out} saves nothing")
         return before, after, rank
 
     def _explicit(self, name: str) -> int:
@@ -346,7 +351,7 @@ def _origin(node: fx.Node) -> str:
 def _cut(gm: fx.GraphModule, whole: Group, rank: int) -> float:
     """Keep ``rank`` channels of a group and return the largest predicted relative error of a consumer's output."""
     known = readers(gm, whole)
-    assert not isinstance(known, str)
+    assert not isinstance(known, Reason)
     kept, matrices, errors = choose(known, rank)
     for reader, matrix, error in zip(known, matrices, errors, strict=True):
         folded = fold_inputs(reader.module, matrix, reader.consumer.block)
@@ -478,13 +483,13 @@ def _plain_one_by_one(module: nn.Conv2d) -> bool:
     return kernel_area(module) == 1 and module.groups == 1 and module.padding in ((0, 0), "valid")
 
 
-def _first_reason(nodes: list[fx.Node], gm: fx.GraphModule, reasons: Mapping[str, str | None]) -> str | None:
+def _first_reason(nodes: list[fx.Node], gm: fx.GraphModule, reasons: Mapping[str, Reason | None]) -> Reason | None:
     for node in nodes:
         reason = reasons.get(str(node.target))
         if reason is None and _shared(gm, node):
-            reason = "it is called more than once"
+            reason = Reason("called-again", "it is called more than once")
         if reason is not None:
-            return f"{node.target}: {reason}"
+            return reason.at(str(node.target))
     return None
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from fxlrd.calibration.batches import NOTHING, as_batches, as_inputs, failed, split
 from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.captured import positional
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.guards import hooked
@@ -32,9 +32,9 @@ from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 
-HOOKED = "it has hooks, which a copy would run twice"
-ONE_VALUE = "a batch of one input has no variance: give larger batches"
-WORSE = "its statistics fit held-out inputs better as they were"
+HOOKED = Reason("hooks", "it has hooks, which a copy would run twice")
+ONE_VALUE = Reason("one-value", "a batch of one input has no variance", "give larger batches")
+WORSE = Reason("not-better", "its statistics fit held-out inputs better as they were")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from fxlrd.calibration.batches import NOTHING, as_batches, as_inputs, failed, split
 from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better, reference
 from fxlrd.calibration.patches import patches, spread
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.captured import captured, positional
 from fxlrd.graph.facts import FACTORS, KEPT, provenance
 from fxlrd.graph.inputs import Inputs, tensors
@@ -46,8 +46,11 @@ computed from, evenly spread."""
 WIDEST = 2304
 """Layers that read more numbers for each output than this are left alone: the fit would take too long."""
 
-NOT_FINITE = "the calibration inputs give NaN or Inf there"
-WORSE = "held-out inputs fit better as it was"
+NOT_FINITE = Reason("not-finite", "the calibration inputs give NaN or Inf there")
+WORSE = Reason("not-better", "held-out inputs fit better as it was")
+REGION_INPUT = Reason("region-input", "what the compressed model feeds it is not known: only regions could be captured")
+CALLED_AGAIN = Reason("called-again", "it is called more than once")
+NO_LAYER = Reason("no-layer", "it is no layer")
 
 
 @dataclass(frozen=True)
@@ -107,27 +110,27 @@ def _places(gm: fx.GraphModule, original: fx.GraphModule) -> tuple[dict[str, tup
     return found, skipped
 
 
-def _fed_by_the_original(gm: fx.GraphModule, nodes: list[fx.Node]) -> str | None:
+def _fed_by_the_original(gm: fx.GraphModule, nodes: list[fx.Node]) -> Reason | None:
     """Return why a layer at the start of a region is left alone: it gets the original's activations there."""
     known = captured(gm)
     first = source(nodes[0])
     if known is None or known.around is None or first is None or first.op != "placeholder":
         return None
-    return "what the compressed model feeds it is not known: only regions could be captured"
+    return REGION_INPUT
 
 
-def _why_not(gm: fx.GraphModule, name: str, last: list[fx.Node], there: list[fx.Node]) -> str | None:
+def _why_not(gm: fx.GraphModule, name: str, last: list[fx.Node], there: list[fx.Node]) -> Reason | None:
     if len(last) != 1 or len(there) != 1:
-        return "it is called more than once"
+        return CALLED_AGAIN
     module = gm.get_submodule(str(last[0].target))
     if not isinstance(module, LAYERS):
-        return "it is no layer"
+        return NO_LAYER
     if getattr(module, "groups", 1) > 1:
-        return f"groups={module.groups}: only groups=1 is refitted"
+        return Reason("grouped", f"groups={module.groups}: only groups=1 is refitted")
     if isinstance(module, TRANSPOSED):
-        return f"what makes its output is a {op(module)}, which is not refitted"
+        return Reason("layer-type", f"what makes its output is a {op(module)}, which is not refitted")
     if (width := layer(module).weight[0].numel()) > WIDEST:
-        return f"it reads {width} numbers for each output, more than {WIDEST}"
+        return Reason("too-wide", f"it reads {width} numbers for each output, more than {WIDEST}")
     return None
 
 

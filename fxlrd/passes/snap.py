@@ -26,7 +26,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from fxlrd.calibration.moments import seen
-from fxlrd.errors import FxlrdError, unknown
+from fxlrd.errors import FxlrdError, Reason, unknown
 from fxlrd.graph.facts import KEY, Provenance, provenance
 from fxlrd.graph.surgery import calls, fork, infer_shape, restore
 from fxlrd.layers.build import decomposed
@@ -40,6 +40,7 @@ from fxlrd.timing.layers import ORIGINAL, Place, placed, time_ranks
 from fxlrd.timing.search import best_share, grid, reaches
 
 SEARCHES = ("grid", "algorithm1")
+_NO_ORIGINAL = Reason("no-original", "its original layer is not known any more", "snap before the model is handed out")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Snap:
         known: dict[str, dict[str, Timing]] = {}
         measured: dict[str, dict[str, Timing]] = {}
         for name, place in progress(list(_places(gm).items()), "snap"):
-            if isinstance(place, str):
+            if isinstance(place, Reason):
                 skipped.append(Skip(name, place))
                 continue
             shared = known.setdefault(place.where.signature, {}) if self.search == "grid" else {}
@@ -90,9 +91,10 @@ class Snap:
             chosen = self._choose(place, timings)
             _apply(gm, name, place, chosen, timings)
             if chosen == place.ranks:
-                skipped.append(Skip(name, f"rank {ranks_text(place.ranks)} stays: no step below it pays"))
+                text = f"rank {ranks_text(place.ranks)} stays: no step below it pays"
+                skipped.append(Skip(name, Reason("no-faster-rank", text)))
             else:
-                sites.append(Site(name, False, _note(place, chosen, timings), timings))
+                sites.append(Site(name, False, _note(place, chosen, timings), timings, chosen, place.ranks))
         gm.graph.lint()
         gm.recompile()
         return PassResult(gm, tuple(sites), tuple(skipped), timings=measured)
@@ -131,18 +133,18 @@ class Decomposed:
         return self.where.original
 
 
-def _places(gm: fx.GraphModule) -> dict[str, Decomposed | str]:
+def _places(gm: fx.GraphModule) -> dict[str, Decomposed | Reason]:
     """Return the decomposed layers by name, or why one cannot be timed."""
-    places: dict[str, Decomposed | str] = {}
+    places: dict[str, Decomposed | Reason] = {}
     for node in gm.graph.nodes:
         known = provenance(node)
         if known is None or known.role not in ("first", "core", "last") or known.name in places:
             continue
         if known.original is None:
-            places[known.name] = "its original layer is not known any more: snap before the model is handed out"
+            places[known.name] = _NO_ORIGINAL
             continue
         where = placed(node, known.original)
-        places[known.name] = where if isinstance(where, str) else Decomposed(where, known.ranks, _fit(gm, known))
+        places[known.name] = where if isinstance(where, Reason) else Decomposed(where, known.ranks, _fit(gm, known))
     return places
 
 

@@ -27,10 +27,11 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from fxlrd.capturing.model import _capture
+from fxlrd.errors import Reason
 from fxlrd.graph import cost
 from fxlrd.graph.captured import captured
 from fxlrd.graph.facts import times
-from fxlrd.graph.guards import check_names, is_stem, matches, replaceable
+from fxlrd.graph.guards import check_names, is_stem, matches, replaceable, skip_reason, stem_reason
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, unmoved
 from fxlrd.graph.surgery import calls, layers
@@ -122,7 +123,7 @@ def profile(
         rows.append(
             dict.fromkeys(_COLUMNS)
             | {"name": name, "op": unreached.op, "shape": list(unreached.shape), "calls": 0}
-            | {"params": unreached.params, "saves_ms": 0.0, "worth": False, "reason": unreached.reason}
+            | {"params": unreached.params, "saves_ms": 0.0, "worth": False, "reason": str(unreached.reason)}
         )
     outside = around.around.flops if around is not None and around.around is not None else 0
     total = {
@@ -173,17 +174,17 @@ def _time_model(
 
 
 def _ranks(
-    gm: fx.GraphModule, name: str, module: nn.Module, ratio: float, skip: Sequence[str], guard: str | None
-) -> list[Ranks] | str:
+    gm: fx.GraphModule, name: str, module: nn.Module, ratio: float, skip: Sequence[str], guard: Reason | None
+) -> list[Ranks] | Reason:
     """Return the ranks to time a layer's form at, or why it has none."""
     if guard is not None:
         return guard
     if (pattern := matches(name, skip)) is not None:
-        return f"skip={pattern}"
+        return skip_reason(pattern)
     if is_stem(gm, name, module):
-        return "the stem reads the model's input"
+        return stem_reason(module)
     ranks = ranks_for_ratio(module, ratio, strict=False)
-    if isinstance(ranks, str):
+    if isinstance(ranks, Reason):
         return ranks
     lowest: Ranks = tuple(None if r is None else math.ceil(_FLOOR * r) for r in ranks)
     return grid(ranks, lowest, channels(module)[2])
@@ -193,7 +194,7 @@ def _row(
     gm: fx.GraphModule,
     name: str,
     module: nn.Module,
-    ranks: list[Ranks] | str,
+    ranks: list[Ranks] | Reason,
     known: dict[str, dict[str, Timing]],
     under_inductor: bool,
     seconds: float,
@@ -201,13 +202,13 @@ def _row(
 ) -> dict[str, Any]:
     """Time a layer at each of its calls, and its forms."""
     found: list[tuple[int, dict[str, Timing]]] = []
-    reason = ranks if isinstance(ranks, str) else None
-    candidates = [] if isinstance(ranks, str) else ranks
+    reason = ranks if isinstance(ranks, Reason) else None
+    candidates = [] if isinstance(ranks, Reason) else ranks
     shape = layout = None
     nodes = calls(gm, name)
     for node in nodes:
         where = placed(node, module)
-        if isinstance(where, str):
+        if isinstance(where, Reason):
             reason = where
             continue
         shape, layout = shape or list(where.shape), layout or where.layout
@@ -226,7 +227,7 @@ def _row(
         "latency_ms": latency,
         "saves_ms": 0.0,
         "worth": False,
-        "reason": reason,
+        "reason": None if reason is None else str(reason),
     }
     if found and candidates and latency:
         best = min(candidates, key=lambda r: sum(n * t[ORIGINAL].seconds * t[ranks_text(r)].ratio for n, t in found))

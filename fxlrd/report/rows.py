@@ -29,7 +29,7 @@ def layer_rows(
 
     ``dropped`` says that layers which are never called are no part of the result.
     """
-    reasons = {skip.name: skip.reason for record in ledger for skip in record.skipped}
+    reasons = {skip.name: str(skip.reason) for record in ledger for skip in record.skipped}
     notes: dict[str, str] = {}
     for record in ledger:
         for site in record.sites:
@@ -84,11 +84,11 @@ def layer_rows(
                 "shape": list(unreached.shape),
                 "decision": "skipped",
                 "ranks": None,
-                "params": 0 if dropped and unreached.reason == NEVER_CALLED else unreached.params,
+                "params": 0 if dropped and unreached.reason.code == NEVER_CALLED.code else unreached.params,
                 "flops": None,
                 "latency_ms": None,
                 "error": 0.0,
-                "reason": unreached.reason,
+                "reason": str(unreached.reason),
                 "params_before": unreached.params,
                 "flops_before": None,
                 "latency_ms_before": None,

@@ -81,7 +81,6 @@ def _in_order(diff: Mapping[str, Any]) -> list[Any]:
 
 def _change_row(number: int, entry: Mapping[str, Any]) -> dict[str, Any]:
     ranks = ranks_text(tuple(entry["ranks"])) if entry["ranks"] else ""
-    said = f"{entry['form']} at rank {ranks}"  # decompose's note, of which form and ranks are shown already
     sides: list[list[dict[str, Any]]] = [[], []]
     for at, edit in enumerate(entry["edits"]):
         both = edit["before"] is not None and edit["after"] is not None
@@ -97,12 +96,18 @@ def _change_row(number: int, entry: Mapping[str, Any]) -> dict[str, Any]:
         "kind": entry["kind"],
         "form": f"{entry['form'] or ''} {ranks.replace('x', '×')}".strip(),
         "merged": entry["merged"],
-        "notes": [note for note in entry["notes"] if note != said],
+        "notes": [note for text, note in zip(entry["passes"], entry["notes"], strict=True) if not _shown(entry, text)],
         "sizes": sizes,
         "params": f"{sizes[0]:,} → {sizes[1]:,}" if sizes[0] != sizes[1] else "",
         "before": sides[0],
         "after": sides[1],
     }
+
+
+def _shown(entry: Mapping[str, Any], pass_text: str) -> bool:
+    """Whether a change's form and ranks, which are shown anyway, are all that the pass did."""
+    decomposed = pass_text.partition("{")[0] == "decompose" and entry["form"] in ("svd", "tucker2")
+    return decomposed and entry["error_of"] != "output"
 
 
 def _node(node: Mapping[str, Any], site: str, sign: str, kind: str, pair: str, what: Sequence[str]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def ranks_table(ledger: Sequence[Record], rows: Sequence[Mapping[str, Any]]) -> str:
     """Return each layer's rank by ratio and as snapped, and the times relative to the original layer's."""
-    by_ratio = {s.name: s.note.rpartition(" ")[2] for r in ledger if r.name == "decompose" for s in r.sites}
+    by_ratio = {s.name: ranks_text(s.ranks) for r in ledger if r.name == "decompose" for s in r.sites if s.ranks}
     snapped = {s.name: s for r in ledger if r.name == "snap" for s in r.sites}
     cells = []
     for row in rows:

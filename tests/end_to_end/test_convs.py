@@ -35,7 +35,7 @@ KINDS = {
 
 
 def reasons(result):
-    return {skip.name: skip.reason for skip in result.skipped}
+    return {skip.name: skip.reason.code for skip in result.skipped}
 
 
 def captured(model, x):
@@ -95,7 +95,7 @@ def test_a_size_given_in_the_call_leaves_the_layer_alone():
     gm = captured(model, x)
     result = Decompose(ratio=2)(gm)
     assert [s.name for s in result.sites] == ["down"]
-    assert reasons(result) == {"up": "it is called with more than its input"}
+    assert reasons(result) == {"up": "more-inputs"}
     assert result.graph_module(x).shape == x.shape
     calibrated = Calibrate(x, effects=8, patches=999)(gm).graph_module
     assert reasons(Decompose(ratio=2)(calibrated)) == reasons(result)
@@ -114,7 +114,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_alone(kind):
     module, shape = KINDS[kind][0](), KINDS[kind][1]
     module.__class__ = type("Own", (type(module),), {"forward": lambda self, x: super(type(self), self).forward(x) * 2})
     result = Decompose()(capture(nn.Sequential(module), torch.randn(2, *shape)))
-    assert reasons(result)["0"] == f"Own is a subclass of {kind} with a behaviour of its own"
+    assert reasons(result)["0"] == "subclass"
 
 
 @pytest.mark.parametrize("kind", ["Conv1d", "Conv3d"])
@@ -170,7 +170,7 @@ def test_merge_leaves_them_alone(kind, options):
     assert not result.modified
     assert result.graph_module.code == gm.code
     found = set(reasons(result).values())
-    assert all("only Conv2d and Linear layers are merged" in reason for reason in found)
+    assert found <= {"layer-type"}
     assert found or options.get("mode") == "exact" or kind.endswith("3d")
 
 
@@ -186,7 +186,7 @@ def test_an_image_conv_before_an_upsampling_still_takes_in_its_norm():
 def test_relocate_takes_no_transposed_core():
     model = nn.Sequential(nn.Conv2d(8, 24, 1), nn.ReLU(), nn.ConvTranspose2d(24, 24, 3), nn.ReLU(), nn.Conv2d(24, 8, 1))
     result = Merge(mode="relocate", ranks=4)(captured(model, torch.randn(1, 8, 5, 5)))
-    assert reasons(result) == {"2": "only Conv2d and Linear layers are merged"}
+    assert reasons(result) == {"2": "layer-type"}
 
 
 def stood_for(form):
@@ -236,7 +236,7 @@ def test_refit(kind, ranks):
     gm = Decompose(ranks=ranks)(gm).graph_module
     result = Refit(x, guard=False)(gm)
     if isinstance(model[0], TRANSPOSED) and ranks[1] is None:
-        assert set(reasons(result).values()) == {f"what makes its output is a {kind}, which is not refitted"}
+        assert set(reasons(result).values()) == {"layer-type"}
         return
     assert [s.name for s in result.sites] == ["0", "2"]
 

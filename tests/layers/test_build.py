@@ -260,18 +260,18 @@ def test_gradient_reaches_every_factor():
 
 
 @pytest.mark.parametrize(
-    ("module", "ratio", "reason"),
+    ("module", "ratio", "code"),
     [
-        (nn.Conv2d(8, 8, 3, groups=8), 2, "groups=8: one channel a group (depthwise) leaves no rank to cut"),
-        (nn.Conv2d(8, 16, 3, groups=8), 2, "groups=8: one channel a group (depthwise) leaves no rank to cut"),
-        (nn.Conv2d(3, 64, 7), 100, "3→64 is too narrow: ratio=100 leaves no rank"),
-        (nn.Linear(8, 8), 5, "8→8 is too narrow: ratio=5 leaves no rank"),
-        (nn.Linear(512, 1), 2, "512→1 is too narrow: ratio=2 leaves no rank"),
-        (nn.Conv2d(16, 16, 1, groups=4), 4, "4 groups of 4→4 is too narrow: ratio=4 leaves no rank"),
+        (nn.Conv2d(8, 8, 3, groups=8), 2, "depthwise"),
+        (nn.Conv2d(8, 16, 3, groups=8), 2, "depthwise"),
+        (nn.Conv2d(3, 64, 7), 100, "too-narrow"),
+        (nn.Linear(8, 8), 5, "too-narrow"),
+        (nn.Linear(512, 1), 2, "too-narrow"),
+        (nn.Conv2d(16, 16, 1, groups=4), 4, "too-narrow"),
     ],
 )
-def test_reasons_for_no_ranks(module, ratio, reason):
-    assert ranks_for_ratio(module, ratio) == reason
+def test_reasons_for_no_ranks(module, ratio, code):
+    assert ranks_for_ratio(module, ratio).code == code
 
 
 @pytest.mark.parametrize(

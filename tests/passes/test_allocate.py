@@ -74,7 +74,7 @@ def carried_out(gm):
 
 
 def reasons(result) -> dict[str, str]:
-    return {skip.name: skip.reason for skip in result.skipped}
+    return {skip.name: skip.reason.code for skip in result.skipped}
 
 
 # -- the predicted error
@@ -253,9 +253,9 @@ def test_layers_that_are_left_alone_say_why():
     assert not result.modified
     assert result.graph_module.code == gm.code
     found = reasons(result)
-    assert found["0"] == "in_channels: the stem reads the model's input"
-    assert "depthwise" in found["2"]
-    assert found["6"] == "skip=6"
+    assert found["0"] == "stem"
+    assert found["2"] == "depthwise"
+    assert found["6"] == "skip"
     plan = planned(result.graph_module)
     assert not {"0", "2", "6"} & {*plan.ranks, *plan.kept}
     assert planned(gm) is None, "the graph that came in has no plan"
@@ -264,7 +264,7 @@ def test_layers_that_are_left_alone_say_why():
 def test_what_stands_decomposed_already_is_left_alone():
     gm = Decompose(ranks={"3": 4})(calibrated(network(), images())).graph_module
     result = Allocate(params=0.8)(gm)
-    assert {v for k, v in reasons(result).items() if k.startswith("3.")} == {"it is a low-rank factor already"}
+    assert {v for k, v in reasons(result).items() if k.startswith("3.")} == {"factor"}
 
 
 def test_a_layer_that_is_called_twice_costs_its_flops_twice():

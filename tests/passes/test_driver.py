@@ -9,10 +9,13 @@ from torch import nn
 
 from fxlrd import FxlrdError, Pipeline, capture
 from fxlrd.calibration.holdout import held_out
+from fxlrd.errors import Reason
 from fxlrd.graph.facts import provenance
 from fxlrd.passes import PASSES, Calibrate, Decompose, Recalibrate, Refit
 from fxlrd.passes.contract import Site, Skip
 from fxlrd.passes.driver import NEEDS, check_needs, start
+
+LEFT, FIRST, WORSE = Reason("skip", "skip=0"), Reason("first", "first"), Reason("worse", "worse")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Double:
         if not isinstance(module, nn.Linear):
             return None
         if node.target in self.skip:
-            return Skip(node.target, "skip")
+            return Skip(node.target, LEFT)
         new = nn.Linear(4, 4)
         new.load_state_dict({k: 2 * v for k, v in module.state_dict().items()})
         gm.set_submodule(node.target, new)
@@ -57,7 +60,7 @@ def test_a_run_rewrites_a_copy_and_records_what_was_done():
 
     result = Double(skip=("0",))(gm, progress)
     assert result.sites == (Site("2", False, "doubled"),)
-    assert result.skipped == (Skip("0", "skip"),)
+    assert result.skipped == (Skip("0", LEFT),)
     assert result.note == "doubled"
     assert result.modified
     assert bars == [("double", 3)]
@@ -82,12 +85,12 @@ def test_a_run_refuses_models_and_names_that_fit_no_layer():
 def test_an_undone_run_returns_the_graph_as_it_came_in():
     gm, data = capture(net(), x()), x()
     run = start(Double(), gm)
-    run.add(Skip("0", "first"))
+    run.add(Skip("0", FIRST))
     run.gm.set_submodule("2", nn.Identity())
     run.add(Site("2", False, "removed"))
-    result = run.undone("worse", "a note")
+    result = run.undone(WORSE, "a note")
     assert not result.modified
-    assert result.skipped == (Skip("0", "first"), Skip("2", "worse"))
+    assert result.skipped == (Skip("0", FIRST), Skip("2", WORSE))
     assert result.note == "a note"
     assert result.graph_module is not gm
     assert torch.equal(result.graph_module(data), gm(data))

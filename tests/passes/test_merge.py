@@ -49,7 +49,7 @@ def merged(model: nn.Module, x: torch.Tensor, **options):
 
 
 def reasons(result) -> dict[str, str]:
-    return {skip.name: skip.reason for skip in result.skipped}
+    return {skip.name: skip.reason.code for skip in result.skipped}
 
 
 def names(result) -> list[str]:
@@ -348,64 +348,72 @@ def test_what_lies_between_and_treats_each_channel_alone(name, monkeypatch):
 
 
 MIXED = {
-    "residual": (lambda m, x: m.b(m.a(x)) + m.a(x), {"a": conv(), "b": conv()}, "called more than once"),
-    "joins": (lambda m, x: (lambda y: m.b(y) + y)(m.a(x)), {"a": conv(), "b": conv()}, "joins a residual at add"),
-    "output": (lambda m, x: (lambda y: (m.b(y), y))(m.a(x)), {"a": conv(), "b": conv()}, "output of the model"),
-    "shared": (lambda m, x: m.b(m.b(m.a(x))), {"a": conv(), "b": conv()}, "b is called more than once"),
+    "residual": (lambda m, x: m.b(m.a(x)) + m.a(x), {"a": conv(), "b": conv()}, "called-again", "a"),
+    "joins": (lambda m, x: (lambda y: m.b(y) + y)(m.a(x)), {"a": conv(), "b": conv()}, "residual", "add"),
+    "output": (lambda m, x: (lambda y: (m.b(y), y))(m.a(x)), {"a": conv(), "b": conv()}, "model-output", ""),
+    "shared": (lambda m, x: m.b(m.b(m.a(x))), {"a": conv(), "b": conv()}, "called-again", "b"),
     "shared norm": (
         lambda m, x: m.b(m.n(m.a(m.n(x)))),
         {"a": conv(), "n": nn.BatchNorm2d(8), "b": conv()},
-        "n is called more than once",
+        "called-again",
+        "n",
     ),
-    "grouped consumer": (lambda m, x: m.b(m.a(x)), {"a": conv(), "b": conv(groups=2)}, "b reads it with groups=2"),
-    "grouped producer": (lambda m, x: m.b(m.a(x)), {"a": conv(groups=2), "b": conv()}, "a has groups=2"),
+    "grouped consumer": (lambda m, x: m.b(m.a(x)), {"a": conv(), "b": conv(groups=2)}, "grouped", "b"),
+    "grouped producer": (lambda m, x: m.b(m.a(x)), {"a": conv(groups=2), "b": conv()}, "grouped", "a"),
     "layer norm": (
         lambda m, x: m.b(m.n(m.a(x))),
         {"a": nn.Linear(6, 8), "n": nn.LayerNorm(8), "b": nn.Linear(8, 5)},
-        "n does not treat each channel alone",
+        "mixed",
+        "n",
     ),
-    "softmax": (lambda m, x: m.b(m.a(x).softmax(1)), {"a": conv(), "b": conv()}, "softmax does not treat each"),
-    "cat": (lambda m, x: m.b(torch.cat([m.a(x), x], 1)), {"a": conv(), "b": conv(16)}, "cat does not treat each"),
-    "hooks": (lambda m, x: m.b(m.a(x)), {"a": conv(), "b": hooked()}, "b: it has hooks"),
+    "softmax": (lambda m, x: m.b(m.a(x).softmax(1)), {"a": conv(), "b": conv()}, "mixed", "softmax"),
+    "cat": (lambda m, x: m.b(torch.cat([m.a(x), x], 1)), {"a": conv(), "b": conv(16)}, "mixed", "cat"),
+    "hooks": (lambda m, x: m.b(m.a(x)), {"a": conv(), "b": hooked()}, "hooks", "b: "),
     "sequence": (
         lambda m, x: m.b(m.a(x).flatten(2)),
         {"a": conv(), "b": nn.Conv1d(8, 5, 1)},
-        "flatten does not treat each channel alone",
+        "mixed",
+        "flatten",
     ),
     "transposed": (
         lambda m, x: m.b(m.a(x)),
         {"a": conv(), "b": nn.ConvTranspose2d(8, 5, 2, stride=2)},
-        "b is a ConvTranspose2d: only Conv2d and Linear layers are merged",
+        "layer-type",
+        "b",
     ),
     "after transposed": (
         lambda m, x: m.b(m.a(x)),
         {"a": nn.ConvTranspose2d(8, 8, 2), "b": conv()},
-        "a is a ConvTranspose2d: only Conv2d and Linear layers are merged",
+        "layer-type",
+        "a",
     ),
-    "other axis": (lambda m, x: m.b(m.a(x)), {"a": conv(), "b": nn.Linear(6, 5)}, "along another axis"),
-    "conv on linear": (lambda m, x: m.b(m.a(x)), {"a": nn.Linear(6, 6), "b": conv()}, "along another axis"),
+    "other axis": (lambda m, x: m.b(m.a(x)), {"a": conv(), "b": nn.Linear(6, 5)}, "other-axis", "b"),
+    "conv on linear": (lambda m, x: m.b(m.a(x)), {"a": nn.Linear(6, 6), "b": conv()}, "other-axis", "b"),
     "spatial gate": (
         lambda m, x: m.b(m.a(x) * m.c(x)),
         {"a": conv(), "c": conv(c_out=1), "b": conv()},
-        "c makes other channels",
+        "other-channels",
+        "c",
     ),
-    "dead end": (lambda m, x: m.b(x) + m.a(x).sum() * 0, {"a": conv(), "b": conv()}, "sum_1 does not treat each"),
+    "dead end": (lambda m, x: m.b(x) + m.a(x).sum() * 0, {"a": conv(), "b": conv()}, "mixed", "sum_1"),
 }
 
 
 @pytest.mark.parametrize("name", MIXED)
 def test_what_is_left_alone_says_why(name):
-    f, modules, reason = MIXED[name]
+    f, modules, code, culprit = MIXED[name]
     model, x = randomised(Net(f, **copy.deepcopy(modules))), images(6, channels=8)
     gm = calibrated(model, x)
     result = Merge(ratio=2)(gm)
     assert "a" not in names(result)
-    assert reason in reasons(result)["a"]
+    reason = next(skip.reason for skip in result.skipped if skip.name == "a")
+    assert reason.code == code
+    assert culprit in reason.text
     if not result.modified:
         assert result.graph_module.code == gm.code
     with pytest.raises(FxlrdError, match=r"^merge: a cannot be merged: ") as error:
         Merge(ranks={"a": 4})(gm)
-    assert reason in str(error.value)
+    assert str(reason) in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -414,14 +422,14 @@ def test_tied_weights_are_left_alone():
     x = images(6, channels=8)
     result = merged(model, x)
     assert not result.modified
-    assert "weight is shared with" in reasons(result)["a"]
+    assert reasons(result)["a"] == "shared-parameter"
 
 
 def test_unbatched_images_are_left_alone():
     model = nn.Sequential(conv(), nn.ReLU(), conv()).double().eval()
     result = merged(model, torch.randn(8, 6, 6).double())
     assert not result.modified
-    assert "along another axis" in reasons(result)["0"]
+    assert reasons(result)["0"] == "other-axis"
 
 
 def test_without_calibration_nothing_is_merged():
@@ -429,7 +437,7 @@ def test_without_calibration_nothing_is_merged():
     gm = capture(model, x)
     result = Merge()(gm)
     assert not result.modified
-    assert reasons(result)["0"] == "its output's moments are not known: run calibrate first, on calibration inputs"
+    assert reasons(result)["0"] == "no-moments"
     with pytest.raises(FxlrdError, match=r"^merge: 0 cannot be merged: .*run calibrate first"):
         Merge(ranks={"0": 4})(gm)
 
@@ -443,11 +451,11 @@ def test_skip_and_ranks():
     assert names(Merge(ratio=2)(gm)) == ["0", "2", "4"]
     result = Merge(ratio=2, skip=("2",))(gm)
     assert names(result) == ["4"]
-    assert reasons(result)["0"] == "skip=2 keeps 2"
-    assert reasons(result)["2"] == "skip=2"
+    assert reasons(result)["0"] == "skip"
+    assert reasons(result)["2"] == "skip"
     some = Merge(ranks={"[02]": 7})(gm)
     assert names(some) == ["0", "2"]
-    assert reasons(some)["4"] == "ranks= does not name it"
+    assert reasons(some)["4"] == "unnamed"
     widths = [m.weight.shape[:2] for m in layers(some.graph_module).values()]
     assert widths == [(7, 8), (7, 7), (16, 7), (4, 16)]
     everywhere = Merge(ranks=5)(gm)
@@ -455,8 +463,8 @@ def test_skip_and_ranks():
     assert everywhere.sites[0].note.startswith("5 of 16 channels kept, the others interpolated in 2 (error 0.")
     full = Merge(ranks=16)(gm)
     assert not full.modified
-    assert reasons(full)["0"] == "keeping 16 of 16 channels saves nothing"
-    assert reasons(Merge(ratio=1000)(gm))["4"] == "ratio=1000 leaves none of its 16 channels"
+    assert reasons(full)["0"] == "no-saving"
+    assert reasons(Merge(ratio=1000)(gm))["4"] == "no-channels"
 
 
 @pytest.mark.parametrize(
@@ -491,7 +499,7 @@ def test_names_that_fit_no_layer():
 
 def test_the_stem_is_cut_only_by_name():
     model, x = randomised(vgg()), images(24)
-    assert reasons(merged(model, x))["0.0"] == "the stem reads the model's input"
+    assert reasons(merged(model, x))["0.0"] == "stem"
     assert names(merged(model, x, ranks={"0.0": 5})) == ["0.0"]
 
 
@@ -500,7 +508,7 @@ def test_a_second_merge_asks_for_fresh_moments():
     once = Merge(ratio=2)(calibrated(chain().double().eval(), x)).graph_module
     again = Merge(ranks=3)(once)
     assert not again.modified
-    assert "run calibrate first" in reasons(again)["0"]
+    assert reasons(again)["0"] == "no-moments"
     fresh = Merge(ranks=3)(Calibrate(x)(once).graph_module)
     assert names(fresh) == ["0", "2", "4"]
     assert provenance(calls(fresh.graph_module, "2")[0]).ranks == (3, 3)
@@ -511,7 +519,7 @@ def test_low_rank_factors_are_not_merged_into():
     gm = Calibrate(x)(Decompose(ranks=6)(capture(chain().double().eval(), x)).graph_module).graph_module
     result = Merge(ratio=2)(gm)
     assert not result.modified
-    assert "is a low-rank factor already: merge before decomposing" in reasons(result)["2"]
+    assert reasons(result)["2"] == "factor"
 
 
 # -- exact
@@ -579,21 +587,21 @@ def test_a_linear_chain_with_a_norm():
 
 
 REFUSED = {
-    "border": ([conv(8, 32), conv(32, 8, 3)], "a bias before a zero-padded conv is not exact at the border"),
+    "border": ([conv(8, 32), conv(32, 8, 3)], "border"),
     "norm at the border": (
         [conv(8, 32, bias=False), nn.BatchNorm2d(32), conv(32, 8, 3)],
-        "a bias before a zero-padded conv is not exact at the border",
+        "border",
     ),
-    "same at the border": ([conv(8, 32), nn.Conv2d(32, 8, 3, padding="same")], "not exact at the border"),
-    "cost": ([conv(32, 4), conv(4, 32)], "one layer in the place of it and 1 would cost more"),
-    "stride saves": ([conv(8, 8, stride=4), conv(8, 512, 3)], "stride or padding of its own"),
-    "padding between": ([conv(8, 32), nn.Conv2d(32, 4, 1, padding=1)], "pads between the two"),
-    "own padding": ([nn.Conv2d(8, 32, 1, padding=1, bias=False), nn.Conv2d(32, 8, 3)], "stride or padding of its own"),
-    "two kxk": ([conv(8, 32, 3), conv(32, 8, 3)], "compose into one of a larger kernel"),
-    "groups": ([conv(8, 32), conv(32, 8, groups=2)], "grouped convs do not compose"),
-    "kinds": ([conv(8, 32), nn.Linear(10, 5)], "a conv and a linear layer do not compose"),
-    "same stride": ([nn.Conv2d(8, 32, 3, padding="same"), conv(32, 4, stride=2)], "padding='same' takes no stride"),
-    "hooks": ([conv(8, 8), hooked()], "1: it has hooks"),
+    "same at the border": ([conv(8, 32), nn.Conv2d(32, 8, 3, padding="same")], "border"),
+    "cost": ([conv(32, 4), conv(4, 32)], "costs-more"),
+    "stride saves": ([conv(8, 8, stride=4), conv(8, 512, 3)], "own-stride"),
+    "padding between": ([conv(8, 32), nn.Conv2d(32, 4, 1, padding=1)], "own-padding"),
+    "own padding": ([nn.Conv2d(8, 32, 1, padding=1, bias=False), nn.Conv2d(32, 8, 3)], "own-stride"),
+    "two kxk": ([conv(8, 32, 3), conv(32, 8, 3)], "larger-kernel"),
+    "groups": ([conv(8, 32), conv(32, 8, groups=2)], "grouped"),
+    "kinds": ([conv(8, 32), nn.Linear(10, 5)], "conv-linear"),
+    "same stride": ([nn.Conv2d(8, 32, 3, padding="same"), conv(32, 4, stride=2)], "same-padding"),
+    "hooks": ([conv(8, 8), hooked()], "hooks"),
 }
 
 
@@ -604,7 +612,7 @@ def test_neighbours_that_do_not_compose_say_why(name):
     gm = capture(sequence(*copy.deepcopy(parts)), x)
     result = Merge(mode="exact")(gm)
     assert not result.modified
-    assert reason in reasons(result)["0"]
+    assert reasons(result)["0"] == reason
     assert result.graph_module.code == gm.code
 
 
@@ -660,7 +668,7 @@ def test_norms_are_taken_in_where_the_layers_do_not_compose():
     model, x = sequence(conv(8, 8, 3), nn.BatchNorm2d(8), conv(8, 8, 3), nn.BatchNorm2d(8)), images(6, channels=8)
     result = Merge(mode="exact", norms=True)(capture(model, x))
     assert [s.note for s in result.sites] == ["took in 1", "took in 3"]
-    assert "larger kernel" in reasons(result)["0"]
+    assert reasons(result)["0"] == "larger-kernel"
     close(result.graph_module(x), model(x))
     skipped = Merge(mode="exact", norms=True, skip=("2",))(capture(model, x))
     assert not skipped.modified
@@ -746,21 +754,21 @@ def test_relocate_in_bottlenecks():
 
 
 LEFT = {
-    "basic block": ([conv(8, 8, 3), nn.ReLU(), conv(8, 8, 3)], "0", "no 1×1 conv with only BatchNorm"),
+    "basic block": ([conv(8, 8, 3), nn.ReLU(), conv(8, 8, 3)], "0", "not-between"),
     "norm after": (
         [conv(), nn.ReLU(), nn.BatchNorm2d(8), conv(k=3), conv()],
         "3",
-        "no 1×1 conv with only BatchNorm",
+        "not-between",
     ),
     "statistics of the batch": (
         [conv(), nn.BatchNorm2d(8, track_running_stats=False), conv(k=3), conv()],
         "2",
-        "no 1×1 conv with only BatchNorm",
+        "not-between",
     ),
-    "groups": ([conv(), conv(k=3, groups=2), conv()], "1", "groups=2: only groups=1 has a Tucker form"),
-    "hooks": ([hooked(), conv(k=3), conv()], "1", "0: it has hooks"),
-    "narrow": ([conv(8, 2), conv(2, 2, 3), conv(2, 8)], "1", "leaves none of its 2 channels"),
-    "thin": ([conv(8, 8), conv(8, 64, 3), conv(64, 8)], "1", "saves nothing"),
+    "groups": ([conv(), conv(k=3, groups=2), conv()], "1", "grouped"),
+    "hooks": ([hooked(), conv(k=3), conv()], "1", "hooks"),
+    "narrow": ([conv(8, 2), conv(2, 2, 3), conv(2, 8)], "1", "no-channels"),
+    "thin": ([conv(8, 8), conv(8, 64, 3), conv(64, 8)], "1", "no-saving"),
 }
 
 
@@ -771,7 +779,7 @@ def test_what_relocate_leaves_alone_says_why(name):
     ratio = 1.01 if name == "thin" else 60.0 if name == "narrow" else 2.0
     result = Merge(mode="relocate", ratio=ratio)(gm)
     assert not result.modified
-    assert reason in reasons(result)[site]
+    assert reasons(result)[site] == reason
     with pytest.raises(FxlrdError, match=rf"^merge: {site} cannot be merged: "):
         Merge(mode="relocate", ratio=ratio, ranks={site: 3}, skip=site)(gm)
 
@@ -779,9 +787,9 @@ def test_what_relocate_leaves_alone_says_why(name):
 def test_relocate_takes_skip_and_ranks():
     model, x = sequence(*bottleneck(), nn.ReLU()), images(9, channels=8)
     gm = capture(model, x)
-    assert reasons(Merge(mode="relocate", skip=("3",))(gm))["3"] == "skip=3"
-    assert reasons(Merge(mode="relocate", skip=("0",))(gm))["3"] == "skip=0 keeps 0"
-    assert reasons(Merge(mode="relocate", ranks={"[0]": 3})(gm))["3"] == "ranks= does not name it"
+    assert reasons(Merge(mode="relocate", skip=("3",))(gm))["3"] == "skip"
+    assert reasons(Merge(mode="relocate", skip=("0",))(gm))["3"] == "skip"
+    assert reasons(Merge(mode="relocate", ranks={"[0]": 3})(gm))["3"] == "unnamed"
     named = Merge(mode="relocate", ranks={"3": 4})(gm)
     assert named.graph_module.get_submodule("3").weight.shape == (4, 4, 3, 3)
 
@@ -945,7 +953,7 @@ def test_a_plan_is_carried_out():
     assert names(result) == ["0", "4"]
     x = images(8, channels=8)
     assert torch.equal(result.graph_module(x), same.graph_module(x))
-    assert reasons(result) == {"2": "allocate keeps all its channels", "6": "allocate keeps all its channels"}
+    assert reasons(result) == {"2": "original-planned", "6": "original-planned"}
     assert names(Merge(ranks=8)(gm)) == ["0", "2", "4"], "ranks= comes before a plan"
     leave(gm, Plan())
     assert not Merge().__call__(gm).modified

