@@ -36,8 +36,7 @@ from fxlrd.budget import Budget
 from fxlrd.capturing.dynamo import Lowered, has_layers, lower_graph, raise_graph, weights_of
 from fxlrd.capturing.whole import check_weights
 from fxlrd.errors import FxlrdError, one_line, unknown
-from fxlrd.graph.captured import Captured
-from fxlrd.graph.facts import KEY
+from fxlrd.graph.captured import Whole, captured
 from fxlrd.graph.guards import matches
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import layers
@@ -260,7 +259,7 @@ class Compressed:
             given = [example(v) for name, v in zip(placeholders, values, strict=True) if name not in weights]
             if autocast:
                 given = [v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for v in given]
-            raised.graph_module.meta[KEY] = Captured(Inputs(tuple(given)), {}, ())
+            captured.record(raised.graph_module, Whole(Inputs(tuple(given))))
             steps = _skipping_here(self.steps, raised.graph_module, warn=first)
             try:
                 done = steps(raised.graph_module, verify=self.options.verify and first)
@@ -271,7 +270,7 @@ class Compressed:
                     f"backend fxlrd: a graph does not run on its own ({one_line(error)}): nothing is verified or timed",
                     stacklevel=2,
                 )
-                del raised.graph_module.meta[KEY]
+                captured.drop(raised.graph_module)
                 done = steps(raised.graph_module)
             return lower_graph(done.graph_module, raised, self.gm, self.frozen)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,18 +12,18 @@ from torch import fx, nn
 
 from fxlrd.budget import Budget
 from fxlrd.calibration.holdout import let_go
-from fxlrd.capturing.model import _capture
+from fxlrd.capturing.model import capture_any
 from fxlrd.capturing.watch import counted
 from fxlrd.differences.compare import diff
 from fxlrd.errors import FxlrdError, VerificationError, one_line
 from fxlrd.graph import cost
-from fxlrd.graph.captured import captured, propagate, runnable
+from fxlrd.graph.captured import captured, runnable
 from fxlrd.graph.compare import difference, rounding
-from fxlrd.graph.facts import KEPT, KEY, MOMENTS, SEEN, provenance
+from fxlrd.graph.cost import Cost
+from fxlrd.graph.facts import forget
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import own, put, structure, take_back
-from fxlrd.graph.run import evaluating, run, seeded, unmoved
-from fxlrd.graph.surgery import called
+from fxlrd.graph.regions import independent_copy, structural_copy, undo
+from fxlrd.graph.run import evaluating, seeded, unmoved
 from fxlrd.passes.contract import Pass
 from fxlrd.pipeline import Pipeline, Record
 from fxlrd.progress import Progress, bar, quiet
@@ -110,15 +110,14 @@ def compress(
     )
     inputs = Inputs.of(example_inputs)
     show: Progress[Any] = bar if progress else quiet
-    original = _capture(model, inputs)
-    original.meta[KEY] = replace(original.meta[KEY], shapes=shapes_before(model))
+    original = capture_any(model, inputs, shapes_before(model))
     done = steps(original, verify=verify, progress=show)
     gm = done.graph_module
-    known = captured(original)
-    assert known is not None
-    warnings = list(known.warnings)
-    around = known.around
-    reference = seeded(model, inputs) if around is not None else None  # before anything is put into the model
+    capture = captured(original)
+    assert capture is not None
+    warnings = list(capture.warnings)
+    # Run before anything is put into the model.
+    reference = seeded(model, inputs) if capture.user_forward else None
     timings = _measure(model, original, gm, inputs, compile) if measure else {}
     if timings and done.modified and not timings["after"].faster():
         warnings.append(
@@ -126,24 +125,24 @@ def compress(
             "try a larger ratio, the ranks preset, or another batch size"
         )
     # What no node stands for stays in the model: layers that are never called in eval mode, and all around regions.
-    aside = cost.params(model) - cost.params(original) if inplace or around is not None else 0
-    aside_flops = 0 if around is None else around.flops
+    stays = inplace or capture.user_forward
+    outside = Cost(cost.params(model) - cost.params(original) if stays else 0, capture.outside.flops)
     last = None
-    if around is None and not inplace:
+    if not stays:
         compressed: nn.Module = _independent(gm, model)
         remember(compressed, lay_out_graph(model, original, gm))
     else:
         compressed, last = _install(gm, original, model, inplace)
-    after = figures(gm, timings.get("after"), aside, aside_flops)
+    after = figures(gm, timings.get("after"), outside)
     if last is not None:  # a graph has one call of a region for each shape of its inputs; the model may have more
         after["flops"] = last[1]
     report = Report(
         model=type(model).__name__,
         device=Setting.here(_device(model, inputs), compile).device,
         settings=_settings(steps, inputs, compile, timings),
-        before=figures(original, timings.get("before"), aside, aside_flops),
+        before=figures(original, timings.get("before"), outside),
         after=after,
-        layers=layer_rows(original, gm, done.ledger, dropped=not inplace and around is None),
+        layers=layer_rows(original, gm, done.ledger, dropped=not stays),
         passes=[_pass_row(record) for record in done.ledger],
         warnings=warnings,
         ledger=done.ledger,
@@ -183,11 +182,9 @@ def _measure(
 ) -> dict[str, Timing]:
     """Time the user's model and the result side by side."""
     inputs = inputs.fresh()
-    known = captured(original)
-    regions = known is not None and known.around is not None
     new = runnable(gm)
     with torch.no_grad(), unmoved(model), evaluating(model), evaluating(new):
-        before, after = (compiled(model if regions else original), compiled(new)) if under_inductor else (model, new)
+        before, after = (compiled(runnable(original)), compiled(new)) if under_inductor else (model, new)
         return compare(
             {
                 "before": lambda: before(*inputs.args, **inputs.kwargs),
@@ -245,13 +242,7 @@ def _independent(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     """Return a copy that shares no tensor with ``model`` and does not keep it alive."""
     let_go(gm)
     result = copy.deepcopy(gm)
-    for key in [k for k in result.meta if str(k).startswith(KEY)]:
-        del result.meta[key]  # the example inputs and a plan that is carried out have no business in a saved model
-    for node in result.graph.nodes:
-        for key in (MOMENTS, SEEN, KEPT):
-            node.meta.pop(key, None)
-        if (known := provenance(node)) is not None:
-            node.meta[KEY] = replace(known, original=None)
+    forget(result)  # neither the example inputs nor an executed plan belong in a saved model
     _restore_modes(result, model)
     return result
 
@@ -273,26 +264,23 @@ def _install(
 
     Where the graph is of regions, also its outputs and FLOPs then. Undone if it computes anything else than the graph.
     """
-    known = captured(original)
-    assert known is not None
-    around = known.around
-    target = model if inplace else structure(model)
+    capture = captured(original)
+    assert capture is not None
+    target = model if inplace else structural_copy(model)
     last = None
-    before = put(target, gm, called(original) if around is None else around.modules)
+    before = capture.install(gm, target)
     try:
-        if around is None:
-            found = difference(tensors(run(target, known.inputs)), propagate(gm, known.inputs), "inplace")
-        else:
-            found = around.compared(target, gm, known.inputs)
-            last = _last_run(target, known.inputs)
-        if found.relative > rounding(list(model.parameters())):
-            raise VerificationError(f"the outputs differ by {found.relative:.2g}")
+        moved = capture.difference_inside(target, gm)
+        if capture.user_forward:
+            last = _last_run(target, capture.inputs)
+        if moved.relative > rounding(list(model.parameters())):
+            raise VerificationError(f"the outputs differ by {moved.relative:.2g}")
     except BaseException as error:
-        take_back(target, before)
+        undo(target, before)
         if not isinstance(error, FxlrdError):
             raise
-        remedy = "use inplace=False" if around is None else "name what reads them in skip="
+        remedy = "name what reads them in skip=" if capture.user_forward else "use inplace=False"
         raise VerificationError(f"the model does not use its layers as its graph does ({error}); {remedy}") from error
-    result = target if inplace else own(target)
+    result = target if inplace else independent_copy(target)
     remember(result, lay_out(target, model, before))
     return result, last

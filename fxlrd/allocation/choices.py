@@ -21,11 +21,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.errors import Reason
 from fxlrd.factor.basis import left_basis
-from fxlrd.graph.facts import times
+from fxlrd.graph.facts import shape, times
 from fxlrd.graph.surgery import source
 from fxlrd.layers.build import weight_blocks
 from fxlrd.layers.fit import Fit, roots
@@ -138,11 +137,11 @@ def flops(node: fx.Node, module: nn.Module, ranks: Ranks | None) -> int:
 
 def _positions(node: fx.Node, module: nn.Module) -> int:
     """Return at how many positions, over the batch, the channels of the node's value are computed."""
-    meta = node.meta.get("tensor_meta")
-    if not isinstance(meta, TensorMetadata):
+    sizes = shape(node)
+    if sizes is None:
         return 1
-    axis = channel_axis(module, len(meta.shape))
-    return math.prod(s for i, s in enumerate(meta.shape) if i != axis)
+    axis = channel_axis(module, len(sizes))
+    return math.prod(s for i, s in enumerate(sizes) if i != axis)
 
 
 def pareto(choices: Iterable[Choice], most: int = 48) -> list[Choice]:

@@ -12,7 +12,7 @@ from fxlrd.calibration.moments import LARGEST, moments
 from fxlrd.errors import Reason
 from fxlrd.factor.interpolative import greedy, least_squares, lost, residual, select
 from fxlrd.graph.channels import Consumer, Group, group
-from fxlrd.graph.facts import FACTORS, SEEN, provenance
+from fxlrd.graph.facts import FACTORS, provenance, shape, statistics
 from fxlrd.graph.guards import is_stem, matches, stem_reason
 from fxlrd.layers.compose import importance
 from fxlrd.layers.fit import Moments
@@ -70,7 +70,7 @@ def readers(gm: fx.GraphModule, whole: Group) -> list[Reader] | Reason:
             return Reason(
                 "no-moments", "its output's moments are not known", "run calibrate first, on calibration inputs"
             )
-        saw = consumer.node.meta.get(SEEN)
+        saw = statistics(consumer.node)
         weight = importance(module, consumer.block, None if saw is None else saw.matters)
         found.append(Reader(consumer, module, known.second, weight, known.ridge))
     return found
@@ -78,8 +78,9 @@ def readers(gm: fx.GraphModule, whole: Group) -> list[Reader] | Reason:
 
 def _seen(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments | None:
     """Return the moments of the ``count`` channels where the consumer reads them; none that an earlier cut outdated."""
-    dims = len(consumer.seen.meta["tensor_meta"].shape)
-    axis = channel_axis(gm.get_submodule(str(consumer.node.target)), dims)
+    sizes = shape(consumer.seen)
+    assert sizes is not None
+    axis = channel_axis(gm.get_submodule(str(consumer.node.target)), len(sizes))
     found = moments(consumer.seen, axis, consumer.block)
     return found if found is not None and len(found.total) == count else None
 

@@ -13,13 +13,12 @@ from torch import Tensor, fx, nn
 
 from fxlrd.graph.captured import refresh_shapes
 from fxlrd.graph.channels import Group
+from fxlrd.graph.facts import Fact
 from fxlrd.graph.surgery import fork, layers, replace
 from fxlrd.layers.build import resized, skeleton
 from fxlrd.layers.compose import keep_channels
 from fxlrd.layers.forms import Ranks
 from fxlrd.layers.kinds import channels, kernel_area, layer
-
-_KEY = "fxlrd.plan"
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,13 @@ class Plan:
     kept: Mapping[str, int] = field(default_factory=dict)
 
 
+planned = Fact("plan", Plan)
+"""The plan that `allocate` has left on a graph module, if it has."""
+
+
 def leave(gm: fx.GraphModule, plan: Plan) -> None:
     """Put the plan on the graph module."""
-    gm.meta[_KEY] = plan
-
-
-def planned(gm: fx.GraphModule) -> Plan | None:
-    """Return the plan that an earlier pass has left, if one has."""
-    found = gm.meta.get(_KEY)
-    return found if isinstance(found, Plan) else None
+    planned.record(gm, plan)
 
 
 def sketch(gm: fx.GraphModule, plan: Plan, groups: Mapping[str, Group]) -> fx.GraphModule:

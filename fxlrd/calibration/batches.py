@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fxlrd.errors import FxlrdError, one_line
-from fxlrd.graph.captured import captured
+from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.inputs import Inputs, tensors
 
 EVERY = 5
@@ -30,11 +30,7 @@ def as_batches(data: Any) -> Iterable[Any]:
 
 def as_inputs(gm: fx.GraphModule, batches: Iterable[Any]) -> Iterator[Inputs]:
     """Yield each batch as inputs of the graph: tensors, dicts, or tuples, whose surplus (labels) is dropped."""
-    known = captured(gm)
-    if known is not None and known.around is not None:
-        takes = len(known.inputs.args)
-    else:
-        takes = len([n for n in gm.graph.nodes if n.op == "placeholder" and not n.args])
+    takes = captured_or_bare(gm).arguments(gm)
     for i, batch in enumerate(batches):
         try:
             inputs = Inputs.of(tuple(batch)[: max(takes, 1)] if isinstance(batch, (tuple, list)) else batch)

@@ -7,19 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 
 from fxlrd.calibration.batches import EVERY
 from fxlrd.errors import Reason, VerificationError
-from fxlrd.graph.captured import positional, runnable
+from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.compare import difference
-from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.run import evaluating, run
+from fxlrd.graph.facts import Fact
+from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import fork
-
-_HELD_OUT = "fxlrd.held"
-_REFERENCE = "fxlrd.reference"
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,9 @@ class Disabled:
 
 
 HeldOut = Holdout | TooFew | Disabled
+_held_out: Fact[HeldOut] = Fact("held_out", HeldOut)  # type: ignore[arg-type]
+reference = Fact("reference", fx.GraphModule)
+"""The graph as it was when it was calibrated, before any pass rewrote it."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,7 @@ def held_out_of(gm: fx.GraphModule, inputs: Iterable[Inputs]) -> Holdout | TooFe
 
 def outputs(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
     """Return the output tensors in eval mode, without gradients: of the model, also where the graph is of regions."""
-    model = runnable(gm)
-    if model is not gm:
-        return tensors(run(model, inputs))
-    with evaluating(gm), torch.no_grad():
-        return tensors(gm(*positional(gm, inputs)))
+    return captured_or_bare(gm).outputs(gm, inputs)
 
 
 def _real(values: Iterable[Tensor]) -> list[Tensor]:
@@ -102,23 +97,16 @@ def _real(values: Iterable[Tensor]) -> list[Tensor]:
 
 def record_calibrated(gm: fx.GraphModule, held_out: HeldOut) -> None:
     """Record on a graph module what it is now, before any pass rewrites it, and the inputs held out of its fits."""
-    gm.meta[_REFERENCE] = fork(gm)
-    gm.meta[_HELD_OUT] = held_out
-
-
-def reference(gm: fx.GraphModule) -> fx.GraphModule | None:
-    """Return the graph as it was when it was calibrated, if it was."""
-    recorded = gm.meta.get(_REFERENCE)
-    return recorded if isinstance(recorded, fx.GraphModule) else None
+    reference.record(gm, fork(gm))
+    _held_out.record(gm, held_out)
 
 
 def held_out(gm: fx.GraphModule) -> HeldOut:
     """Return the inputs held out when the graph was calibrated; `Disabled` if it was not."""
-    recorded = gm.meta.get(_HELD_OUT)
-    return recorded if isinstance(recorded, HeldOut) else Disabled()
+    return _held_out(gm) or Disabled()
 
 
 def let_go(gm: fx.GraphModule) -> None:
     """Forget the inputs held out and the graph that was calibrated."""
-    gm.meta.pop(_HELD_OUT, None)
-    gm.meta.pop(_REFERENCE, None)
+    _held_out.drop(gm)
+    reference.drop(gm)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxlrd.graph.captured import positional, runnable
+from fxlrd.graph.captured import feed, runnable
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, unmoved
 from fxlrd.graph.surgery import calls, layers
@@ -87,7 +87,7 @@ class Effect:
         with evaluating(model), unmoved(model), torch.enable_grad():
             if model is self.gm:
                 watch: _Watch | _WatchModel = _Watch(self.gm, self.sums)
-                given = tensors(watch.run(*positional(self.gm, inputs)))
+                given = tensors(watch.run(*feed(self.gm, inputs)))
             else:
                 watch = _WatchModel(self.gm, model, self.sums)
                 given = tensors(watch.run(inputs))

@@ -14,9 +14,9 @@ from fxlrd.calibration.batches import NOTHING, failed
 from fxlrd.calibration.importance import Effect
 from fxlrd.calibration.patches import patches
 from fxlrd.errors import FxlrdError
-from fxlrd.graph.captured import positional
+from fxlrd.graph.captured import feed
 from fxlrd.graph.channels import flattened
-from fxlrd.graph.facts import MOMENTS, SEEN
+from fxlrd.graph.facts import output_moments, shape, statistics
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import layers, source
@@ -33,13 +33,12 @@ Axis = tuple[int, int]
 
 def moments(node: fx.Node, axis: int, block: int = 1) -> Moments | None:
     """Return the moments that a sweep has left on the node: of the channels along ``axis``, ``block`` entries each."""
-    found: Moments | None = node.meta.get(MOMENTS, {}).get((axis, block))
-    return found
+    return (output_moments(node) or {}).get((axis, block))
 
 
 def seen(nodes: Iterable[fx.Node]) -> Seen | None:
     """Return what calibration saw of a layer over all its calls; ``nodes`` are those, or those of its factors."""
-    found = list({id(n.meta[SEEN]): n.meta[SEEN] for n in nodes if SEEN in n.meta}.values())
+    found = list({id(each): each for n in nodes if (each := statistics(n)) is not None}.values())
     return functools.reduce(operator.add, found) if found else None
 
 
@@ -59,15 +58,15 @@ def sweep(
     for i, inputs in enumerate(batches):
         try:
             with evaluating(gm), torch.no_grad():
-                watch.run(*positional(gm, inputs))
+                watch.run(*feed(gm, inputs))
             if left > 0:
                 left = left - _rows(inputs) if effect.add(inputs) else 0
         except Exception as error:
             raise failed(i, inputs, error) from error
     watch.finish()
     for node in gm.graph.nodes:
-        if SEEN in node.meta:
-            node.meta[SEEN].matters = effect.estimate(node)
+        if (measured := statistics(node)) is not None:
+            measured.matters = effect.estimate(node)
 
 
 def _rows(inputs: Inputs) -> int:
@@ -139,12 +138,13 @@ class _Sweep(fx.Interpreter):
         if self.layers and not any(each.count for _, each in found):
             raise FxlrdError(NOTHING)
         for node, by_axis in self.kept.items():
-            node.meta[MOMENTS] = by_axis
+            output_moments.record(node, by_axis)
         for node, module in self.layers.items():
             given = source(node)
             assert given is not None
-            dims = len(given.meta["tensor_meta"].shape) if "tensor_meta" in given.meta else None
+            sizes = shape(given)
+            dims = None if sizes is None else len(sizes)
             by_axis = self.kept.get(given, {})
             axes = [a for a, block in by_axis if block == 1 and (dims is None or a == channel_axis(module, dims))]
             reads = by_axis[axes[0], 1] if len(axes) == 1 else None
-            node.meta[SEEN] = Seen(reads, self.patches.get(node))
+            statistics.record(node, Seen(reads, self.patches.get(node)))

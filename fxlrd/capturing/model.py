@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import fx, nn
@@ -9,14 +10,26 @@ from torch import fx, nn
 from fxlrd.capturing.regions import capture_regions
 from fxlrd.capturing.whole import capture
 from fxlrd.errors import CaptureError
-from fxlrd.graph.captured import captured
-from fxlrd.graph.facts import KEY
+from fxlrd.graph.captured import Regions, captured, warn
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import layers
 
 
-def _capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
-    """Return the model as a graph or, where it cannot be traced as a whole, its regions."""
+def capture_any(
+    model: nn.Module, inputs: Inputs, weight_shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> fx.GraphModule:
+    """Return the model as a graph or, where it cannot be traced as a whole, its regions.
+
+    ``weight_shapes`` are those of a model that was already compressed, before that, by module name.
+    """
+    gm = _captured(model, inputs)
+    capture_record = captured(gm)
+    assert capture_record is not None
+    captured.record(gm, replace(capture_record, weight_shapes=dict(weight_shapes or {})))
+    return gm
+
+
+def _captured(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     try:
         return capture(model, inputs)
     except CaptureError as error:
@@ -25,11 +38,11 @@ def _capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
             gm = capture_regions(model, inputs)
         except CaptureError as none:
             raise CaptureError(f"{why}; {none}") from error
-        known = captured(gm)
-        assert known is not None
-        assert known.around is not None
-        names = {slot.name for slot in known.around.slots}
+        regions = captured(gm)
+        assert isinstance(regions, Regions)
+        names = {slot.name for slot in regions.slots}
         single = len(names & set(layers(gm)))
-        text = f"taken as {len(names)} regions ({single} of them single layers), as the whole is not traceable: {why}"
-        gm.meta[KEY] = replace(known, warnings=(text, *known.warnings))
+        warn(
+            gm, f"taken as {len(names)} regions ({single} of them single layers), as the whole is not traceable: {why}"
+        )
         return gm

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ from fxlrd.capturing.watch import _has_weights, _same, _stand_in, _Watch, is_lay
 from fxlrd.capturing.whole import check_weights, trace, train_path_differs
 from fxlrd.errors import CaptureError, Reason
 from fxlrd.graph import cost
-from fxlrd.graph.captured import Captured, propagate
-from fxlrd.graph.facts import KEY, TIMES
+from fxlrd.graph.captured import Regions, captured, propagate
+from fxlrd.graph.cost import Cost
+from fxlrd.graph.facts import record_times
 from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import Around, Call, Slot, copies, record, structure
+from fxlrd.graph.regions import Call, Slot, copies, record, structural_copy
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import annotate
 
@@ -56,19 +58,20 @@ def capture_regions(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     inputs = Inputs.of(example_inputs)
     check_weights(model)
     watch = _Watch(model, inputs)
-    around = structure(model)
-    found, calls = _regions(around, inputs, watch)
+    copy = structural_copy(model)
+    found, calls = _regions(copy, inputs, watch)
     if not found:
         why = next((f"; {name}: {u.reason}" for name, u in watch.unreached().items()), "")
         raise CaptureError(f"{type(model).__name__}: no conv or linear layer in it could be captured{why}")
-    gm, slots, example = _side_by_side(around, found, calls)
+    gm, slots, example = _side_by_side(copy, found, calls)
     annotate(gm)
     unreached = {name: u for name, u in watch.unreached().items() if name not in _reached(gm)}
-    meta = Around(around, {n: gm.get_submodule(n) for n in _reached(gm)}, slots, inputs, example)
-    gm.meta[KEY] = Captured(inputs, unreached, (), meta)
-    propagate(gm, inputs)
-    rest = cost.params(model) - cost.params(gm), max(0, watch.flops - cost.flops(gm))
-    gm.meta[KEY] = Captured(inputs, unreached, (), Around(around, meta.modules, slots, inputs, example, *rest))
+    modules = {n: gm.get_submodule(n) for n in _reached(gm)}
+    regions = Regions(inputs, unreached, copy, modules, slots, example)
+    captured.record(gm, regions)
+    propagate(gm, inputs)  # with FLOPs, from which the share outside of the regions follows
+    outside = Cost(cost.params(model) - cost.params(gm), max(0, watch.flops - cost.flops(gm)))
+    captured.record(gm, replace(regions, outside=outside))
     return gm
 
 
@@ -177,7 +180,7 @@ def _side_by_side(
         known = len(graph.nodes)
         outputs.append(_copied(graph, model, slot.name, found[slot.name], arguments, modules))
         for node in list(graph.nodes)[known:]:
-            node.meta[TIMES] = slot.times
+            record_times(node, slot.times)
     graph.output(tuple(outputs))
     return fx.GraphModule(modules, graph, class_name=type(model).__name__).eval(), tuple(slots), tuple(example)
 

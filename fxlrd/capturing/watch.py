@@ -17,7 +17,7 @@ from fxlrd.graph.captured import Unreached
 from fxlrd.graph.compare import difference, rounding
 from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads, hooked, owners, shared_parameter
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import copies, describe, plain, structure
+from fxlrd.graph.regions import copies, describe, plain, structural_copy
 from fxlrd.graph.run import counting, seeded
 from fxlrd.layers.kinds import LAYERS, op
 
@@ -38,7 +38,7 @@ class _Watch:
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model = model
-        outputs, self.flops = counted(structure(model), inputs)
+        outputs, self.flops = counted(structural_copy(model), inputs)
         self.outputs = copies(tensors(outputs))
         self.reasons: dict[str, Reason] = {}
         outputs = self._look(inputs, readers=True)
@@ -47,7 +47,7 @@ class _Watch:
 
     def _look(self, inputs: Inputs, readers: bool) -> Any:
         """Run a copy and see what is called and, by ``readers``, who reads parts of a module other than itself."""
-        self.copy = structure(self.model)
+        self.copy = structural_copy(self.model)
         self.modules = dict(self.copy.named_modules())
         self.layers = {name: m for name, m in self.modules.items() if is_layer(m)}
         self.seen: dict[str, _Seen] = {}
@@ -107,7 +107,7 @@ class _Watch:
 
     def _alike(self, inputs: Inputs, names: Sequence[str]) -> bool:
         """Whether the model gives what it gave with each of these layers inside a module like that of factors."""
-        model = structure(self.model)
+        model = structural_copy(self.model)
         modules = dict(model.named_modules(remove_duplicate=False))
         for name in names:
             old = modules[name]

@@ -23,13 +23,12 @@ from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn.parameter import UninitializedParameter
 
 from fxlrd.errors import CaptureError, FxlrdError, Reason, one_line
-from fxlrd.graph.captured import Captured, Unreached, propagate
+from fxlrd.graph.captured import Unreached, Whole, captured, propagate
 from fxlrd.graph.compare import difference, rounding
-from fxlrd.graph.facts import KEY
 from fxlrd.graph.guards import NEVER_CALLED, container_hooked, container_reads, hooked
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, run, unmoved
-from fxlrd.graph.surgery import annotate, set_container_mode
+from fxlrd.graph.surgery import annotate, called, set_container_mode
 from fxlrd.layers.kinds import LAYERS, op
 
 _INSIDE = (os.path.dirname(torch.__file__) + os.sep, os.path.abspath(__file__))
@@ -61,7 +60,7 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
             f"{len(dropped)} layers ({sum(dropped.values()):,} parameters) are never called in eval mode and no part "
             f"of the captured model: {', '.join(dropped)}"
         )
-    gm.meta[KEY] = Captured(inputs, unreached, tuple(warnings))
+    captured.record(gm, Whole(inputs, unreached, tuple(warnings), modules=called(gm)))
     where = f"capture of {type(model).__name__}"
     try:
         outputs = propagate(gm, inputs)

@@ -1,9 +1,14 @@
-"""What was captured of a model: the whole of it, or regions."""
+"""What was captured of a model: the whole of it as one graph, or its regions side by side.
+
+`Whole` and `Regions` answer the same questions: what the graph is fed with, what runs on the model's inputs, how its
+layers go back into the user's model, what the model costs beside the graph. Code elsewhere asks these and does not tell
+the two apart.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,15 +16,16 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp, _extract_tensor_metadata
 
 from fxlrd.errors import FxlrdError, Reason
-from fxlrd.graph.facts import KEY, times
+from fxlrd.graph import cost
+from fxlrd.graph.compare import Difference, difference
+from fxlrd.graph.cost import NOTHING, Cost
+from fxlrd.graph.facts import FACTORS, Fact, times
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import Around, put, structure
-from fxlrd.graph.run import counting, evaluating
+from fxlrd.graph.regions import Slot, call_for, copies, install_layers, record, structural_copy
+from fxlrd.graph.run import counting, evaluating, run
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
-
-    from fxlrd.graph.regions import Around
 
 
 @dataclass(frozen=True)
@@ -33,33 +39,215 @@ class Unreached:
 
 
 @dataclass(frozen=True)
-class Captured:
-    """What capture knows of the whole model: its example inputs, the layers that no node of the graph stands
-    for, by name, what had to be frozen or left out and, where the graph is of regions only, what is ``around`` them.
-    Where the model came compressed, the ``shapes`` that weights of its modules had before, by the modules' names.
+class Whole:
+    """A model captured as one graph.
+
+    Attributes:
+        inputs: the example inputs.
+        unreached: the layers that no node of the graph stands for, by name.
+        warnings: what capture had to freeze or leave out.
+        weight_shapes: for a model that was already compressed, the shapes of weights before that, by module name.
+        modules: the modules that the graph calls, by name, as they were captured.
     """
 
     inputs: Inputs
-    unreached: dict[str, Unreached]
+    unreached: Mapping[str, Unreached] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    around: Around | None = None
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
+
+    outside = NOTHING
+    """Parameters and FLOPs of the model that no node of the graph stands for."""
+    user_forward = False
+    """Whether the result runs the user's own forward, with the graph's layers inside, rather than the graph."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Whole:
+        return self
+
+    def arguments(self, gm: fx.GraphModule) -> int:
+        """Return how many positional arguments the model takes."""
+        return len([n for n in gm.graph.nodes if n.op == "placeholder" and not n.args])
+
+    def feed(self, gm: fx.GraphModule, inputs: Inputs) -> list[Any]:
+        """Return what the placeholders of ``gm`` get for the model's ``inputs``; defaults fill what is not given.
+
+        Raises FxlrdError for an argument that is missing.
+        """
+        inputs = inputs.fresh()
+        values: list[Any] = list(inputs.args)
+        for node in gm.graph.find_nodes(op="placeholder")[len(values) :]:
+            name = str(node.target)
+            if name in inputs.kwargs:
+                values.append(inputs.kwargs[name])
+            elif node.args:
+                values.append(node.args[0])
+            elif name.startswith("*"):  # *args and **kwargs that nothing was given for
+                break
+            else:
+                raise FxlrdError(f"example inputs: the model's argument {name!r} is missing")
+        return values
+
+    def runnable(self, gm: fx.GraphModule) -> nn.Module:
+        """Return what runs on the model's inputs: the graph itself."""
+        return gm
+
+    def outputs(self, gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
+        """Return the model's output tensors with the graph's layers, in eval mode, without gradients."""
+        with evaluating(gm), torch.no_grad():
+            return tensors(gm(*self.feed(gm, inputs)))
+
+    def depth(self, gm: fx.GraphModule) -> int | None:
+        """Return the number of conv and linear layers on the longest path through the model."""
+        return cost.depth(gm)
+
+    def install(self, gm: fx.GraphModule, into: nn.Module) -> dict[str, nn.Module]:
+        """Put the graph's layers into a model under their names; return the modules that were there, to undo it."""
+        return install_layers(into, gm, self.modules)
+
+    def difference_inside(self, model: nn.Module, gm: fx.GraphModule) -> Difference:
+        """Return how far ``model``, with the graph's layers installed, is from the graph on the example inputs."""
+        return difference(tensors(run(model, self.inputs)), propagate(gm, self.inputs), "inplace")
+
+    def is_container_of_factors(self, name: str) -> bool:
+        """Whether the module ``name`` of the user's model holds the factors of an earlier compression: not known."""
+        return False
+
+    def fed_by_the_original(self, node: fx.Node | None) -> bool:
+        """Whether the node's value comes from the original model whatever the graph's layers are by now."""
+        return False
 
 
-def captured(gm: fx.GraphModule) -> Captured | None:
-    """Return what capture left on the graph module, if it came through capture."""
-    found = gm.meta.get(KEY)
-    return found if isinstance(found, Captured) else None
+@dataclass(frozen=True)
+class Regions:
+    """A model of which only regions could be captured: they stand side by side in one graph.
+
+    Each call of a region has placeholders of its own. What these get is recorded while the user's model runs, its own
+    code between the regions included; what a region became goes back into the model layer by layer.
+
+    Attributes:
+        model: a copy of the user's model with modules of its own around the user's tensors.
+        modules: the modules of the regions, by name, as they were captured.
+        slots: the calls that the graph's placeholders stand for, in their order.
+        example: what the slots get for the example ``inputs``.
+        outside: parameters and FLOPs of the model that no region has.
+    """
+
+    inputs: Inputs
+    unreached: Mapping[str, Unreached]
+    model: nn.Module
+    modules: Mapping[str, nn.Module] = field(repr=False)
+    slots: tuple[Slot, ...]
+    example: tuple[Tensor, ...] = field(repr=False)
+    outside: Cost = NOTHING
+    warnings: tuple[str, ...] = ()
+    weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    user_forward = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Regions:
+        return self
+
+    def arguments(self, gm: fx.GraphModule) -> int:
+        """Return how many positional arguments the model takes."""
+        return len(self.inputs.args)
+
+    def feed(self, gm: fx.GraphModule, inputs: Inputs) -> list[Any]:
+        """Return what the placeholders get while the model runs on ``inputs``.
+
+        If a region runs fewer times than on the example inputs, its recorded calls are reused cyclically. If it does
+        not run, or gets an argument that is no tensor, it is fed what it got for the example inputs.
+        """
+        if inputs is self.inputs:
+            return [t.clone() for t in self.example]
+        calls = record(self.model, inputs, {slot.name for slot in self.slots})
+        values: list[Tensor] = []
+        for slot in self.slots:
+            call = call_for(slot, calls)
+            if call is not None:
+                values += copies(call.arguments)
+            else:
+                values += self.example[len(values) : len(values) + slot.arguments]
+        return values
+
+    def runnable(self, gm: fx.GraphModule) -> nn.Module:
+        """Return what runs on the model's inputs: the user's model with the graph's layers in it."""
+        model = structural_copy(self.model)
+        self.install(gm, model)
+        return model
+
+    def outputs(self, gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
+        """Return the model's output tensors with the graph's layers, in eval mode, without gradients."""
+        return tensors(run(self.runnable(gm), inputs))
+
+    def depth(self, gm: fx.GraphModule) -> int | None:
+        """Return None: the depth of regions is not that of the model."""
+        return None
+
+    def install(self, gm: fx.GraphModule, into: nn.Module) -> dict[str, nn.Module]:
+        """Put the graph's layers into a model under their names; return the modules that were there, to undo it."""
+        return install_layers(into, gm, self.modules)
+
+    def difference_inside(self, model: nn.Module, gm: fx.GraphModule) -> Difference:
+        """Return how far the regions of ``model``, with the graph's layers installed, are from the graph.
+
+        Both get the arguments that ``model`` gives its regions on the example inputs. A region that ``model`` no longer
+        calls, because its values have changed, does not count.
+        """
+        calls = record(model, self.inputs, {slot.name for slot in self.slots})
+        called = [call_for(slot, calls) for slot in self.slots]
+        values: list[Tensor] = []
+        for slot, call in zip(self.slots, called, strict=True):
+            values += call.arguments if call else self.example[len(values) : len(values) + slot.arguments]
+        with evaluating(gm), torch.no_grad():
+            outputs = fx.Interpreter(gm).run(*copies(values))
+        pairs = [(call.output, output) for call, output in zip(called, outputs, strict=True) if call is not None]
+        return difference(tensors([a for a, _ in pairs]), tensors([b for _, b in pairs]), "regions")
+
+    def is_container_of_factors(self, name: str) -> bool:
+        """Whether the module ``name`` of the user's model holds the factors of an earlier compression."""
+        module = self.model.get_submodule(name)
+        return type(module) is nn.Sequential and {part for part, _ in module.named_children()} <= set(FACTORS)
+
+    def fed_by_the_original(self, node: fx.Node | None) -> bool:
+        """Whether the node is an argument of a region, which the original model computes."""
+        return node is not None and node.op == "placeholder"
+
+
+Captured = Whole | Regions
+captured: Fact[Captured] = Fact("captured", Captured)  # type: ignore[arg-type]
+"""What was captured: on a graph module that came through capture."""
+
+
+def captured_or_bare(gm: fx.GraphModule) -> Captured:
+    """Return what was captured, or a `Whole` without example inputs for a graph module that was traced by its user."""
+    return captured(gm) or Whole(Inputs(()))
+
+
+def warn(gm: fx.GraphModule, *texts: str) -> None:
+    """Put warnings before those that capture left on the graph module."""
+    record_of = captured(gm)
+    assert record_of is not None
+    captured.record(gm, replace(record_of, warnings=(*texts, *record_of.warnings)))
+
+
+def feed(gm: fx.GraphModule, inputs: Inputs) -> list[Any]:
+    """Return what the graph's placeholders get for the model's inputs, in order."""
+    return captured_or_bare(gm).feed(gm, inputs)
+
+
+def runnable(gm: fx.GraphModule) -> nn.Module:
+    """Return what runs on the model's inputs: the graph itself, or the user's model with the graph's layers in it."""
+    return captured_or_bare(gm).runnable(gm)
 
 
 def refresh_shapes(gm: fx.GraphModule) -> None:
     """Give every node its shape and dtype for the inputs that the model was captured with, without computing."""
     from torch._subclasses import FakeTensorMode
 
-    known = captured(gm)
-    if known is not None:
+    capture = captured(gm)
+    if capture is not None:
         with evaluating(gm), torch.no_grad():
-            ShapeProp(gm, FakeTensorMode()).propagate(*positional(gm, known.inputs))
+            ShapeProp(gm, FakeTensorMode()).propagate(*capture.feed(gm, capture.inputs))
 
 
 class _Propagation(fx.Interpreter):
@@ -85,38 +273,4 @@ def propagate(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
     FLOPs are those for these inputs, see `counting`.
     """
     with evaluating(gm), torch.no_grad(), counting() as counter:
-        return tensors(_Propagation(gm, counter).run(*positional(gm, inputs)))
-
-
-def positional(gm: fx.GraphModule, inputs: Inputs) -> list[Any]:
-    """Return the model's inputs in the order of the graph's placeholders; defaults fill what was not given.
-
-    Where the graph is of regions, what those get while the model runs on the inputs.
-    """
-    known = captured(gm)
-    if known is not None and known.around is not None:
-        return list(known.around.feed(inputs))
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    inputs = inputs.fresh()
-    values: list[Any] = list(inputs.args)
-    for node in placeholders[len(values) :]:
-        name = str(node.target)
-        if name in inputs.kwargs:
-            values.append(inputs.kwargs[name])
-        elif node.args:
-            values.append(node.args[0])
-        elif name.startswith("*"):  # *args and **kwargs that nothing was given for
-            break
-        else:
-            raise FxlrdError(f"example inputs: the model's argument {name!r} is missing")
-    return values
-
-
-def runnable(gm: fx.GraphModule) -> nn.Module:
-    """Return what runs on the model's inputs: the graph itself, or the model with the graph's layers in it."""
-    known = captured(gm)
-    if known is None or known.around is None:
-        return gm
-    model = structure(known.around.model)
-    put(model, gm, known.around.modules)
-    return model
+        return tensors(_Propagation(gm, counter).run(*feed(gm, inputs)))

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.errors import Reason
+from fxlrd.graph.facts import shape
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.kinds import op
 
@@ -92,8 +92,8 @@ def flattened(gm: fx.GraphModule, node: fx.Node) -> int:
         node = node.all_input_nodes[0]
     if not is_flatten(gm, node):
         return 1
-    meta = node.all_input_nodes[0].meta.get("tensor_meta")
-    return math.prod(meta.shape[2:]) if isinstance(meta, TensorMetadata) and len(meta.shape) == 4 else 1
+    sizes = shape(node.all_input_nodes[0]) or ()
+    return math.prod(sizes[2:]) if len(sizes) == 4 else 1
 
 
 def is_elementwise(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -271,10 +271,10 @@ class _Walk:
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
-    meta = node.meta.get("tensor_meta")
-    if not isinstance(meta, TensorMetadata):
+    sizes = shape(node)
+    if sizes is None:
         raise _Mixes("no-shapes", "shapes are not known", "give example inputs")
-    return tuple(meta.shape)
+    return sizes
 
 
 def _out_channels(module: nn.Module) -> int:

@@ -1,34 +1,68 @@
-"""What is known of a node or of a graph: every meta key, each behind a typed accessor."""
+"""What is recorded about a node or a graph: provenance, statistics, shapes.
+
+A fact is kept in the ``meta`` of its node or graph module. It is read and written through a `Fact` only, never through
+a string key, so that `forget` misses none. Facts on nodes survive every pass and are shared by copies of a graph.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import TensorMetadata
 
-KEY = "fxlrd"
-MOMENTS = "fxlrd.moments"
-"""The key of a node's second moments, see fxlrd/calibration/moments.py."""
-SEEN = "fxlrd.seen"
-"""The key of what calibration saw of a layer, on its call and its factors' calls; see fxlrd/calibration/moments.py."""
-KEPT = "fxlrd.kept"
-"""The key of the output channels of the original layer that a merged one still makes (a tensor of indices)."""
-TIMES = "fxlrd.times"
-"""The key of how many calls in one run of the model a node stands for, where those are several; see `times`."""
+from fxlrd.layers.fit import Moments, Seen
+
+T = TypeVar("T")
+_PREFIX = "fxlrd."
 FACTORS = ("first", "core", "branch", "last")
-"""The roles of the parts of a layer that stands decomposed."""
+"""The roles of the parts of a decomposed layer."""
+
+
+class Fact(Generic[T]):
+    """One kind of fact: call it to read, `record` it to write.
+
+    >>> calls = Fact("calls", int)
+    >>> node = fx.Graph().placeholder("x")
+    >>> calls(node) is None
+    True
+    >>> calls.record(node, 3)
+    >>> calls(node)
+    3
+    """
+
+    def __init__(self, name: str, kind: type[T]) -> None:
+        self.key = _PREFIX + name
+        self.kind = kind
+
+    def __call__(self, owner: fx.Node | fx.GraphModule) -> T | None:
+        """Return the fact, or None where it is not recorded."""
+        value = owner.meta.get(self.key)
+        return value if isinstance(value, self.kind) else None
+
+    def record(self, owner: fx.Node | fx.GraphModule, value: T) -> None:
+        """Write the fact, in the place of an earlier one."""
+        owner.meta[self.key] = value
+
+    def drop(self, owner: fx.Node | fx.GraphModule) -> None:
+        """Remove the fact, if it is recorded."""
+        owner.meta.pop(self.key, None)
 
 
 @dataclass(frozen=True)
 class Provenance:
     """Where a node comes from.
 
-    ``name`` is the module's name in the captured model, ``role`` one of original, first, core, last, merged,
-    branch; ``ranks`` are those of the layer's low-rank form and ``error`` its relative error: of the weight, or of
-    the layer's output on calibration inputs if it is ``fitted`` to those. The
-    ``original`` module is held by reference, never copied. ``latency`` is the measured time of the layer as
-    it now stands, in seconds, where a pass has measured it.
+    Attributes:
+        name: the module's name in the captured model.
+        role: original, first, core, last, branch or merged.
+        ranks: the ranks of the layer's low-rank form.
+        error: the relative error of that form: of the weight, or of the layer's output on calibration inputs if it is
+            ``fitted`` to those.
+        latency: the measured time of the layer in its present form, in seconds, where a pass has measured it.
+        fitted: whether the factors were fitted to calibration inputs.
+        original: the original module, by reference; it is never copied.
     """
 
     name: str
@@ -43,12 +77,54 @@ class Provenance:
         return self
 
 
-def provenance(node: fx.Node) -> Provenance | None:
-    """Return the node's provenance, if it has any."""
-    found = node.meta.get(KEY)
-    return found if isinstance(found, Provenance) else None
+provenance = Fact("provenance", Provenance)
+"""Where a node comes from."""
+statistics = Fact("statistics", Seen)
+"""What calibration measured of a layer: on its call, or on the calls of its factors."""
+output_moments: Fact[dict[tuple[int, int], Moments]] = Fact("moments", dict)
+"""The moments of the tensor that a node makes, by (channel axis, entries per channel)."""
+retained_channels = Fact("retained_channels", Tensor)
+"""The indices of the original layer's output channels that a merged layer still makes."""
+_times = Fact("times", int)
 
 
 def times(node: fx.Node) -> int:
-    """Return how many calls of the same shapes the node stands for: several where a region was called so often."""
-    return int(node.meta.get(TIMES, 1))
+    """Return how many calls of the same shapes the node stands for: several where a region was called repeatedly."""
+    return _times(node) or 1
+
+
+def record_times(node: fx.Node, count: int) -> None:
+    """Record how many calls of the same shapes the node stands for."""
+    _times.record(node, count)
+
+
+def tensor_meta(node: fx.Node) -> TensorMetadata | None:
+    """Return the shape, dtype and memory format of the node's value; None before a propagation and for no tensor."""
+    metadata = node.meta.get("tensor_meta")
+    return metadata if isinstance(metadata, TensorMetadata) else None
+
+
+def shape(node: fx.Node) -> tuple[int, ...] | None:
+    """Return the shape of the node's value; None before a propagation and where it is no tensor."""
+    metadata = tensor_meta(node)
+    return None if metadata is None else tuple(metadata.shape)
+
+
+def flops(node: fx.Node) -> int:
+    """Return the FLOPs of the node (2 × multiply-adds) in the last propagation; 0 before one."""
+    return int(node.meta.get("flops", 0))
+
+
+def inherited(node: fx.Node) -> dict[str, Any]:
+    """Return the ``meta`` that a factor of the node's layer inherits: all but what describes the node's output."""
+    return {k: v for k, v in node.meta.items() if k not in ("tensor_meta", "flops", output_moments.key)}
+
+
+def forget(gm: fx.GraphModule) -> None:
+    """Remove every fact from a graph module and its nodes but provenance, which lets go of the original modules."""
+    for owner in (gm, *gm.graph.nodes):
+        for key in [k for k in owner.meta if str(k).startswith(_PREFIX) and k != provenance.key]:
+            del owner.meta[key]
+    for node in gm.graph.nodes:
+        if (origin := provenance(node)) is not None:
+            provenance.record(node, replace(origin, original=None))

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxlrd.errors import Reason, unknown
-from fxlrd.graph.captured import captured
+from fxlrd.graph.captured import captured, captured_or_bare
 from fxlrd.graph.facts import FACTORS, provenance
 from fxlrd.graph.surgery import called, calls, layers, source
 from fxlrd.layers.kinds import LAYERS, Conv, is_stock, op
@@ -64,11 +64,8 @@ def is_factor(gm: fx.GraphModule, target: str) -> bool:
     known = provenance(calls(gm, target)[0])
     if role not in FACTORS or not around or (known is not None and known.role != "original"):
         return False
-    whole = captured(gm)
-    if whole is not None and whole.around is not None:
-        holder = whole.around.model.get_submodule(around)
-        if type(holder) is nn.Sequential and {name for name, _ in holder.named_children()} <= set(FACTORS):
-            return True
+    if captured_or_bare(gm).is_container_of_factors(around):
+        return True
     parts = {f"{around}.{other}" for other in FACTORS if other != role}
 
     def beside(node: fx.Node | None) -> bool:

@@ -1,8 +1,8 @@
-"""The model around the regions that were captured of it: for models that cannot be traced as a whole.
+"""A model and the regions inside it: recording what the regions get, and putting rewritten layers back.
 
-Its regions stand side by side in one graph, each call with placeholders of its own. What those are given is
-recorded while the model itself runs, its own code between the regions and all; and what a region became goes back
-into the model layer by layer, under the layers' names.
+For models that cannot be traced as a whole (`fxlrd.graph.captured.Regions`): while the model itself runs, the arguments
+and outputs of its regions are recorded; what a region became goes back into the model layer by layer, under the layers'
+names.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from fxlrd.errors import FxlrdError, one_line
-from fxlrd.graph.compare import Difference, difference
 from fxlrd.graph.facts import provenance
-from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.run import evaluating, run
+from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.run import run
 from fxlrd.graph.surgery import called, chained
 from fxlrd.layers.kinds import LAYERS, OPTIONS
 
 CALLS = 32
-"""So many calls of one module are recorded in one run of the model at most; a decoder makes one for each token."""
+"""Calls of one module that are recorded in one run of the model, at most: a decoder makes one for each token."""
 DESCRIBING = dict.fromkeys(name for kind in LAYERS for name in (*OPTIONS[kind], "nf", "nx") if name != "bias")
 """The options of a layer, which the code that calls it may read; ``nf`` and ``nx`` are those of a GPT-2 Conv1D."""
 
@@ -43,9 +41,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Slot:
-    """A region's call that placeholders of the graph stand for: the ``call``-th, with so many ``arguments``.
+    """A region's call that placeholders of the graph stand for.
 
-    It is the first of ``times`` calls with arguments of these shapes.
+    Attributes:
+        name: the region's name in the model.
+        call: the index of the call among those of the region in one run.
+        arguments: the number of its arguments, each a tensor.
+        times: the number of calls with arguments of these shapes; this is the first.
     """
 
     name: str
@@ -54,80 +56,30 @@ class Slot:
     times: int = 1
 
 
-@dataclass(frozen=True)
-class Around:
-    """The ``model``, the slots of the graph in the order of its placeholders, and what is outside of the regions.
-
-    ``model`` has modules of its own, tensors are the user's; ``modules`` are those of the regions, by name.
-    ``example`` is what the slots got from example ``inputs``; ``params`` and ``flops`` are those that no region has.
-    """
-
-    model: nn.Module
-    modules: Mapping[str, nn.Module]
-    slots: tuple[Slot, ...]
-    inputs: Inputs
-    example: tuple[Tensor, ...]
-    params: int = 0
-    flops: int = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Around:
-        return self
-
-    def feed(self, inputs: Inputs) -> list[Tensor]:
-        """Return what the placeholders get while the model runs on ``inputs``.
-
-        A region that is called less often than with the example inputs gets one of its calls again, and one that is
-        not called, or not with tensors for all of its arguments, what it got then.
-        """
-        if inputs is self.inputs:
-            return [t.clone() for t in self.example]
-        calls = record(self.model, inputs, {slot.name for slot in self.slots})
-        values: list[Tensor] = []
-        for slot in self.slots:
-            found = [call.arguments for call in calls.get(slot.name, ()) if all_tensors(call.arguments, slot.arguments)]
-            if found:
-                values += copies(found[slot.call % len(found)])
-            else:
-                values += self.example[len(values) : len(values) + slot.arguments]
-        return values
-
-    def compared(self, model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> Difference:
-        """Return how far what the regions of ``model`` give lies from what the graph gives for the same arguments.
-
-        What ``model`` does not call any more, as its values are others now, does not count.
-        """
-        calls = record(model, inputs, {slot.name for slot in self.slots})
-        here: list[Call | None] = []
-        given: list[Tensor] = []
-        for slot in self.slots:
-            found = [c for c in calls.get(slot.name, ()) if all_tensors(c.arguments, slot.arguments)]
-            call = found[slot.call % len(found)] if found else None
-            here.append(call)
-            given += call.arguments if call else self.example[len(given) : len(given) + slot.arguments]
-        with evaluating(gm), torch.no_grad():
-            outputs = fx.Interpreter(gm).run(*copies(given))
-        both = [(call.output, output) for call, output in zip(here, outputs, strict=True) if call is not None]
-        return difference(tensors([a for a, _ in both]), tensors([b for _, b in both]), "regions")
+def call_for(slot: Slot, calls: Mapping[str, list[Call]]) -> Call | None:
+    """Return the recorded call that a slot stands for; only calls with tensors for all arguments count."""
+    usable = [call for call in calls.get(slot.name, ()) if all_tensors(call.arguments, slot.arguments)]
+    return usable[slot.call % len(usable)] if usable else None
 
 
-def structure(model: nn.Module) -> nn.Module:
-    """Return a copy of the model with modules of its own around the very same parameters and buffers."""
+def structural_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of the model with modules of its own that hold the very same parameters and buffers."""
     return _copied(model, {id(t): t for t in chain(model.parameters(), model.buffers())})
 
 
-def own(model: nn.Module) -> nn.Module:
+def independent_copy(model: nn.Module) -> nn.Module:
     """Return a copy of the model that shares nothing with it."""
     return _copied(model, {})
 
 
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    # What a forward left on its module with a history of gradients is no parameter, and cannot be copied with it.
-    left = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    # A tensor with a gradient history that a forward stored on its module is no parameter, and deepcopy refuses it.
+    stored = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     try:
-        return copy.deepcopy(model, {id(t): t.detach().clone() for t in left} | memo)
+        return copy.deepcopy(model, {id(t): t.detach().clone() for t in stored} | memo)
     except Exception as error:
         raise FxlrdError(
-            f"{type(model).__name__} cannot be copied ({one_line(error)}): is a lock or a file kept on it?"
+            f"{type(model).__name__} cannot be copied ({one_line(error)}): does it hold a lock or an open file?"
         ) from error
 
 
@@ -182,55 +134,58 @@ def copies(value: Any) -> Any:
     return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, value)
 
 
-def put(model: nn.Module, gm: fx.GraphModule, was: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Put what ``gm`` calls in the place of the modules ``was`` into ``model``, under their names.
+def install_layers(
+    model: nn.Module, gm: fx.GraphModule, captured_modules: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Put what ``gm`` calls in the place of ``captured_modules`` into ``model``, under their names.
 
-    Returns the modules that were there, by name; setting them again undoes it.
+    Returns the modules that were there, by name: `set_modules` with those undoes it.
     """
-    names = rewritten(gm, was)
-    gone = _gone(gm, was)
-    # In the model each must be callable; what was composed away is passed through.
-    return put_modules(
-        model, {name: nn.Identity() if name in gone else chained(gm.get_submodule(name)) for name in names}
+    names = rewritten(gm, captured_modules)
+    removed = _removed(gm, captured_modules)
+    # The user's code still calls a layer that was composed into another one: the input is passed through.
+    return set_modules(
+        model, {name: nn.Identity() if name in removed else chained(gm.get_submodule(name)) for name in names}
     )
 
 
-def put_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Put modules into ``model`` under their names, and return those that were there. Aliases stay one module."""
+def set_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put modules into ``model`` under their names, and return the replaced ones. Aliases stay one module."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    before = {}
+    replaced = {}
     for name, module in new.items():
         for alias in [alias for alias, m in modules.items() if m is modules[name]]:
-            before[alias] = modules[alias]
+            replaced[alias] = modules[alias]
             describe(module, modules[alias])
             model.set_submodule(alias, module.train(modules[alias].training))
-    return before
+    return replaced
+
+
+def undo(model: nn.Module, replaced: Mapping[str, nn.Module]) -> None:
+    """Undo `install_layers` or `set_modules`: put the ``replaced`` modules back, in their own modes."""
+    for name, module in replaced.items():
+        model.set_submodule(name, module)
 
 
 def describe(new: nn.Module, old: nn.Module) -> None:
-    """Leave on a layer's factors what forwards around it may read of the layer: its strides, its features."""
+    """Leave on a layer's factors what the user's code may read from the layer: its strides, its features."""
     if type(new) is nn.Sequential:
         for name in DESCRIBING:
             if hasattr(old, name):
                 setattr(new, name, getattr(old, name))
 
 
-def rewritten(gm: fx.GraphModule, was: Mapping[str, nn.Module]) -> set[str]:
-    """Return the names of the modules ``was`` in whose place ``gm`` has others, or factors, or nothing."""
-    known = [(str(n.target), p.name) for n in gm.graph.nodes if (p := provenance(n)) is not None]
-    factored = {name for target, name in known if target.startswith(f"{name}.")}  # or what merging left of factors
-    others = {name for name, m in called(gm).items() if name in was and m is not was[name]}
-    return factored | others | _gone(gm, was)
+def rewritten(gm: fx.GraphModule, captured_modules: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of the captured modules that ``gm`` has others for, or factors, or nothing."""
+    origins = [(str(n.target), p.name) for n in gm.graph.nodes if (p := provenance(n)) is not None]
+    # A factor's target starts with its layer's name; so does what merging made of a factor.
+    factored = {name for target, name in origins if target.startswith(f"{name}.")}
+    others = {name for name, m in called(gm).items() if name in captured_modules and m is not captured_modules[name]}
+    return factored | others | _removed(gm, captured_modules)
 
 
-def _gone(gm: fx.GraphModule, was: Mapping[str, nn.Module]) -> set[str]:
-    return set(was) - {p.name for n in gm.graph.nodes if (p := provenance(n)) is not None}
-
-
-def take_back(model: nn.Module, before: dict[str, nn.Module]) -> None:
-    """Undo `put`."""
-    for name, module in before.items():
-        model.set_submodule(name, module)
+def _removed(gm: fx.GraphModule, captured_modules: Mapping[str, nn.Module]) -> set[str]:
+    return set(captured_modules) - {p.name for n in gm.graph.nodes if (p := provenance(n)) is not None}
 
 
 def all_tensors(arguments: tuple[Any, ...], count: int) -> bool:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from fxlrd.errors import FxlrdError
-from fxlrd.graph.facts import FACTORS, KEY, MOMENTS, Provenance, provenance
+from fxlrd.graph.facts import FACTORS, Provenance, inherited, output_moments, provenance, tensor_meta
 from fxlrd.layers.kinds import LAYERS
 
 
@@ -20,7 +20,7 @@ def annotate(gm: fx.GraphModule) -> None:
     modules = dict(gm.named_modules(remove_duplicate=False))
     for node in gm.graph.nodes:
         if node.op == "call_module" and provenance(node) is None:
-            node.meta[KEY] = Provenance(str(node.target), original=modules[str(node.target)])
+            provenance.record(node, Provenance(str(node.target), original=modules[str(node.target)]))
 
 
 def fork(gm: fx.GraphModule) -> fx.GraphModule:
@@ -65,9 +65,9 @@ def calls(gm: fx.GraphModule, target: str) -> list[fx.Node]:
 
 def source(node: fx.Node) -> fx.Node | None:
     """Return the one tensor input of a layer's call, or None if it is called in another way."""
-    given = [*node.args, *node.kwargs.values()]
-    if len(given) == 1 and isinstance(given[0], fx.Node) and set(node.kwargs) <= {"input", "x"}:
-        return given[0]
+    arguments = [*node.args, *node.kwargs.values()]
+    if len(arguments) == 1 and isinstance(arguments[0], fx.Node) and set(node.kwargs) <= {"input", "x"}:
+        return arguments[0]
     return None
 
 
@@ -77,12 +77,12 @@ def layers(gm: fx.GraphModule) -> dict[str, nn.Module]:
 
 
 def replace(
-    gm: fx.GraphModule, target: str, module: nn.Sequential, ranks: tuple[int | None, ...], **known: Any
+    gm: fx.GraphModule, target: str, module: nn.Sequential, ranks: tuple[int | None, ...], **details: Any
 ) -> None:
     """Replace every call of layer ``target`` by calls of the named children of ``module``, in order.
 
-    The children become ``target.<child>``, each with the child's name as its role. ``known`` goes into the
-    provenance. The graph module is changed in place and not yet recompiled.
+    The children become ``target.<child>``, each with the child's name as its role. ``details`` go into
+    the provenance. The graph module is changed in place and not yet recompiled.
     """
     replaced = gm.get_submodule(target)
     gm.set_submodule(target, module)
@@ -90,21 +90,24 @@ def replace(
         old = provenance(node)
         value = source(node)
         assert value is not None, f"{target} is not replaceable"
-        kept = node.meta
+        moments = output_moments(node)
         with gm.graph.inserting_before(node):
             for role, part in module.named_children():
                 value = gm.graph.call_module(f"{target}.{role}", (value,))
-                value.meta = {k: v for k, v in kept.items() if k not in ("tensor_meta", "flops", MOMENTS)}
-                value.meta[KEY] = Provenance(
-                    old.name if old else target,
-                    role,
-                    ranks,
-                    original=old.original if old else replaced,
-                    **known,
+                value.meta = inherited(node)
+                provenance.record(
+                    value,
+                    Provenance(
+                        old.name if old else target,
+                        role,
+                        ranks,
+                        original=old.original if old else replaced,
+                        **details,
+                    ),
                 )
                 infer_shape(value, part)
-        if MOMENTS in kept:  # those of the layer's output, which the last factor makes now
-            value.meta[MOMENTS] = kept[MOMENTS]
+        if moments is not None:  # those of the layer's output, which the last factor makes now
+            output_moments.record(value, moments)
         node.replace_all_uses_with(value)
         gm.graph.erase_node(node)
 
@@ -125,7 +128,7 @@ def restore(gm: fx.GraphModule, name: str, latency: float | None = None) -> None
         with gm.graph.inserting_before(last):
             node = gm.graph.call_module(name, (start,))
         node.meta = {k: v for k, v in last.meta.items() if k != "flops"}
-        node.meta = {**node.meta, KEY: Provenance(name, original=p.original, latency=latency)}
+        provenance.record(node, Provenance(name, original=p.original, latency=latency))
         last.replace_all_uses_with(node)
         for old in chain:
             gm.graph.erase_node(old)
@@ -133,10 +136,10 @@ def restore(gm: fx.GraphModule, name: str, latency: float | None = None) -> None
 
 def infer_shape(node: fx.Node, module: nn.Module) -> None:
     """Give the node of a layer's call its shape and dtype from those of its input, without computing."""
-    given = node.all_input_nodes[0].meta.get("tensor_meta")
-    if not isinstance(given, TensorMetadata):
+    read = tensor_meta(node.all_input_nodes[0])
+    if read is None:
         return
-    stand_in = torch.empty_strided(given.shape, given.stride, dtype=given.dtype, device="meta")
+    stand_in = torch.empty_strided(read.shape, read.stride, dtype=read.dtype, device="meta")
     weights = {name: t.to("meta") for name, t in module.state_dict().items()}
     with torch.no_grad():
         node.meta["tensor_meta"] = _extract_tensor_metadata(torch.func.functional_call(module, weights, (stand_in,)))

@@ -34,8 +34,8 @@ from fxlrd.budget import Budget
 from fxlrd.calibration.moments import seen
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph import cost
-from fxlrd.graph.captured import Captured, captured, runnable
-from fxlrd.graph.facts import FACTORS, provenance, times
+from fxlrd.graph.captured import Captured, captured, captured_or_bare, runnable
+from fxlrd.graph.facts import FACTORS, provenance, statistics, times
 from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, replaceable, skip_reason, stem_reason
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import annotate, calls, fork, layers
@@ -199,7 +199,7 @@ class Allocate:
             if not kept:
                 continue
             errors = curve(known, kept)
-            if any(r.consumer.node.meta.get("fxlrd.seen") is None for r in known):
+            if any(statistics(r.consumer.node) is None for r in known):
                 continue
             shares = {r: r / whole.channels for r in kept}
             if self.latency:
@@ -213,11 +213,8 @@ class Allocate:
 
     def _within(self, gm: fx.GraphModule, problem: Problem) -> tuple[Plan, str]:
         """Return the best plan for a budget of parameters or FLOPs."""
-        known = captured(gm)
-        around = known.around if known is not None else None
-        total = cost.params(gm) if self.params else cost.flops(gm)
-        if around is not None:
-            total += around.params if self.params else around.flops
+        outside = captured_or_bare(gm).outside
+        total = cost.params(gm) + outside.params if self.params else cost.flops(gm) + outside.flops
         if not total:
             raise FxlrdError("allocate: the model's FLOPs are not known: give example inputs")
         fixed = total - problem.original()

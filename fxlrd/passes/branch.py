@@ -24,7 +24,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.block_term import STEPS, Blocks, block_term
 from fxlrd.factor.tucker import tucker2
-from fxlrd.graph.facts import KEY, provenance
+from fxlrd.graph.facts import provenance, tensor_meta
 from fxlrd.graph.guards import check_names, is_factor, matches, skip_reason
 from fxlrd.graph.surgery import annotate, calls, fork, infer_shape, layers, source
 from fxlrd.layers.build import from_blocks, resized, weight_blocks
@@ -111,7 +111,7 @@ class Branch:
         """Return the number of branches at which the core alone runs fastest on this device."""
         node = calls(gm, f"{name}.core")[0]
         given = source(node)
-        meta = given.meta.get("tensor_meta") if given is not None else None
+        meta = tensor_meta(given) if given is not None else None
         if not isinstance(meta, TensorMetadata):
             raise FxlrdError(f"branch: {name}: timed needs shapes; give example inputs")
         whole, shape = weight_blocks(core)[0], list(meta.shape)
@@ -185,7 +185,7 @@ def _install(gm: fx.GraphModule, name: str, blocks: Blocks, first: Tensor, last:
         error = _weight_error(p.original, cores, first, last)
         role = "branch" if p.role == "core" else p.role
         ranks = (first.shape[0], last.shape[1])
-        node.meta[KEY] = changed(p, role=role, ranks=ranks, error=error, latency=None)
+        provenance.record(node, changed(p, role=role, ranks=ranks, error=error, latency=None))
     return error
 
 

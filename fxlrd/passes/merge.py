@@ -45,7 +45,7 @@ from fxlrd.errors import FxlrdError, Reason, unknown
 from fxlrd.factor.tucker import tucker2
 from fxlrd.graph.captured import captured, refresh_shapes
 from fxlrd.graph.channels import ELEMENTWISE_MODULES, MERGED, MERGED_NORMS, Group
-from fxlrd.graph.facts import FACTORS, KEPT, KEY, SEEN, Provenance, provenance
+from fxlrd.graph.facts import FACTORS, Provenance, provenance, retained_channels, shape, statistics
 from fxlrd.graph.guards import check_names, matches, replaceable, skip_reason
 from fxlrd.graph.surgery import annotate, calls, fork, layers, source
 from fxlrd.layers.build import resized
@@ -337,7 +337,7 @@ class Merge:
 def _weight_before(gm: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:
     """Return the shape of a layer's weight before any merging, also by an earlier compress: α goes by that."""
     whole, known = captured(gm), provenance(node)
-    if whole is not None and (shape := whole.shapes.get(_origin(node))) is not None:
+    if whole is not None and (shape := whole.weight_shapes.get(_origin(node))) is not None:
         return shape
     module = known.original if known is not None and known.original is not None else None
     return tuple(layer(module or gm.get_submodule(str(node.target))).weight.shape)
@@ -359,10 +359,11 @@ def _cut(gm: fx.GraphModule, whole: Group, rank: int) -> float:
     for node in whole.through:
         _swap(gm, node, keep_channels(gm.get_submodule(str(node.target)), kept))
     for node in whole.producers:
-        if (saw := node.meta.get(SEEN)) is not None and saw.matters is not None:
-            node.meta[SEEN] = changed(saw, matters=saw.matters[kept][:, kept])
+        if (saw := statistics(node)) is not None and saw.matters is not None:
+            statistics.record(node, changed(saw, matters=saw.matters[kept][:, kept]))
         _swap(gm, node, keep_outputs(gm.get_submodule(str(node.target)), kept), (None, rank), max(errors))
-        node.meta[KEPT] = kept if KEPT not in node.meta else node.meta[KEPT][kept]
+        earlier = retained_channels(node)
+        retained_channels.record(node, kept if earlier is None else earlier[kept])
     return max(errors)
 
 
@@ -382,7 +383,7 @@ def _swap(
     if known.role in FACTORS:
         both = known.ranks
     worst = max((e for e in (error, known.error) if e is not None), default=None)
-    node.meta[KEY] = changed(known, role="merged", ranks=both, error=worst)
+    provenance.record(node, changed(known, role="merged", ranks=both, error=worst))
 
 
 def _affine_chain(gm: fx.GraphModule, node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
@@ -408,9 +409,9 @@ def _affine_norm(module: nn.Module, node: fx.Node, linear: bool) -> bool:
     """Whether the module is a BatchNorm of fixed statistics over the channels that the layer before it makes."""
     if not isinstance(module, MERGED_NORMS) or type(module) not in MERGED_NORMS or module.running_mean is None:
         return False
-    meta = node.meta.get("tensor_meta")
+    sizes = shape(node)
     # On (N, L, C) a BatchNorm1d counts L as channels.
-    return not linear or (meta is not None and len(meta.shape) == 2)
+    return not linear or (sizes is not None and len(sizes) == 2)
 
 
 def _no_form(gm: fx.GraphModule, names: set[str]) -> None:
@@ -418,7 +419,7 @@ def _no_form(gm: fx.GraphModule, names: set[str]) -> None:
     for node in gm.graph.nodes:
         known = provenance(node)
         if known is not None and known.name in names and known.role in FACTORS:
-            node.meta[KEY] = changed(known, role="merged")
+            provenance.record(node, changed(known, role="merged"))
 
 
 def _remove(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -436,9 +437,8 @@ def _cheaper(first: fx.Node, a: nn.Module, second: fx.Node, b: nn.Module, both: 
 
 
 def _positions(node: fx.Node) -> int:
-    meta = node.meta.get("tensor_meta")
-    shape = tuple(meta.shape) if meta is not None else ()
-    return math.prod(shape[2:]) if len(shape) == 4 else 1
+    sizes = shape(node) or ()
+    return math.prod(sizes[2:]) if len(sizes) == 4 else 1
 
 
 Chain = tuple[fx.Node, ...]

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from fxlrd.calibration.batches import NOTHING, as_batches, as_inputs, failed, split
 from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better
 from fxlrd.errors import FxlrdError, Reason
-from fxlrd.graph.captured import positional
+from fxlrd.graph.captured import feed
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.guards import hooked
 from fxlrd.graph.run import evaluating
@@ -88,7 +88,7 @@ def _estimate(gm: fx.GraphModule, norms: list[nn.Module], batches: Iterable[Any]
             stack.enter_context(_averaging(norm))
         for i, inputs in enumerate(split(as_inputs(gm, batches), [])):
             try:
-                gm(*positional(gm, inputs))
+                gm(*feed(gm, inputs))
             except _OneValueError:
                 raise
             except Exception as error:

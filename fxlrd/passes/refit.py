@@ -24,8 +24,8 @@ from fxlrd.calibration.batches import NOTHING, as_batches, as_inputs, failed, sp
 from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better, reference
 from fxlrd.calibration.patches import patches, spread
 from fxlrd.errors import FxlrdError, Reason
-from fxlrd.graph.captured import captured, positional
-from fxlrd.graph.facts import FACTORS, KEPT, provenance
+from fxlrd.graph.captured import captured_or_bare, feed
+from fxlrd.graph.facts import FACTORS, provenance, retained_channels
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import calls, source
@@ -112,9 +112,7 @@ def _places(gm: fx.GraphModule, original: fx.GraphModule) -> tuple[dict[str, tup
 
 def _fed_by_the_original(gm: fx.GraphModule, nodes: list[fx.Node]) -> Reason | None:
     """Return why a layer at the start of a region is left alone: it gets the original's activations there."""
-    known = captured(gm)
-    first = source(nodes[0])
-    if known is None or known.around is None or first is None or first.op != "placeholder":
+    if not captured_or_bare(gm).fed_by_the_original(source(nodes[0])):
         return None
     return REGION_INPUT
 
@@ -156,7 +154,7 @@ class _Stepper:
         self.pending = list(gm.graph.nodes)
         for inputs in batches:
             run = fx.Interpreter(gm)
-            run.args_iter = iter(positional(gm, inputs))
+            run.args_iter = iter(feed(gm, inputs))
             self.runs.append((run, inputs))
 
     def until(self, node: fx.Node, included: bool) -> None:
@@ -192,7 +190,7 @@ class _Networks:
         self.original.until(original_call, included=True)
         self.compressed.until(node, included=False)
         pairs = zip(self.compressed.values(read), self.original.values(original_call), strict=True)
-        new = _solved(self.gm.get_submodule(str(node.target)), node.meta.get(KEPT), pairs)
+        new = _solved(self.gm.get_submodule(str(node.target)), retained_channels(node), pairs)
         if new is None:
             return Skip(name, NOT_FINITE)
         self.gm.set_submodule(str(node.target), new.eval())

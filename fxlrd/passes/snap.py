@@ -27,7 +27,7 @@ from torch import fx, nn
 
 from fxlrd.calibration.moments import seen
 from fxlrd.errors import FxlrdError, Reason, unknown
-from fxlrd.graph.facts import KEY, Provenance, provenance
+from fxlrd.graph.facts import Provenance, provenance
 from fxlrd.graph.surgery import calls, fork, infer_shape, restore
 from fxlrd.layers.build import decomposed
 from fxlrd.layers.fit import Fit
@@ -188,9 +188,9 @@ def _apply(gm: fx.GraphModule, name: str, place: Decomposed, ranks: Ranks | None
         for node in calls(gm, f"{name}.{role}"):
             p = provenance(node)
             assert p is not None
-            node.meta[KEY] = changed(p, latency=seconds)
+            provenance.record(node, changed(p, latency=seconds))
             if parts is not None:
-                node.meta[KEY] = changed(p, latency=seconds, ranks=ranks, error=error)
+                provenance.record(node, changed(p, latency=seconds, ranks=ranks, error=error))
                 infer_shape(node, parts.get_submodule(p.role))
 
 

@@ -26,10 +26,10 @@ import torch
 from tabulate import tabulate
 from torch import fx, nn
 
-from fxlrd.capturing.model import _capture
+from fxlrd.capturing.model import capture_any
 from fxlrd.errors import Reason
-from fxlrd.graph import cost
-from fxlrd.graph.captured import captured
+from fxlrd.graph import cost, facts
+from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.facts import times
 from fxlrd.graph.guards import check_names, is_stem, matches, replaceable, skip_reason, stem_reason
 from fxlrd.graph.inputs import Inputs, tensors
@@ -102,7 +102,7 @@ def profile(
     """
     check_ratio(ratio)
     inputs = Inputs.of(example_inputs)
-    gm = _capture(model, inputs)
+    gm = capture_any(model, inputs)
     check_names(gm, skip)
     device = next(iter([*model.parameters(), *tensors((inputs.args, inputs.kwargs))])).device
     whole = _time_model(model, gm, inputs, device, compile)
@@ -118,17 +118,16 @@ def profile(
     for row in rows:
         _judge(row, total_ms, peak)
     rows.sort(key=lambda row: -(row["latency_ms"] or 0.0))
-    around = captured(gm)
-    for name, unreached in around.unreached.items() if around is not None else ():
+    capture = captured_or_bare(gm)
+    for name, unreached in capture.unreached.items():
         rows.append(
             dict.fromkeys(_COLUMNS)
             | {"name": name, "op": unreached.op, "shape": list(unreached.shape), "calls": 0}
             | {"params": unreached.params, "saves_ms": 0.0, "worth": False, "reason": str(unreached.reason)}
         )
-    outside = around.around.flops if around is not None and around.around is not None else 0
     total = {
         "params": cost.params(model),
-        "flops": cost.flops(gm) + outside,
+        "flops": cost.flops(gm) + capture.outside.flops,
         "latency_ms": total_ms,
         "layers_ms": sum(row["latency_ms"] or 0.0 for row in rows),
         "saves_ms": sum(row["saves_ms"] for row in rows if row["worth"]),
@@ -165,11 +164,9 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, cache: bool = True) ->
 def _time_model(
     model: nn.Module, gm: fx.GraphModule, inputs: Inputs, device: torch.device, under_inductor: bool
 ) -> Timing:
-    known = captured(gm)
-    regions = known is not None and known.around is not None
     own = inputs.fresh()
     with torch.no_grad(), unmoved(model), evaluating(model):
-        run: Callable[..., Any] = compiled(model if regions else gm) if under_inductor else model
+        run: Callable[..., Any] = compiled(runnable(gm)) if under_inductor else model
         return compare({"model": lambda: run(*own.args, **own.kwargs)}, device, seconds=2.0)["model"]
 
 
@@ -223,7 +220,7 @@ def _row(
         "layout": layout,
         "calls": sum(times(node) for node in nodes),
         "params": cost.params(module),
-        "flops": sum(int(node.meta.get("flops", 0)) for node in nodes),
+        "flops": sum(facts.flops(node) for node in nodes),
         "latency_ms": latency,
         "saves_ms": 0.0,
         "worth": False,

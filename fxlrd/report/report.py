@@ -10,7 +10,8 @@ from torch import fx
 
 from fxlrd.files import write_out
 from fxlrd.graph import cost
-from fxlrd.graph.captured import captured
+from fxlrd.graph.captured import captured_or_bare
+from fxlrd.graph.cost import NOTHING, Cost
 from fxlrd.pipeline import Record
 from fxlrd.report import table
 from fxlrd.timing.clock import Timing
@@ -66,16 +67,14 @@ class Report:
         return table.ranks_table(self.ledger, self.layers)
 
 
-def figures(gm: fx.GraphModule, latency: Timing | None = None, params: int = 0, flops: int = 0) -> dict[str, Any]:
+def figures(gm: fx.GraphModule, latency: Timing | None = None, outside: Cost = NOTHING) -> dict[str, Any]:
     """Return params, flops, depth and latency_ms of a propagated graph module, and of what is outside of it.
 
     The depth of regions alone is not that of the model: None.
     """
-    known = captured(gm)
-    whole = known is None or known.around is None
     return {
-        "params": cost.params(gm) + params,
-        "flops": cost.flops(gm) + flops,
-        "depth": cost.depth(gm) if whole else None,
+        "params": cost.params(gm) + outside.params,
+        "flops": cost.flops(gm) + outside.flops,
+        "depth": captured_or_bare(gm).depth(gm),
         "latency_ms": None if latency is None else latency.seconds * 1e3,
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxlrd.graph import cost
+from fxlrd.graph import cost, facts
 from fxlrd.graph.captured import captured
 from fxlrd.graph.facts import FACTORS, Provenance, provenance
 from fxlrd.graph.guards import NEVER_CALLED
@@ -63,12 +63,12 @@ def layer_rows(
                 "decision": decision,
                 "ranks": list(known.ranks) if factored and known is not None else None,
                 "params": sum(cost.params(after.get_submodule(t)) for t in targets),
-                "flops": sum(int(n.meta.get("flops", 0)) for n in here),
+                "flops": sum(facts.flops(n) for n in here),
                 "latency_ms": None if now is None else now * 1e3,
                 "error": known.error if factored and known is not None else 0.0,
                 "reason": notes.get(name) or (FOLDED if decision == "merged" else reasons.get(name, UNSEEN)),
                 "params_before": cost.params(module),
-                "flops_before": sum(int(n.meta.get("flops", 0)) for n in calls(before, name)),
+                "flops_before": sum(facts.flops(n) for n in calls(before, name)),
                 "latency_ms_before": timings[ORIGINAL].seconds * 1e3 if ORIGINAL in timings else None,
                 "timings": {
                     ranks: {"ms": t.seconds * 1e3, "ratio": t.ratio, "spread": t.spread} for ranks, t in timings.items()

@@ -27,7 +27,7 @@ from fxlrd.graph.captured import captured
 from fxlrd.graph.compare import difference, rounding
 from fxlrd.graph.facts import FACTORS
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import put, structure
+from fxlrd.graph.regions import install_layers, structural_copy
 from fxlrd.graph.run import run
 from fxlrd.graph.surgery import called, fork
 from fxlrd.layers.kinds import LAYERS
@@ -139,14 +139,14 @@ def lay_out_graph(model: nn.Module, original: fx.GraphModule, gm: fx.GraphModule
     was = called(original)
     model = wrapped(model)
     try:
-        target = structure(model)
-        before = put(target, gm, was)
+        target = structural_copy(model)
+        before = install_layers(target, gm, was)
         kept = {id(t) for t in _tensors(gm)}
         if all(id(t) in kept for t in _tensors(target)) and _same(target, gm, inputs):
             return lay_out(target, model, before)
         graph = fork(original)
         layout = lay_out(target, model, before, constants(model, inputs))
-        put(graph, gm, was)
+        install_layers(graph, gm, was)
         if not _same(graph, gm, inputs):
             layout["refused"] = "a pass changed the graph in more than its layers, which no names tell"
         return layout

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxlrd.capturing.whole import trace
 from fxlrd.errors import FxlrdError, one_line
-from fxlrd.graph.regions import put_modules, structure
+from fxlrd.graph.regions import set_modules, structural_copy
 from fxlrd.graph.run import evaluating
 from fxlrd.saving.architecture import config, described, remember, wrapped
 from fxlrd.saving.parts import _around, _dense, _join, _made, _plain, _slots
@@ -60,7 +60,7 @@ def _loaded(folder: Path, plan: dict[str, Any], model: nn.Module) -> nn.Module:
     architecture = plan["architecture"]
     model = wrapped(model)
     _check_architecture(folder, architecture["modules"], model)
-    target = structure(model)
+    target = structural_copy(model)
     if architecture["arguments"] is not None:
         takes = inspect.signature(model.forward).parameters
         if (alien := next((name for name in architecture["arguments"] if name not in takes), None)) is not None:
@@ -72,7 +72,7 @@ def _loaded(folder: Path, plan: dict[str, Any], model: nn.Module) -> nn.Module:
     for name in plan["layers"]:
         if not name or name not in modules:
             raise FxlrdError(f"load: {folder}: the model has no module {name[:80]!r}: {_REMEDY}")
-    before = put_modules(target, {name: _made(name, spec) for name, spec in plan["layers"].items()})
+    before = set_modules(target, {name: _made(name, spec) for name, spec in plan["layers"].items()})
     devices |= {name: t.device for name, old in before.items() for _, t in _slots(old)}
     _fill(folder, plan, target, devices)
     modes = plan["training"]

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.graph.channels import Group
+from fxlrd.graph.facts import tensor_meta
 from fxlrd.graph.surgery import source
 from fxlrd.layers.build import resized
 from fxlrd.layers.kinds import LAYERS, Layer, channel_axis, layer
@@ -75,7 +76,7 @@ def _together(parts: list[tuple[nn.Module, Tensor]], under_inductor: bool) -> Ca
 
 def _input(node: fx.Node) -> TensorMetadata:
     given = source(node)
-    meta = given.meta.get("tensor_meta") if given is not None else None
+    meta = tensor_meta(given) if given is not None else None
     assert isinstance(meta, TensorMetadata), f"{node.target}: shapes are not known"
     return meta
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.errors import Reason
+from fxlrd.graph.facts import tensor_meta
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import source
 from fxlrd.layers.build import skeleton
@@ -41,7 +42,7 @@ class Place:
 def placed(node: fx.Node, original: nn.Module) -> Place | Reason:
     """Return the place of ``original``, whose call (or first factor's) is ``node``, or why it cannot be timed."""
     given = source(node)
-    meta = given.meta.get("tensor_meta") if given is not None else None
+    meta = tensor_meta(given) if given is not None else None
     if not isinstance(meta, TensorMetadata):
         return Reason("no-shapes", "its input's shape is not known", "give example inputs")
     return Place(original, tuple(meta.shape), meta.dtype, layout(meta), next(original.parameters()).device)

@@ -9,7 +9,7 @@ from fxlrd.capturing.whole import capture
 from fxlrd.errors import VerificationError
 from fxlrd.graph.captured import captured, positional, runnable
 from fxlrd.graph.inputs import Inputs
-from fxlrd.graph.regions import CALLS, own, plain, put, record, rewritten, structure, take_back
+from fxlrd.graph.regions import CALLS, independent_copy, plain, install_layers, record, rewritten, structural_copy, undo
 from fxlrd.passes import Decompose, Merge
 
 X = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(4, 8)
@@ -172,7 +172,7 @@ def test_a_region_that_is_called_without_an_argument_it_had_gets_what_it_got_wit
     assert torch.equal(fed[2], around(gm).model.body(x).detach())
 
 
-# -- put, take_back, runnable, compared
+# -- put, undo, runnable, compared
 
 
 def test_layers_go_back_under_all_of_their_names_and_undoing_it_leaves_the_model_as_it_was():
@@ -182,9 +182,9 @@ def test_layers_go_back_under_all_of_their_names_and_undoing_it_leaves_the_model
     gm = graph(model)
     new = Decompose(ranks=8, skip="body.0")(gm).graph_module
     assert rewritten(new, around(gm).modules) == {"body.2", "fc"}
-    target = structure(model)
+    target = structural_copy(model)
     inside = dict(target.named_modules(remove_duplicate=False))
-    before = put(target, new, around(gm).modules)
+    before = install_layers(target, new, around(gm).modules)
     assert set(before) == {"body.2", "fc", "again"}
     assert target.fc is target.again
     assert [name for name, _ in target.fc.named_children()] == ["first", "last"]
@@ -193,7 +193,7 @@ def test_layers_go_back_under_all_of_their_names_and_undoing_it_leaves_the_model
     assert target.body[0] is inside["body.0"]
     with torch.no_grad():
         assert torch.allclose(target(X)["y"], model(X)["y"], atol=1e-9, rtol=0)
-    take_back(target, before)
+    undo(target, before)
     assert dict(target.named_modules(remove_duplicate=False)) == inside
     assert dict(model.named_modules(remove_duplicate=False)) == modules
 
@@ -227,7 +227,7 @@ def test_compared_tells_when_a_model_does_not_compute_what_the_graph_does():
     model = Loop()
     gm = graph(model)
     known = captured(gm)
-    target = structure(model)
+    target = structural_copy(model)
     assert around(gm).compared(target, gm, known.inputs).relative == 0
     target.fc = nn.Linear(8, 8).double()
     assert around(gm).compared(target, gm, known.inputs).relative > 0.1
@@ -251,7 +251,7 @@ def test_what_a_model_does_not_call_any_more_does_not_count():
 
 def test_a_structure_has_modules_of_its_own_around_the_very_same_tensors():
     model = Loop()
-    twin = structure(model)
+    twin = structural_copy(model)
     assert not {id(m) for m in model.modules()} & {id(m) for m in twin.modules()}
     assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
     assert twin.again is twin.fc
@@ -260,7 +260,7 @@ def test_a_structure_has_modules_of_its_own_around_the_very_same_tensors():
 def test_an_own_copy_shares_nothing():
     model = Loop()
     model.last = model.fc(X)
-    twin = own(model)
+    twin = independent_copy(model)
     mine = {t.data_ptr() for t in [*model.state_dict().values(), model.last]}
     assert not mine & {t.data_ptr() for t in [*twin.state_dict().values(), twin.last]}
     assert torch.equal(twin.last, model.last)
