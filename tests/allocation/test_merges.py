@@ -9,7 +9,7 @@ from fxlrd.allocation.merges import choose, curve, mergeable, readers
 from fxlrd.calibration.batches import as_inputs
 from fxlrd.calibration.moments import LARGEST, sweep
 from fxlrd.factor.interpolative import greedy, least_squares, lost, residual, select
-from fxlrd.graph.facts import SEEN
+from fxlrd.graph.facts import statistics
 from fxlrd.graph.guards import replaceable
 from fxlrd.graph.surgery import annotate
 from fxlrd.layers.compose import importance
@@ -104,12 +104,12 @@ def test_readers_know_what_they_read():
     for r in read:
         name = str(r.consumer.node.target)
         torch.testing.assert_close(r.second, y.mT @ y / len(y), rtol=1e-10, atol=1e-12)
-        matters = node(gm, name).meta[SEEN].matters
+        matters = statistics(node(gm, name)).matters
         assert torch.equal(r.weight, importance(model.get_submodule(name), 1, matters))
         assert r.ridge == 0
     for n in gm.graph.nodes:
-        if SEEN in n.meta:
-            n.meta[SEEN].matters = None
+        if statistics(n) is not None:
+            statistics(n).matters = None
     assert torch.equal(readers(gm, whole)[0].weight, importance(model.a))
 
 
@@ -204,7 +204,7 @@ def test_with_the_effect_a_curve_is_the_relative_squared_error_of_the_model():
     gm = swept(model, x)
     z = model(x)[0].detach()
     # Of the model's only output, each entry matters alike.
-    node(gm, "readers.0").meta[SEEN].matters = len(x) * torch.eye(7).double() / z.square().sum()
+    statistics(node(gm, "readers.0")).matters = len(x) * torch.eye(7).double() / z.square().sum()
     read = readers(gm, found(gm, "make"))
     y = model.make(x).relu().detach()
     for rank, error in zip(RANKS[:-1], curve(read, RANKS[:-1]), strict=True):

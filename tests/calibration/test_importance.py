@@ -11,7 +11,7 @@ from fxlrd import capture
 from fxlrd.calibration.batches import as_inputs
 from fxlrd.calibration.importance import PROBES, Effect, Samples
 from fxlrd.calibration.moments import sweep
-from fxlrd.graph.facts import SEEN
+from fxlrd.graph.facts import statistics
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import layers
 
@@ -118,7 +118,7 @@ def test_the_prediction_is_near_the_error_that_a_conv_net_makes(name):
     net, x = Convs().double(), randn(64, 3, 6, 6)
     gm = capture(net, x)
     sweep(gm, [Inputs((part,)) for part in x.split(8)], effects=64)
-    seen = node(gm, name).meta[SEEN]
+    seen = statistics(node(gm, name))
     predicted = measured = 0.0
     for _ in range(40):
         moved = copy.deepcopy(net)

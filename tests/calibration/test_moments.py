@@ -11,7 +11,7 @@ from fxlrd.calibration.batches import as_batches, as_inputs
 from fxlrd.calibration.importance import Effect
 from fxlrd.calibration.moments import LARGEST, PATCHES, moments, seen, sweep
 from fxlrd.calibration.patches import patches
-from fxlrd.graph.facts import MOMENTS, SEEN
+from fxlrd.graph.facts import output_moments, statistics
 from fxlrd.graph.inputs import Inputs
 from fxlrd.layers.fit import Moments, Seen
 from fxlrd.layers.kinds import channel_axis
@@ -100,7 +100,7 @@ def test_each_tensor_has_its_moments_once_for_each_axis():
     sweep(gm, as_inputs(gm, batches))
     y = torch.cat([model.stem(x).relu() for x in batches]).detach()
     relu = node(gm, "relu")
-    assert set(relu.meta[MOMENTS]) == {(1, 1), (3, 1)}
+    assert set(output_moments(relu)) == {(1, 1), (3, 1)}
     check(moments(relu, 1), rows(y, 1))
     check(moments(relu, 3), rows(y, 3))
     assert moments(relu, 2) is None
@@ -112,7 +112,7 @@ def test_each_tensor_has_its_moments_once_for_each_axis():
 def test_outputs_may_be_left_out():
     gm = capture(Shared().eval(), torch.randn(2, 3, 10, 10))
     sweep(gm, as_inputs(gm, [torch.randn(2, 3, 10, 10)]), outputs=False)
-    assert {n.name for n in gm.graph.nodes if MOMENTS in n.meta} == {"x", "relu"}
+    assert {n.name for n in gm.graph.nodes if output_moments(n) is not None} == {"x", "relu"}
 
 
 def test_memory_does_not_grow_with_the_batches():
@@ -120,7 +120,7 @@ def test_memory_does_not_grow_with_the_batches():
 
     def kept(count: int) -> list[tuple]:
         sweep(gm, as_inputs(gm, (torch.randn(2, 3, 10, 10) for _ in range(count))))
-        every = [m for n in gm.graph.nodes for m in n.meta.get(MOMENTS, {}).values()]
+        every = [m for n in gm.graph.nodes for m in (output_moments(n) or {}).values()]
         return [(m.products.shape, m.total.shape) for m in every]
 
     assert kept(1) == kept(7)
@@ -164,7 +164,7 @@ def test_a_linear_on_a_flattened_tensor_also_sees_its_channels(name):
 def test_what_does_not_flatten_channels_has_none(flatten):
     gm = capture(Flattened(flatten).eval(), torch.randn(7, 3, 5, 5))
     sweep(gm, as_inputs(gm, [torch.randn(7, 3, 5, 5)]))
-    assert set(node(gm, "drop").meta[MOMENTS]) == {(1, 1)}
+    assert set(output_moments(node(gm, "drop"))) == {(1, 1)}
 
 
 def test_the_widest_tensors_are_passed_over():
@@ -217,7 +217,7 @@ def test_batches_that_are_none(data, message):
     with pytest.raises(FxlrdError, match=message) as error:
         sweep(gm, as_inputs(gm, as_batches(data)))
     assert "\n" not in str(error.value)
-    assert not any(MOMENTS in n.meta for n in gm.graph.nodes), "nothing is half-written"
+    assert not any(output_moments(n) is not None for n in gm.graph.nodes), "nothing is half-written"
 
 
 def test_a_generator_is_read_only_once():
@@ -293,7 +293,7 @@ def test_patches_of_sequences_and_of_volumes(conv, size):
     assert torch.equal(patches(conv, x[0]), patches(conv, x[:1]))
     model = nn.Sequential(conv)
     for batched in (True, False):
-        saw = node(swept(model, [x if batched else x[0]], patches=99), "0").meta[SEEN]
+        saw = statistics(node(swept(model, [x if batched else x[0]], patches=99), "0"))
         check(saw.patches, patches(conv, x if batched else x[0]))
         check(saw.reads, rows(x if batched else x[:1], 1))
 
@@ -329,22 +329,22 @@ def test_moments_of_patches():
     model, batches = Kernels(), [torch.randn(3, 3, 3, 4), torch.randn(9, 3, 3, 4)]
     gm = swept(model, batches, patches=27)
     for name in ("a", "b"):
-        found = node(gm, name).meta[SEEN]
+        found = statistics(node(gm, name))
         check(found.patches, torch.cat([patches(model.get_submodule(name), x) for x in batches]))
         check(found.reads, rows(torch.cat(batches), 1))
     for name in ("c", "point", "grouped"):  # too large, nothing to it, and not of one kernel
-        assert node(gm, name).meta[SEEN].patches is None
-    assert all(node(swept(model, batches), name).meta[SEEN].patches is None for name in "ab")
+        assert statistics(node(gm, name)).patches is None
+    assert all(statistics(node(swept(model, batches), name)).patches is None for name in "ab")
 
 
 def test_an_image_without_a_batch_has_the_same_patches():
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), torch.randn(3, 6, 8)
-    check(node(swept(model, [x], patches=27), "0").meta[SEEN].patches, patches(model[0], x[None]))
+    check(statistics(node(swept(model, [x], patches=27), "0")).patches, patches(model[0], x[None]))
 
 
 def test_of_large_images_enough_patches_are_taken():
     model, x = nn.Sequential(nn.Conv2d(1, 2, 2)), torch.randn(20, 1, 33, 33)
-    found = node(swept(model, [x], patches=4), "0").meta[SEEN].patches
+    found = statistics(node(swept(model, [x], patches=4), "0")).patches
     assert PATCHES * 4 / 2 < found.count < PATCHES * 4 * 2
     # Every place is as good as another: moments are near those of all patches, ±6 standard deviations.
     assert (found.second - torch.eye(4)).abs().max() < 6 * (2 / found.count) ** 0.5
@@ -357,7 +357,7 @@ def test_of_large_images_enough_patches_are_taken():
 def test_what_a_layer_is_fitted_to():
     model, x = Kernels().double(), torch.randn(3, 3, 6, 8).double() + 1
     gm = swept(model, [x], patches=27, effects=1)
-    saw = node(gm, "a").meta[SEEN]
+    saw = statistics(node(gm, "a"))
     fit = saw.fit(model.a)
     seen_there = patches(model.a, x)
     torch.testing.assert_close(fit.second, torch.cov(rows(x, 1).T, correction=0), rtol=1e-10, atol=1e-10)
@@ -366,13 +366,13 @@ def test_what_a_layer_is_fitted_to():
     torch.testing.assert_close(fit.patch_mean, seen_there.mean(0), rtol=1e-12, atol=1e-12)
     assert (fit.ridge, fit.patch_ridge) == (0.0, saw.patches.ridge)
     assert torch.equal(fit.matters, saw.matters)
-    assert node(gm, "grouped").meta[SEEN].fit(model.grouped).second.shape == (3, 3)
-    assert node(gm, "point").meta[SEEN].fit(model.point).patches is None
+    assert statistics(node(gm, "grouped")).fit(model.grouped).second.shape == (3, 3)
+    assert statistics(node(gm, "point")).fit(model.point).patches is None
 
 
 def test_what_was_seen_of_another_layer_fits_none():
     gm = swept(Kernels(), [torch.randn(3, 3, 6, 8)], patches=27)
-    saw = node(gm, "a").meta[SEEN]
+    saw = statistics(node(gm, "a"))
     assert saw.fit(nn.Conv2d(4, 4, 3)) is None
     assert saw.fit(nn.Linear(4, 2)) is None
     assert saw.fit(nn.Conv2d(3, 4, 5)).patches is None, "the patches are of another kernel"
@@ -396,8 +396,8 @@ def test_all_calls_of_a_layer_add_up():
     both, y = seen(calls), model.conv(x).relu().detach()
     check(both.reads, rows(torch.cat([x, y]), 1))
     check(both.patches, torch.cat([patches(model.conv, x), patches(model.conv, y)]))
-    torch.testing.assert_close(both.matters, sum(n.meta[SEEN].matters for n in calls), rtol=1e-12, atol=0)
-    assert seen([calls[0], calls[0]]) is calls[0].meta[SEEN], "the factors of a layer share one"
+    torch.testing.assert_close(both.matters, sum(statistics(n).matters for n in calls), rtol=1e-12, atol=0)
+    assert seen([calls[0], calls[0]]) is statistics(calls[0]), "the factors of a layer share one"
     assert seen([n for n in gm.graph.nodes if n.op != "call_module"]) is None
 
 
@@ -411,9 +411,9 @@ def test_a_sum_knows_only_what_both_know():
 
 def test_a_layer_has_what_it_reads_along_its_own_axis():
     gm = swept(Shared().eval(), [torch.randn(2, 3, 10, 10)])
-    assert len(node(gm, "a").meta[SEEN].reads.total) == 6
-    assert len(node(gm, "c").meta[SEEN].reads.total) == 8
-    assert node(gm, "a").meta[SEEN].reads is node(gm, "b").meta[SEEN].reads
+    assert len(statistics(node(gm, "a")).reads.total) == 6
+    assert len(statistics(node(gm, "c")).reads.total) == 8
+    assert statistics(node(gm, "a")).reads is statistics(node(gm, "b")).reads
 
 
 def test_effects_are_measured_on_so_many_inputs():
@@ -424,21 +424,21 @@ def test_effects_are_measured_on_so_many_inputs():
         for x in batches[:used]:
             effect.add(Inputs((x,)))
         for name in "02":
-            found, wanted = node(gm, name).meta[SEEN].matters, effect.estimate(node(gm, name))
+            found, wanted = statistics(node(gm, name)).matters, effect.estimate(node(gm, name))
             assert found is wanted is None if used == 0 else torch.equal(found, wanted)
 
 
 def test_a_second_sweep_leaves_nothing_of_the_first():
     gm = swept(Kernels(), [torch.randn(3, 3, 6, 8)], patches=27, effects=3)
     sweep(gm, as_inputs(gm, [torch.randn(5, 3, 6, 8)]))
-    saw = node(gm, "a").meta[SEEN]
+    saw = statistics(node(gm, "a"))
     assert saw.reads.count == 5 * 48
     assert saw.patches is saw.matters is None
 
 
 def test_patches_of_zeros_are_like_any():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
-    fit = node(swept(model, [torch.zeros(2, 3, 5, 5)], patches=27, effects=2), "0").meta[SEEN].fit(model[0])
+    fit = statistics(node(swept(model, [torch.zeros(2, 3, 5, 5)], patches=27, effects=2), "0")).fit(model[0])
     assert not fit.second.any()
     assert not fit.patches.any()
     assert fit.matters.isfinite().all()

@@ -47,7 +47,7 @@ def stopped(forward, **parts):
 
 def regions(model, inputs=X):
     gm = capture_regions(model, inputs)
-    return list(dict.fromkeys(slot.name for slot in captured(gm).around.slots))
+    return list(dict.fromkeys(slot.name for slot in captured(gm).slots))
 
 
 def reason(model, name, inputs=X):
@@ -96,9 +96,9 @@ def test_regions_stand_side_by_side_under_the_models_names_with_the_flops_of_the
     gm = capture_regions(model, X)
     assert list(layers(gm)) == ["body.0", "body.2", "c"]
     assert len([n for n in gm.graph.nodes if n.op == "placeholder"]) == 2
-    around = captured(gm).around
-    assert around.flops == 2 * 4 * 8 * 8  # the product with ones
-    assert around.params == 0
+    regions = captured(gm)
+    assert regions.outside.flops == 2 * 4 * 8 * 8  # the product with ones
+    assert regions.outside.params == 0
 
 
 def test_modules_may_be_named_as_they_like():
@@ -116,9 +116,9 @@ def test_a_region_has_a_slot_for_each_set_of_shapes_up_to_four():
         return sum(self.body(y[:n]).sum() for n in (1, 2, 2, 3, 4, 1))
 
     gm = capture_regions(stopped(forward, body=mlp()), X)
-    assert [(slot.name, slot.call) for slot in captured(gm).around.slots] == [("body", i) for i in (0, 1, 2, 4)]
+    assert [(slot.name, slot.call) for slot in captured(gm).slots] == [("body", i) for i in (0, 1, 2, 4)]
     many = stopped(lambda self, x: sum(self.body(x[:n]).sum() for n in range(1, 7)), body=mlp())
-    assert len(captured(capture_regions(many, torch.cat([X, X]))).around.slots) == 4
+    assert len(captured(capture_regions(many, torch.cat([X, X]))).slots) == 4
 
 
 # -- what is none: nothing of a call may be frozen
@@ -162,10 +162,10 @@ def test_arguments_by_name_come_in_the_order_of_forward():
 
     model = stopped(lambda self, x: self.body(y=x * 2, x=x), body=Minus())
     gm = capture_regions(model, X)
-    around = captured(gm).around
-    assert [slot.name for slot in around.slots] == ["body"]
-    assert torch.equal(around.example[0], X)
-    assert torch.equal(around.example[1], X * 2)
+    regions = captured(gm)
+    assert [slot.name for slot in regions.slots] == ["body"]
+    assert torch.equal(regions.example[0], X)
+    assert torch.equal(regions.example[1], X * 2)
 
 
 def dropped(self, x):
@@ -378,7 +378,7 @@ def test_calls_that_fail_and_are_caught_do_not_count():
             return self.body(x)
 
     gm = capture_regions(stopped(forward, body=mlp()), X)
-    assert torch.equal(captured(gm).around.example[0], X)
+    assert torch.equal(captured(gm).example[0], X)
 
 
 # -- the model itself
@@ -399,11 +399,11 @@ class Writes(nn.Module):
 def test_regions_that_write_into_their_argument_are_recorded_as_they_were_called():
     model = stopped(lambda self, x: self.body(x + 0) + x, body=Writes())
     gm = capture_regions(model, X)
-    around = captured(gm).around
-    assert [slot.name for slot in around.slots] == ["body"]
-    assert torch.equal(around.example[0], X)
-    gm(*around.feed(around.inputs))
-    assert torch.equal(around.feed(around.inputs)[0], X)
+    regions = captured(gm)
+    assert [slot.name for slot in regions.slots] == ["body"]
+    assert torch.equal(regions.example[0], X)
+    gm(*regions.feed(gm, regions.inputs))
+    assert torch.equal(regions.feed(gm, regions.inputs)[0], X)
 
 
 def test_the_model_is_as_it_was():

@@ -15,7 +15,7 @@ import fxlrd
 from fxlrd import Budget, FxlrdError, capture
 from fxlrd.allocation.plan import Plan, planned, sketch
 from fxlrd.graph import cost
-from fxlrd.graph.facts import SEEN, provenance
+from fxlrd.graph.facts import provenance, statistics
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.build import weight_blocks
 from fxlrd.layers.kinds import LAYERS, TRANSPOSED, op
@@ -72,7 +72,7 @@ def test_each_kind_becomes_its_form(kind):
 def test_without_a_batch(kind):
     model, x = nn.Sequential(KINDS[kind][0]()), given(kind)[0]
     gm = Calibrate(x)(captured(model, x)).graph_module
-    assert calls(gm, "0")[0].meta[SEEN].reads.count == x[0].numel()
+    assert statistics(calls(gm, "0")[0]).reads.count == x[0].numel()
     full = Decompose(ranks=99)(gm).graph_module
     torch.testing.assert_close(full(x), model(x), rtol=1e-9, atol=1e-9)
     fitted = Decompose(ranks=8)(gm).graph_module
@@ -151,7 +151,7 @@ def test_what_is_known_of_the_model_reaches_the_predicted_error():
     """Γ of a Conv1d and of what comes before an upsampling: their axes are those of the channels."""
     model = nn.Sequential(nn.Conv1d(5, 6, 3), nn.ConvTranspose1d(6, 7, 2, 2), nn.Flatten(), nn.Linear(56, 3))
     gm = Calibrate(torch.randn(4, 5, 6).double(), effects=4)(captured(model, torch.randn(4, 5, 6))).graph_module
-    sizes = [len(calls(gm, name)[0].meta[SEEN].matters) for name in "013"]
+    sizes = [len(statistics(calls(gm, name)[0]).matters) for name in "013"]
     assert sizes == [6, 7, 3]
 
 

@@ -7,9 +7,9 @@ from torch import nn
 from fxlrd.capturing.regions import capture_regions
 from fxlrd.capturing.whole import capture
 from fxlrd.errors import VerificationError
-from fxlrd.graph.captured import captured, positional, runnable
+from fxlrd.graph.captured import captured, feed, runnable
 from fxlrd.graph.inputs import Inputs
-from fxlrd.graph.regions import CALLS, independent_copy, plain, install_layers, record, rewritten, structural_copy, undo
+from fxlrd.graph.regions import CALLS, independent_copy, install_layers, plain, record, rewritten, structural_copy, undo
 from fxlrd.passes import Decompose, Merge
 
 X = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(4, 8)
@@ -39,13 +39,6 @@ class Loop(nn.Module):
 
 def graph(model=None, inputs=X):
     return capture_regions(model or Loop(), inputs)
-
-
-def around(gm):
-    return captured(gm).around
-
-
-# -- record
 
 
 def test_arguments_and_outputs_are_copies_in_the_order_of_forward():
@@ -115,17 +108,17 @@ def test_placeholders_get_what_the_regions_get():
     model = Loop().eval()
     gm = graph(model)
     x = X[:2] * 0.5
-    fed = positional(gm, Inputs.of(x))
+    fed = feed(gm, Inputs.of(x))
     with torch.no_grad():
         assert torch.equal(fed[0], x)
         assert torch.equal(fed[1], model.body(model.body(x)))
-    assert [slot.name for slot in around(gm).slots] == ["body", "fc"]
+    assert [slot.name for slot in captured(gm).slots] == ["body", "fc"]
 
 
 def test_a_region_that_is_not_called_gets_what_it_got_with_the_example():
     gm = graph()
-    fed = around(gm).feed(Inputs.of((X * 1e6, 0)))
-    assert all(torch.equal(a, b) for a, b in zip(fed, around(gm).example, strict=True))
+    fed = captured(gm).feed(gm, Inputs.of((X * 1e6, 0)))
+    assert all(torch.equal(a, b) for a, b in zip(fed, captured(gm).example, strict=True))
 
 
 def test_a_region_that_is_called_less_often_gets_one_of_its_calls_again():
@@ -134,9 +127,9 @@ def test_a_region_that_is_called_less_often_gets_one_of_its_calls_again():
             return sum(self.body(x[: i + 1]).sum() for i in range(times)) if x.max() < 100 else x
 
     gm = graph(Sizes())
-    assert [slot.call for slot in around(gm).slots] == [0, 1]
+    assert [slot.call for slot in captured(gm).slots] == [0, 1]
     x = X * 2
-    first, second = around(gm).feed(Inputs.of((x, 1)))
+    first, second = captured(gm).feed(gm, Inputs.of((x, 1)))
     assert torch.equal(first, x[:1])
     assert torch.equal(second, x[:1])
     assert first is not second
@@ -165,11 +158,11 @@ def test_a_region_that_is_called_without_an_argument_it_had_gets_what_it_got_wit
 
     gm = graph(Model(), {"x": X, "scale": X + 3})
     x = X * 2
-    fed = around(gm).feed(Inputs.of(x))
-    assert [slot.arguments for slot in around(gm).slots] == [2, 1]
+    fed = captured(gm).feed(gm, Inputs.of(x))
+    assert [slot.arguments for slot in captured(gm).slots] == [2, 1]
     assert torch.equal(fed[0], X)
     assert torch.equal(fed[1], X + 3)
-    assert torch.equal(fed[2], around(gm).model.body(x).detach())
+    assert torch.equal(fed[2], captured(gm).model.body(x).detach())
 
 
 # -- put, undo, runnable, compared
@@ -181,10 +174,10 @@ def test_layers_go_back_under_all_of_their_names_and_undoing_it_leaves_the_model
     modules = dict(model.named_modules(remove_duplicate=False))
     gm = graph(model)
     new = Decompose(ranks=8, skip="body.0")(gm).graph_module
-    assert rewritten(new, around(gm).modules) == {"body.2", "fc"}
+    assert rewritten(new, captured(gm).modules) == {"body.2", "fc"}
     target = structural_copy(model)
     inside = dict(target.named_modules(remove_duplicate=False))
-    before = install_layers(target, new, around(gm).modules)
+    before = install_layers(target, new, captured(gm).modules)
     assert set(before) == {"body.2", "fc", "again"}
     assert target.fc is target.again
     assert [name for name, _ in target.fc.named_children()] == ["first", "last"]
@@ -228,13 +221,13 @@ def test_compared_tells_when_a_model_does_not_compute_what_the_graph_does():
     gm = graph(model)
     known = captured(gm)
     target = structural_copy(model)
-    assert around(gm).compared(target, gm, known.inputs).relative == 0
+    assert captured(gm).difference_inside(target, gm).relative == 0
     target.fc = nn.Linear(8, 8).double()
-    assert around(gm).compared(target, gm, known.inputs).relative > 0.1
+    assert captured(gm).difference_inside(target, gm).relative > 0.1
     target.fc = nn.Sequential(linear(), nn.Linear(8, 4).double())
     target.again = nn.Linear(4, 8).double()
     with pytest.raises(VerificationError, match="instead of"):
-        around(gm).compared(target, gm, known.inputs)
+        captured(gm).difference_inside(target, gm)
 
 
 def test_what_a_model_does_not_call_any_more_does_not_count():
@@ -243,7 +236,7 @@ def test_what_a_model_does_not_call_any_more_does_not_count():
     with torch.no_grad():
         model.body[2].bias += 1e4  # now it leaves before fc
     assert "fc" not in record(model, captured(gm).inputs, ["fc"])
-    assert around(gm).compared(model, gm, captured(gm).inputs).relative == 0
+    assert captured(gm).difference_inside(model, gm).relative == 0
 
 
 # -- copies

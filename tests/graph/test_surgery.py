@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxlrd.capturing.whole import capture
 from fxlrd.errors import FxlrdError, VerificationError
 from fxlrd.graph.captured import captured as graph_captured
-from fxlrd.graph.captured import positional, propagate
+from fxlrd.graph.captured import feed, propagate
 from fxlrd.graph.compare import Difference, difference
 from fxlrd.graph.facts import Provenance, provenance
 from fxlrd.graph.guards import replaceable, shared_parameter
@@ -73,7 +73,7 @@ def test_fork_shares_modules_and_leaves_the_original_as_it_is():
     assert all(new.get_submodule(t) is m for t, m in called(gm).items())
     assert graph_captured(new) is graph_captured(gm)
     assert not {id(n) for n in new.graph.nodes} & {id(n) for n in gm.graph.nodes}
-    assert [n.meta.get("fxlrd") for n in new.graph.nodes] == [n.meta.get("fxlrd") for n in gm.graph.nodes]
+    assert [provenance(n) for n in new.graph.nodes] == [provenance(n) for n in gm.graph.nodes]
     new = full_rank(gm, "stem")
     assert "stem.core" in targets(new)
     assert (gm.code, targets(gm)) == (code, before)
@@ -403,15 +403,15 @@ def test_inputs_of_another_type(value):
     assert "\n" not in str(caught.value)
 
 
-def test_positional_inputs_follow_the_placeholders():
+def test_feed_inputs_follow_the_placeholders():
     def forward(a, b, c=3):
         return a + b + c
 
     gm = fx.symbolic_trace(forward)
-    assert positional(gm, Inputs((1,), {"b": 2})) == [1, 2, 3]
-    assert positional(gm, Inputs((), {"c": 5, "b": 2, "a": 1})) == [1, 2, 5]
+    assert feed(gm, Inputs((1,), {"b": 2})) == [1, 2, 3]
+    assert feed(gm, Inputs((), {"c": 5, "b": 2, "a": 1})) == [1, 2, 5]
     with pytest.raises(FxlrdError, match=r"^example inputs: the model's argument 'b' is missing$"):
-        positional(gm, Inputs((1,)))
+        feed(gm, Inputs((1,)))
 
 
 def test_run_names_what_does_not_fit():

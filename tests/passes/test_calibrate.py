@@ -12,7 +12,7 @@ import fxlrd
 from fxlrd import FxlrdError, Pipeline, capture
 from fxlrd.calibration.holdout import Disabled, held_out
 from fxlrd.calibration.moments import moments
-from fxlrd.graph.facts import MOMENTS, SEEN
+from fxlrd.graph.facts import output_moments, statistics
 from fxlrd.passes import Calibrate, Merge
 
 
@@ -25,7 +25,7 @@ def images(batch: int = 6) -> torch.Tensor:
 
 
 def with_moments(gm) -> list[str]:
-    return [n.name for n in gm.graph.nodes if MOMENTS in n.meta]
+    return [n.name for n in gm.graph.nodes if output_moments(n) is not None]
 
 
 def test_moments_are_left_on_a_copy():
@@ -184,7 +184,7 @@ def test_effects_leave_no_gradients_and_the_model_as_it_was():
     assert [p.requires_grad for p in net.parameters()] == [True] + [False] * 5
     assert all(p.grad is None for p in net[1:].parameters())
     assert all(m.training for m in net)
-    assert sum(n.meta[SEEN].matters is not None for n in gm.graph.nodes if SEEN in n.meta) == 2
+    assert sum(statistics(n).matters is not None for n in gm.graph.nodes if statistics(n) is not None) == 2
 
 
 def test_a_model_without_layers_has_nothing_to_measure():

@@ -17,7 +17,7 @@ from fxlrd.calibration.moments import moments
 from fxlrd.factor.interpolative import least_squares, select
 from fxlrd.graph import cost
 from fxlrd.graph.captured import propagate
-from fxlrd.graph.facts import SEEN, provenance
+from fxlrd.graph.facts import provenance, statistics
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import calls, fork, layers
 from fxlrd.layers.compose import importance
@@ -968,7 +968,7 @@ def test_a_layer_that_is_cut_on_both_sides_knows_what_its_remaining_outputs_matt
     assert {"features.4.block.0.0", "features.4.block.2.fc1"} <= set(names(result))
     for graph in (result.graph_module, gm):  # the graph that came in keeps its own
         (node,) = calls(graph, "features.4.block.2.fc2")
-        assert len(node.meta[SEEN].matters) == graph.get_submodule("features.4.block.2.fc2").out_channels
+        assert len(statistics(node).matters) == graph.get_submodule("features.4.block.2.fc2").out_channels
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

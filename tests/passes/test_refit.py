@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fxlrd import FxlrdError, Pipeline, capture
-from fxlrd.graph.facts import KEPT, provenance
+from fxlrd.graph.facts import provenance, retained_channels
 from fxlrd.graph.surgery import calls
 from fxlrd.passes import Calibrate, Decompose, Merge, Refit
 from fxlrd.passes.refit import RIDGE
@@ -106,7 +106,7 @@ def test_a_layer_that_is_cut_on_both_sides_is_fitted_to_the_channels_it_keeps():
     result = Refit(x)(gm)
     assert [s.name for s in result.sites] == ["2", "4"]
     after, fit = result.graph_module, x[:400]
-    kept = calls(gm, "2")[0].meta[KEPT]
+    kept = retained_channels(calls(gm, "2")[0])
     assert after.get_submodule("2").weight.shape == (7, 6)
     z, y = after.get_submodule("0")(fit).relu(), net[:3](fit)[:, kept]
     rest, centred = y - after.get_submodule("2")(z), z - z.mean(0)
