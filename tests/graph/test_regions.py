@@ -219,7 +219,6 @@ def test_runnable_is_the_model_around_a_graph_of_regions():
 def test_compared_tells_when_a_model_does_not_compute_what_the_graph_does():
     model = Loop()
     gm = graph(model)
-    known = captured(gm)
     target = structural_copy(model)
     assert captured(gm).difference_inside(target, gm).relative == 0
     target.fc = nn.Linear(8, 8).double()
