@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxlrd.app.models import DTYPES, calibration_for, example_for, load_model, source_of
 from fxlrd.app.output import check_writable, colored, show, write_json, write_page
 from fxlrd.budget import Budget
-from fxlrd.capturing.model import _capture
+from fxlrd.capturing.model import capture_any
 from fxlrd.capturing.whole import capture
 from fxlrd.compression import compress
 from fxlrd.differences.compare import Steps, diff
@@ -140,7 +140,7 @@ def _diff_of_passes(arguments: argparse.Namespace) -> tuple[Diff, list[tuple[str
         compile=arguments.compile,
     )
     graphs = Steps()
-    run = pipeline(_capture(model, Inputs.of(x)), callback=graphs, progress=bar)
+    run = pipeline(capture_any(model, Inputs.of(x)), callback=graphs, progress=bar)
     values = not arguments.no_values
     steps = [(record.text, graphs.diff(i, i + 1, report=run, values=values)) for i, record in enumerate(run.ledger)]
     return graphs.diff(report=run, values=values), steps
