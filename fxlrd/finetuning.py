@@ -1,12 +1,12 @@
-"""finetune(): the training loop that follows a compression, written out plainly.
+"""finetune(): the training loop that follows a compression.
 
-SGD with Nesterov momentum, a linear warm-up and a cosine decay, gradients clipped: settings at which balanced or
-orthonormal factors do not diverge. Optionally the original teaches (distillation), factors freeze by a
-schedule, BatchNorm statistics stay as they are, and each epoch ends in a checkpoint to resume from.
+SGD with Nesterov momentum, a linear warm-up, a cosine decay and clipped gradients: settings at which balanced or
+orthonormal factors do not diverge. Optional: distillation from the original model, freezing of factors by a schedule,
+fixed BatchNorm statistics, and a checkpoint after each epoch from which training resumes.
 
-Under ``torchrun`` every process takes its share of each batch of the same loader, and gradients are averaged by
-DistributedDataParallel so that a step equals that of one process on the whole batch. What a process computes for
-itself does not: BatchNorm statistics in training mode (on CPU), and dropout masks.
+Under ``torchrun`` every process takes its share of each batch of the same loader, and DistributedDataParallel
+averages the gradients, so that a step equals that of one process on the full batch. Two things remain per process:
+BatchNorm statistics in training mode (on CPU), and dropout masks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,8 +38,8 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch: its number from 0, mean loss over all examples, seconds, parameters that trained, and what
-    ``evaluate`` returned.
+    """One epoch: its number from 0, the mean loss over all examples, its duration in seconds, the number of parameters
+    that were trained, and the value of ``evaluate``.
     """
 
     epoch: int
@@ -70,82 +70,168 @@ def finetune(
     seed: int = 0,
     progress: bool = True,
 ) -> list[Epoch]:
-    """Train ``model`` in place for ``epochs`` over ``loader`` and return the history, resumed epochs included.
+    """Train ``model`` in place and return its history, resumed epochs included.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> batches = [(torch.randn(16, 4), torch.randint(0, 2, (16,))) for _ in range(3)]
+    >>> history = finetune(model, batches, epochs=2, lr=0.1, progress=False)
+    >>> [(epoch.epoch, epoch.trained) for epoch in history]
+    [(0, 58), (1, 58)]
 
     Args:
-        model: any module, such as ``result.model``. Its modes and ``requires_grad`` are as before afterwards.
-        loader: batches (inputs, target) with a length; inputs are a tensor, or a tuple of positional arguments.
+        model: any module, such as ``result.model``. Its modes and ``requires_grad`` are restored afterwards.
+        loader: batches (inputs, target); has a length. Inputs are a tensor, or a tuple of positional arguments.
         epochs: passes over the loader.
         lr: the peak learning rate, after ``warmup`` (a share of all steps); it decays to 0 by a cosine.
         weight_decay: of the default optimizer.
         clip: largest norm of the gradient; None leaves it alone.
-        optimizer: makes another optimizer from the parameters; its own learning rates are the peak then.
+        optimizer: makes another optimizer from the parameters; its own learning rates are then the peaks.
         loss: of (output, target), averaged over the batch.
         teacher: the original model; the loss becomes (1-distill)·loss + distill·T²·KL of the softened outputs.
         distill: weight of the teacher, 0 to 1.
         temperature: T of the softened outputs.
         schedule: freezing of factors, paper or sequential (see `fxlrd.passes.freeze`); None trains all.
-        batch_norm: train re-estimates statistics while training; frozen keeps them.
+        batch_norm: "train" re-estimates the statistics while training; "frozen" leaves them unchanged.
         evaluate: called with the model in eval mode after each epoch, in the first process only.
-        checkpoint: a file that each epoch replaces at once; if it is there, training goes on from it.
-        seed: of each epoch's shuffling and dropout; the global random state is as before afterwards.
+        checkpoint: a file that is replaced atomically after each epoch; if it exists, training resumes from it.
+        seed: of each epoch's shuffling and dropout; the global random state is restored afterwards.
         progress: show a bar while standard error is a terminal.
 
     Raises:
         FxlrdError: for options out of range, a loader without batches, a loss that is not finite, or a
-            checkpoint of other settings.
+            checkpoint with other settings.
     """
     _check(epochs, lr, warmup, distill, temperature, schedule, batch_norm)
     steps = _length(loader)
+    parameters = _trainable(model, schedule)
     device = next(model.parameters()).device
-    if schedule is not None and not forms(model):
-        raise FxlrdError(f"finetune: schedule={schedule}: no layer of the model stands decomposed")
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise FxlrdError("finetune: no parameter requires a gradient")
     make = optimizer or (lambda ps: torch.optim.SGD(ps, lr, momentum=0.9, nesterov=True, weight_decay=weight_decay))
+    path = None if checkpoint is None else Path(checkpoint)
     settings = {"epochs": epochs, "lr": lr, "seed": seed, "steps": steps, "schedule": schedule or ""}
-    with _processes(device) as (rank, world), _as_before(model), torch.random.fork_rng(_cuda(device)):
-        steppers = make(parameters)
-        peaks = [group["lr"] for group in steppers.param_groups]
-        path = None if checkpoint is None else Path(checkpoint)
-        history = _resume(path, model, steppers, settings, device)
+    with _processes(device) as processes, _as_before(model), torch.random.fork_rng(_cuda(device)):
+        run = _Run(
+            model,
+            parameters,
+            make(parameters),
+            objective=_objective(loss, teacher, distill, temperature),
+            rate=lambda epoch, step: _rate(epoch * steps + step, epochs * steps, warmup),
+            clip=clip,
+            lr=lr,
+            processes=processes,
+            device=device,
+        )
+        show = bar if progress and processes.rank == 0 else quiet
+        history = _resume(path, model, run.optimizer, settings, device)
         for epoch in range(len(history), epochs):
             torch.manual_seed(seed + epoch)
             start = time.perf_counter()
             if schedule is not None:
                 freeze_factors(model, schedule, epoch)
             _train_mode(model, batch_norm)
-            # Wrapped anew each epoch: DistributedDataParallel fixes at wrapping which parameters have gradients.
-            wrapped = DistributedDataParallel(model) if world > 1 else model
-            total = seen = 0.0
-            show = bar if progress and rank == 0 else quiet
-            for step, batch in enumerate(show(loader, f"epoch {epoch + 1}/{epochs}")):
-                for group, peak in zip(steppers.param_groups, peaks, strict=True):
-                    group["lr"] = peak * _rate(epoch * steps + step, epochs * steps, warmup)
-                (inputs, target), weight, count = _share(batch, rank, world, device)
-                output = wrapped(*inputs)
-                value = loss(output, target)
-                if teacher is not None:
-                    value = (1 - distill) * value + distill * _teach(teacher, inputs, output, temperature)
-                steppers.zero_grad(set_to_none=True)
-                (value * weight).backward()
-                if clip is not None:
-                    nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], clip)
-                steppers.step()
-                total += value.item() * weight * count / world
-                seen += count
-                if not math.isfinite(total):
-                    raise FxlrdError(f"finetune: the loss is not finite at epoch {epoch}, step {step}: lower lr={lr:g}")
-            if seen == 0:
-                raise FxlrdError("finetune: the loader gives no batches")
-            metric = _evaluated(evaluate, model) if rank == 0 else None
+            mean = run.train(epoch, show(loader, f"epoch {epoch + 1}/{epochs}"))
+            metric = _evaluated(evaluate, model) if processes.rank == 0 else None
             trained = sum(p.numel() for p in parameters if p.requires_grad)
-            mean = _summed(total, world, device) / seen
             history.append(Epoch(epoch, mean, time.perf_counter() - start, trained, metric))
-            if path is not None and rank == 0:
-                _save(path, model, steppers, settings, history)
+            if path is not None and processes.rank == 0:
+                _save(path, model, run.optimizer, settings, history)
     return history
+
+
+class _Processes(NamedTuple):
+    """This process's rank, and the number of processes."""
+
+    rank: int
+    world: int
+
+
+class _Part(NamedTuple):
+    """One process's examples of a batch, their weight in the mean over processes, and the size of the full batch."""
+
+    inputs: tuple[Any, ...]
+    target: Any
+    weight: float
+    size: int
+
+
+class _Run:
+    """What the steps of all epochs have in common.
+
+    ``rate(epoch, step)`` is the learning rate relative to its peak, ``objective(inputs, output, target)`` the loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        objective: Callable[[tuple[Any, ...], Any, Any], Tensor],
+        rate: Callable[[int, int], float],
+        clip: float | None,
+        lr: float,
+        processes: _Processes,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.parameters = parameters
+        self.optimizer = optimizer
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.objective = objective
+        self.rate = rate
+        self.clip = clip
+        self.lr = lr
+        self.processes = processes
+        self.device = device
+
+    def train(self, epoch: int, batches: Iterable[Any]) -> float:
+        """Train for an epoch and return the mean loss over all its examples."""
+        rank, world = self.processes
+        # Wrapped anew each epoch: DistributedDataParallel fixes at wrapping which parameters have gradients.
+        model = DistributedDataParallel(self.model) if world > 1 else self.model
+        total = examples = 0.0
+        for step, batch in enumerate(batches):
+            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+                group["lr"] = peak * self.rate(epoch, step)
+            part = _share(batch, rank, world, self.device)
+            total += self.step(model, part) * part.weight * part.size / world
+            examples += part.size
+            if not math.isfinite(total):
+                raise FxlrdError(
+                    f"finetune: the loss is not finite at epoch {epoch}, step {step}: lower lr={self.lr:g}"
+                )
+        if examples == 0:
+            raise FxlrdError("finetune: the loader gives no batches")
+        return _summed(total, world, self.device) / examples
+
+    def step(self, model: nn.Module, part: _Part) -> float:
+        """Take one step of the optimizer and return the loss on ``part``."""
+        value = self.objective(part.inputs, model(*part.inputs), part.target)
+        self.optimizer.zero_grad(set_to_none=True)
+        (value * part.weight).backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], self.clip)
+        self.optimizer.step()
+        return value.item()
+
+
+def _objective(
+    loss: Callable[[Any, Any], Tensor], teacher: nn.Module | None, distill: float, temperature: float
+) -> Callable[[tuple[Any, ...], Any, Any], Tensor]:
+    """Return the loss of (inputs, output, target), with the teacher's part in it."""
+    if teacher is None:
+        return lambda inputs, output, target: loss(output, target)
+    return lambda inputs, output, target: (
+        (1 - distill) * loss(output, target) + distill * _teach(teacher, inputs, output, temperature)
+    )
+
+
+def _trainable(model: nn.Module, schedule: str | None) -> list[nn.Parameter]:
+    if schedule is not None and not forms(model):
+        raise FxlrdError(f"finetune: schedule={schedule}: no layer of the model is decomposed; leave schedule out")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise FxlrdError("finetune: no parameter requires a gradient")
+    return parameters
 
 
 def _check(
@@ -183,10 +269,10 @@ def _rate(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
-def _share(batch: Any, rank: int, world: int, device: torch.device) -> tuple[tuple[tuple[Any, ...], Any], float, int]:
-    """Return this process's part of a batch, its weight in the mean over processes, and the whole batch's size.
+def _share(batch: Any, rank: int, world: int, device: torch.device) -> _Part:
+    """Return this process's part of a batch.
 
-    A process that is left without examples computes one of weight 0, since the others wait for its gradients.
+    A process without examples gets one of weight 0, since the others wait for its gradients.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise FxlrdError("finetune: the loader gives no (inputs, target) pairs")
@@ -195,18 +281,18 @@ def _share(batch: Any, rank: int, world: int, device: torch.device) -> tuple[tup
     count = len(target)
     low, high = count * rank // world, count * (rank + 1) // world
     part = slice(low, high) if high > low else slice(0, 1)
-    mine = tree_map(lambda t: t[part].to(device) if isinstance(t, Tensor) else t, (inputs, target))
-    return mine, (high - low) * world / count, count
+    inputs, target = tree_map(lambda t: t[part].to(device) if isinstance(t, Tensor) else t, (inputs, target))
+    return _Part(inputs, target, (high - low) * world / count, count)
 
 
 def _teach(teacher: nn.Module, inputs: tuple[Any, ...], output: Tensor, temperature: float) -> Tensor:
     modes = [(m, m.training) for m in teacher.modules()]
     teacher.eval()
     with torch.no_grad():
-        wanted = teacher(*inputs)
+        expected = teacher(*inputs)
     for module, training in modes:
         module.training = training
-    softened = F.log_softmax(output / temperature, -1), F.log_softmax(wanted / temperature, -1)
+    softened = F.log_softmax(output / temperature, -1), F.log_softmax(expected / temperature, -1)
     return temperature**2 * F.kl_div(*softened, reduction="batchmean", log_target=True)
 
 
@@ -229,20 +315,21 @@ def _evaluated(evaluate: Callable[[nn.Module], float] | None, model: nn.Module) 
 def _summed(value: float, world: int, device: torch.device) -> float:
     if world == 1:
         return value
-    whole = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(whole)
-    return whole.item()
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item()
 
 
 @contextmanager
-def _processes(device: torch.device) -> Iterator[tuple[int, int]]:
-    """Yield (rank, world size): those of torchrun, whose process group is joined here unless it is already."""
+def _processes(device: torch.device) -> Iterator[_Processes]:
+    """Yield the processes of torchrun, after joining its process group unless the caller has; otherwise one process."""
     joined = False
     if dist.is_available() and not dist.is_initialized() and dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         joined = True
     try:
-        yield (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+        grouped = dist.is_available() and dist.is_initialized()
+        yield _Processes(dist.get_rank(), dist.get_world_size()) if grouped else _Processes(0, 1)
     finally:
         if joined:
             dist.destroy_process_group()
@@ -250,7 +337,7 @@ def _processes(device: torch.device) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
-    """Give modules their modes and parameters their ``requires_grad`` back on leaving."""
+    """Restore the modules' modes and the parameters' ``requires_grad`` on exit."""
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -270,7 +357,7 @@ def _cuda(device: torch.device) -> list[torch.device]:
 def _save(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], history: list[Epoch]
 ) -> None:
-    """Replace the checkpoint at once: it is the old one or the new one, never half of it."""
+    """Replace the checkpoint atomically: the file is the old one or the new one, never a part of it."""
     content = {
         "format": _FORMAT,
         "settings": settings,
@@ -295,18 +382,18 @@ def _resume(
     settings: dict[str, Any],
     device: torch.device,
 ) -> list[Epoch]:
-    """Load the checkpoint into model and optimizer, if it is there, and return the epochs that it holds."""
+    """Load the checkpoint into model and optimizer, if the file exists, and return the epochs in it."""
     if path is None or not path.exists():
         return []
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        found = content["settings"]
+        saved = content["settings"]
     except Exception as error:
         raise FxlrdError(
-            f"finetune: {path} is no checkpoint of finetune ({type(error).__name__}): remove it"
+            f"finetune: {path} is not a checkpoint of finetune ({type(error).__name__}): remove it"
         ) from error
-    if content["format"] != _FORMAT or found != settings:
-        raise FxlrdError(f"finetune: {path} is of other settings ({found}): remove it, or train with those")
+    if content["format"] != _FORMAT or saved != settings:
+        raise FxlrdError(f"finetune: {path} has other settings ({saved}): remove it, or train with those")
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
     return [Epoch(**fields) for fields in content["history"]]

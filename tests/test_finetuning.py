@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxlrd
 from fxlrd import FxlrdError, finetune
+from fxlrd.finetuning import _share
+from tests.support.tensors import same_tensors
 
 
 def net(dropout: float = 0.0) -> nn.Sequential:
@@ -46,11 +48,7 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_the_loss_falls_and_the_history_tells():
+def test_the_loss_falls_and_the_history_records_it():
     model = small_factors()
     history = finetune(model, loader(256), epochs=20, lr=0.1, evaluate=lambda m: float(m.training))
     assert [e.epoch for e in history] == list(range(20))
@@ -59,7 +57,7 @@ def test_the_loss_falls_and_the_history_tells():
     assert history[0].trained == sum(p.numel() for p in model.parameters())
 
 
-def test_it_is_seeded_and_leaves_the_global_random_state_alone():
+def test_training_is_seeded_and_leaves_the_global_random_state_unchanged():
     before = torch.get_rng_state()
     a, b, c = (copy.deepcopy(net(0.3)) for _ in range(3))
     torch.set_rng_state(before)
@@ -68,11 +66,11 @@ def test_it_is_seeded_and_leaves_the_global_random_state_alone():
     torch.randn(5)
     finetune(b, loader(), epochs=2)
     finetune(c, loader(), epochs=2, seed=1)
-    assert same(state(a), state(b))
-    assert not same(state(a), state(c))
+    assert same_tensors(state(a), state(b))
+    assert not same_tensors(state(a), state(c))
 
 
-def test_modes_and_flags_are_as_before():
+def test_modes_and_requires_grad_are_restored():
     model = net().train()
     model[1].eval()
     model[0].weight.requires_grad_(False)
@@ -86,7 +84,7 @@ def test_modes_and_flags_are_as_before():
 
 
 @pytest.mark.parametrize(("batch_norm", "moves"), [("train", True), ("frozen", False)])
-def test_batch_norm(batch_norm, moves):
+def test_frozen_batch_norm_statistics_stay(batch_norm, moves):
     model = net()
     before = model[1].running_mean.clone()
     finetune(model, loader(), batch_norm=batch_norm)
@@ -123,32 +121,32 @@ def test_distillation_pulls_towards_the_teacher():
         model[6].weight.zero_()
     x = data().tensors[0]
 
-    def gap(m: nn.Module) -> float:
+    def distance(m: nn.Module) -> float:
         return (m.eval()(x).softmax(-1) - copy.deepcopy(teacher).eval()(x).softmax(-1)).norm().item()
 
-    before = gap(model)
+    before = distance(model)
     stats = teacher[1].running_mean.clone()
     finetune(model, loader(), epochs=100, lr=0.1, teacher=teacher, distill=1.0, batch_norm="frozen")
-    assert gap(model) < 0.2 * before
+    assert distance(model) < 0.2 * before
     assert teacher.training
     assert torch.equal(teacher[1].running_mean, stats)
 
 
-def test_resume_equals_an_unbroken_run(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     path = tmp_path / "run.pt"
     straight, broken = net(0.3), net(0.3)
-    whole = finetune(straight, loader(), epochs=3)
+    uninterrupted = finetune(straight, loader(), epochs=3)
 
     class Breaks:
         def __init__(self, after: int) -> None:
-            self.left, self.inner = after, loader()
+            self.remaining, self.inner = after, loader()
 
         def __len__(self) -> int:
             return len(self.inner)
 
         def __iter__(self):
-            self.left -= 1
-            if self.left < 0:
+            self.remaining -= 1
+            if self.remaining < 0:
                 raise KeyboardInterrupt
             yield from self.inner
 
@@ -157,12 +155,12 @@ def test_resume_equals_an_unbroken_run(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
     again = net(0.3)
     history = finetune(again, loader(), epochs=3, checkpoint=path)
-    assert same(state(again), state(straight))
-    assert [e.loss for e in history] == [e.loss for e in whole]
-    with pytest.raises(FxlrdError, match="of other settings"):
+    assert same_tensors(state(again), state(straight))
+    assert [e.loss for e in history] == [e.loss for e in uninterrupted]
+    with pytest.raises(FxlrdError, match="has other settings"):
         finetune(again, loader(), epochs=3, lr=0.1, checkpoint=path)
     path.write_bytes(b"junk")
-    with pytest.raises(FxlrdError, match="no checkpoint of finetune"):
+    with pytest.raises(FxlrdError, match="is not a checkpoint of finetune"):
         finetune(again, loader(), epochs=3, checkpoint=path)
 
 
@@ -176,16 +174,16 @@ def test_resume_equals_an_unbroken_run(tmp_path):
         ({"distill": 2}, "weight in"),
         ({"schedule": "papr"}, "did you mean paper"),
         ({"batch_norm": "frozn"}, "did you mean frozen"),
-        ({"schedule": "paper"}, "stands decomposed"),
+        ({"schedule": "paper"}, "no layer of the model is decomposed"),
     ],
 )
-def test_bad_options(options, message):
+def test_invalid_options(options, message):
     with pytest.raises(FxlrdError, match=message) as caught:
         finetune(net(), loader(), **options)
     assert "\n" not in str(caught.value)
 
 
-def test_bad_loaders():
+def test_invalid_loaders():
     for bad, message in [
         ([], "no batches"),
         ((batch for batch in loader()), "no length"),
@@ -202,7 +200,7 @@ WORKER = """
 import sys
 import torch
 sys.path.insert(0, sys.argv[2])
-from test_finetune import loader, net
+from tests.test_finetuning import loader, net
 from fxlrd import finetune
 import torch.distributed as dist
 import os
@@ -215,15 +213,15 @@ if int(os.environ["RANK"]) == 0:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_on_the_whole_batch(tmp_path):
+def test_two_processes_train_as_one_does_on_the_full_batch(tmp_path):
     # 69 examples in batches of 16 leave 5 for the last: shares of 2 and 3.
     script, out = tmp_path / "worker.py", tmp_path / "out.pt"
     script.write_text(WORKER)
-    here = str(Path(__file__).parent)
+    root = str(Path(__file__).parents[1])
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*run, str(script), str(out), here], capture_output=True, text=True, env=environment, timeout=180
+        [*run, str(script), str(out), root], capture_output=True, text=True, env=environment, timeout=180
     )
     assert done.returncode == 0, done.stderr
     theirs, losses = torch.load(out, weights_only=True)
@@ -236,10 +234,8 @@ def test_two_processes_train_as_one_does_on_the_whole_batch(tmp_path):
 
 
 def test_shares_of_a_batch_add_up():
-    from fxlrd.finetuning import _share
-
     x, y = torch.arange(5.0)[:, None], torch.arange(5)
     for world in (1, 2, 3, 7):
         parts = [_share((x, y), rank, world, torch.device("cpu")) for rank in range(world)]
-        mean = sum((inputs[0].mean() * weight for (inputs, _), weight, _ in parts), torch.zeros(())) / world
+        mean = sum((part.inputs[0].mean() * part.weight for part in parts), torch.zeros(())) / world
         assert mean.item() == pytest.approx(2.0)
