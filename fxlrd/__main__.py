@@ -1,4 +1,4 @@
-"""python -m fxlrd."""
+"""The command line as ``python -m fxlrd``."""
 
 import sys
 

@@ -42,12 +42,16 @@ class Reason:
         return replace(self, text=f"{name}: {self.text}")
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> FxlrdError:
-    """Return the error for a name that is not among ``known``, with close matches if there are any."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3)
-    some = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {some}"
+def unknown(kind: str, name: str, names: Iterable[str]) -> FxlrdError:
+    """Return the error for a name that is not among the valid ``names``, with close matches if there are any.
+
+    >>> str(unknown("preset", "rnaks", ["lrd", "ranks"]))
+    "unknown preset 'rnaks': did you mean ranks?"
+    """
+    valid = sorted(names)
+    close = difflib.get_close_matches(name, valid, n=3)
+    some = ", ".join(valid[:8]) + (f" and {len(valid) - 8} more" if len(valid) > 8 else "")
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {some}"
     return FxlrdError(f"unknown {kind} {name!r}: {hint}")
 
 

@@ -30,10 +30,9 @@ NAMES = "torchvision:resnet50, package.module:factory or a saved directory"
 def load_model(name: str, weights: str | None, seed: int) -> nn.Module:
     """Return the model ``torchvision:NAME``, ``package.module:factory`` or of a saved directory in eval mode.
 
-    A directory whose architecture a factory makes is ``package.module:factory@DIR``: no file says what code to run.
-
-    Without ``weights`` (a torchvision weights name such as DEFAULT) its parameters are random, seeded by
-    ``seed``. Raises FxlrdError for a name that leads to no module.
+    A directory whose architecture a factory makes is written ``package.module:factory@DIR``, so that no file decides
+    which code runs. Without ``weights`` (the name of torchvision weights, such as DEFAULT) parameters are random,
+    seeded by ``seed``. Raises FxlrdError for a name that leads to no module.
     """
     if os.path.isdir(name):
         return _saved(name, weights)
@@ -56,9 +55,9 @@ def load_model(name: str, weights: str | None, seed: int) -> nn.Module:
 
 
 def source_of(name: str, weights: str | None = None) -> str | None:
-    """Return what names the architecture of MODEL: the name itself or, of a saved directory, what that was made from.
+    """Return the name of MODEL's architecture: the name itself, or what a saved directory was made from.
 
-    None where no name leads to the architecture.
+    Returns None if no name leads to the architecture.
     """
     if os.path.isdir(name):
         source = read_plan(Path(name))["architecture"]["source"]
@@ -67,25 +66,26 @@ def source_of(name: str, weights: str | None = None) -> str | None:
     source, _, folder = name.rpartition("@")
     if source and os.path.isdir(folder):
         return source
-    # GoogLeNet and Inception v3 scale their inputs where they come with weights, and only then.
+    # GoogLeNet and Inception v3 scale their inputs if, and only if, they are built with weights.
     return None if weights is not None and name in ("torchvision:googlenet", "torchvision:inception_v3") else name
 
 
-def _saved(name: str, weights: str | None, given: str | None = None) -> nn.Module:
+def _saved(name: str, weights: str | None, factory: str | None = None) -> nn.Module:
+    """Load a saved directory; ``factory`` is what the user trusts to make its architecture."""
     if weights is not None:
         raise FxlrdError("--weights is for torchvision models; a saved directory holds its own")
-    source = given or source_of(name)
+    source = factory or source_of(name)
     if source is None:
-        raise FxlrdError(f"model {name!r} does not tell its architecture: open it with fxlrd.load(path, model)")
+        raise FxlrdError(f"model {name!r} does not name its architecture: open it with fxlrd.load(path, model)")
     if os.path.isdir(source):
         raise FxlrdError(f"model {name!r} names the directory {source!r} as its architecture: the plan is damaged")
-    if given is None and not source.startswith("torchvision:"):
+    if factory is None and not source.startswith("torchvision:"):
         raise FxlrdError(f"model {name!r}: code makes its architecture; if you trust it, write {source}@{name}")
     return load(name, _architecture(source)).eval()
 
 
 def _architecture(source: str) -> nn.Module:
-    """Return a model without weights where that is known to work; a factory may load some."""
+    """Return a model to load weights into. A torchvision model is built without weights where it can be."""
     if source.startswith("torchvision:"):
         with contextlib.suppress(FxlrdError), torch.device("meta"):
             return load_model(source, None, seed=0)
@@ -97,12 +97,12 @@ def _torchvision(name: str, weights: str | None) -> Callable[[], Any]:
 
     if name not in models.list_models():
         raise unknown("torchvision model", name, models.list_models())
-    known = [w.name for w in models.get_model_weights(name)]
-    if weights is not None and weights not in (*known, "DEFAULT"):
-        raise unknown(f"weights of {name}", weights, [*known, "DEFAULT"])
-    takes = inspect.signature(models.get_model_builder(name)).parameters
-    # Detectors and segmenters would fetch a backbone's weights unless told not to.
-    backbone = {"weights_backbone": None} if "weights_backbone" in takes and weights is None else {}
+    valid = [*(w.name for w in models.get_model_weights(name)), "DEFAULT"]
+    if weights is not None and weights not in valid:
+        raise unknown(f"weights of {name}", weights, valid)
+    parameters = inspect.signature(models.get_model_builder(name)).parameters
+    # By default, detectors and segmentation models download weights of their backbone.
+    backbone = {"weights_backbone": None} if "weights_backbone" in parameters and weights is None else {}
     return lambda: models.get_model(name, weights=weights, **backbone)
 
 
@@ -113,39 +113,45 @@ def _factory(package: str, attribute: str, weights: str | None) -> Callable[[], 
     if folder not in sys.path:  # as python -m does
         sys.path.insert(0, folder)
     try:
-        found: Any = importlib.import_module(package)
+        target: Any = importlib.import_module(package)
         for part in attribute.split("."):
-            found = getattr(found, part)
-    except (Exception, SystemExit) as error:  # a script may even end itself when it is imported
+            target = getattr(target, part)
+    except (Exception, SystemExit) as error:  # importing a script may even end the process
         raise FxlrdError(f"model {package}:{attribute} cannot be imported: {one_line(error)}") from error
-    return found if callable(found) and not isinstance(found, nn.Module) else lambda: found
+    return target if callable(target) and not isinstance(target, nn.Module) else lambda: target
 
 
 def calibration_for(text: str, batch: int, like: Tensor) -> list[Tensor]:
     """Return calibration batches: ``random``, or those of a file of inputs (.npy, or .pt with one tensor).
 
-    ``random`` is seeded noise shaped as ``like``: enough to judge speed, not accuracy. Batches have the size,
-    dtype and device of ``like``. Raises FxlrdError for a file that is none or holds inputs of another shape.
+    ``random`` is seeded noise of the shape of ``like``: enough to judge speed, not accuracy. Batches have the size,
+    dtype and device of ``like``. Raises FxlrdError for an unreadable file, and for inputs of another shape.
     """
     if text == "random":
         generator = torch.Generator().manual_seed(1)
         return [torch.randn(like.shape, generator=generator).to(like) for _ in range(4)]
+    inputs = _read_inputs(text)
+    if not isinstance(inputs, Tensor) or inputs.shape[1:] != like.shape[1:]:
+        content = (
+            f"inputs of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
+        )
+        sizes = ", ".join(map(str, like.shape[1:]))
+        raise FxlrdError(f"--calibration {text}: holds {content}, the model takes [N, {sizes}]")
+    channels_last = like.dim() == 4 and not like.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return [part.to(like.device, like.dtype).contiguous(memory_format=memory_format) for part in inputs.split(batch)]
+
+
+def _read_inputs(path: str) -> Any:
     try:
-        if text.endswith(".npy"):
+        if path.endswith(".npy"):
             import numpy as np
 
-            found = torch.from_numpy(np.load(text, allow_pickle=False))
-        else:
-            found = torch.load(text, map_location="cpu", weights_only=True)
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         remedy = "give a .npy or .pt file of inputs, or random"
-        raise FxlrdError(f"--calibration {text}: {one_line(error)}; {remedy}") from error
-    if not isinstance(found, Tensor) or found.shape[1:] != like.shape[1:]:
-        have = f"inputs of shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-        wanted = ", ".join(map(str, like.shape[1:]))
-        raise FxlrdError(f"--calibration {text}: holds {have}, the model takes [N, {wanted}]")
-    layout = torch.channels_last if like.dim() == 4 and not like.is_contiguous() else torch.contiguous_format
-    return [part.to(like.device, like.dtype).contiguous(memory_format=layout) for part in found.split(batch)]
+        raise FxlrdError(f"--calibration {path}: {one_line(error)}; {remedy}") from error
 
 
 def example_for(shape: str, batch: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -164,6 +170,6 @@ def example_for(shape: str, batch: int, dtype: torch.dtype, channels_last: bool)
         raise FxlrdError(f"--input {shape} --batch {batch}: too large: {one_line(error)}") from error
     if channels_last:
         if x.dim() != 4:
-            raise FxlrdError(f"--channels-last: an input of shape {shape} is no image")
+            raise FxlrdError(f"--channels-last: an input of shape {shape} is not an image")
         x = x.contiguous(memory_format=torch.channels_last)
     return x

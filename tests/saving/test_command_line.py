@@ -39,7 +39,7 @@ def test_the_command_line_opens_a_model_that_cannot_be_made_without_weights(tmp_
 def test_the_command_line_on_a_directory_that_it_cannot_open(tmp_path, capsys):
     save(compressed(Net()), tmp_path / "a")
     assert main(["compress", str(tmp_path / "a")]) == 2
-    assert "does not tell its architecture: open it with fxlrd.load" in capsys.readouterr().err
+    assert "does not name its architecture: open it with fxlrd.load" in capsys.readouterr().err
     assert main(["compress", str(tmp_path)]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
     assert main(["compress", str(tmp_path / "a"), "--weights", "DEFAULT"]) == 2
