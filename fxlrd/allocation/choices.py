@@ -29,7 +29,7 @@ from fxlrd.graph.surgery import source
 from fxlrd.layers.build import weight_blocks
 from fxlrd.layers.fit import Fit, roots
 from fxlrd.layers.forms import Ranks, form, parameters, ranks_for_ratio
-from fxlrd.layers.kinds import TRANSPOSED, channel_axis, channels, kernel_area, kernel_share, layer
+from fxlrd.layers.kinds import TRANSPOSED, as_layer, channel_axis, channels_per_group, kernel_area, kernel_share
 
 _STEPS = 16
 """Ranks that are tried along each mode of a Tucker-2 form, at most; twice as many for an SVD."""
@@ -94,7 +94,7 @@ def candidate_ranks(module: nn.Module, ratios: Iterable[float] = RATIOS, multipl
     """Return ranks worth looking at that save parameters: an even grid, in multiples of ``multiple`` (all groups
     together), and unless that is above 1 those that the ratios give.
     """
-    c_in, c_out, groups = channels(module)
+    c_in, c_out, groups = channels_per_group(module)
     if min(c_in, c_out) == 1:
         return []
     step = max(1, multiple // math.gcd(multiple, groups))
@@ -107,7 +107,7 @@ def candidate_ranks(module: nn.Module, ratios: Iterable[float] = RATIOS, multipl
     if multiple == 1:
         by_ratio = (ranks_for_ratio(module, ratio, strict=False) for ratio in ratios)
         found += [r for r in by_ratio if not isinstance(r, Reason)]
-    return [r for r in dict.fromkeys(found) if parameters(module, r) < layer(module).weight.numel()]
+    return [r for r in dict.fromkeys(found) if parameters(module, r) < as_layer(module).weight.numel()]
 
 
 def _grid(full: int, step: int, count: int) -> list[int]:
@@ -120,7 +120,7 @@ def flops(node: fx.Node, module: nn.Module, ranks: Ranks | None) -> int:
 
     Those of all calls that the node stands for.
     """
-    weight = layer(module).weight
+    weight = as_layer(module).weight
     made = times(node) * _positions(node, module)
     given = source(node)
     read = times(node) * _positions(given, module) if given is not None else made
@@ -129,7 +129,7 @@ def flops(node: fx.Node, module: nn.Module, ranks: Ranks | None) -> int:
         return 2 * applied * weight.numel()
     if form(module) == "svd":
         return 2 * applied * parameters(module, ranks)
-    c_in, c_out, groups = channels(module)
+    c_in, c_out, groups = channels_per_group(module)
     r1, r2 = ranks
     core = (r1 or c_in) * (r2 or c_out) * kernel_area(module)
     return 2 * groups * (read * c_in * (r1 or 0) + applied * core + made * c_out * (r2 or 0))

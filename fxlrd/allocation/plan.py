@@ -18,7 +18,7 @@ from fxlrd.graph.surgery import fork, layers, replace
 from fxlrd.layers.build import resized, skeleton
 from fxlrd.layers.compose import keep_channels
 from fxlrd.layers.forms import Ranks
-from fxlrd.layers.kinds import channels, kernel_area, layer
+from fxlrd.layers.kinds import as_layer, channels_per_group, kernel_area
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ def sketch(gm: fx.GraphModule, plan: Plan, groups: Mapping[str, Group]) -> fx.Gr
     for name, kept in plan.kept.items():
         whole = groups[name]
         for node in whole.producers:
-            weight = layer(gm.get_submodule(str(node.target))).weight
+            weight = as_layer(gm.get_submodule(str(node.target))).weight
             changed[str(node.target)] = _swap(gm, str(node.target), weight.new_empty(kept, *weight.shape[1:]))
         for node in whole.through:
             gm.set_submodule(str(node.target), _first(gm.get_submodule(str(node.target)), kept))
         for consumer in whole.consumers:
             name = str(consumer.node.target)
-            weight = layer(gm.get_submodule(name)).weight
+            weight = as_layer(gm.get_submodule(name)).weight
             shape = (len(weight), kept * consumer.block, *weight.shape[2:])
             changed[name] = _swap(gm, name, weight.new_empty(shape))
     for name, module in layers(gm).items():
@@ -64,7 +64,7 @@ def sketch(gm: fx.GraphModule, plan: Plan, groups: Mapping[str, Group]) -> fx.Gr
             changed.update({f"{name}.{role}": part for role, part in parts.named_children()})
     with torch.no_grad():
         for module in changed.values():
-            layer(module).weight.fill_(1 / (channels(module)[0] * kernel_area(module)))
+            as_layer(module).weight.fill_(1 / (channels_per_group(module)[0] * kernel_area(module)))
     gm.graph.lint()
     gm.recompile()
     refresh_shapes(gm)
@@ -73,7 +73,7 @@ def sketch(gm: fx.GraphModule, plan: Plan, groups: Mapping[str, Group]) -> fx.Gr
 
 def _swap(gm: fx.GraphModule, name: str, weight: Tensor) -> nn.Module:
     module = gm.get_submodule(name)
-    bias = None if layer(module).bias is None else weight.new_zeros(len(weight))
+    bias = None if as_layer(module).bias is None else weight.new_zeros(len(weight))
     new = resized(module, weight, bias).eval()
     gm.set_submodule(name, new)
     return new

@@ -30,7 +30,7 @@ from fxlrd.graph.captured import feed, runnable
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, unmoved
 from fxlrd.graph.surgery import calls, layers
-from fxlrd.layers.kinds import channel_axis, channels, layer
+from fxlrd.layers.kinds import as_layer, channel_axis, channels_per_group
 
 PROBES = 2
 """Backward passes for each batch, with other random signs."""
@@ -152,8 +152,8 @@ class _WatchModel:
             first, *others = calls(self.gm, name)
             hook = self._hook(first, module)
             handles.append(self.model.get_submodule(name).register_forward_hook(hook))
-            _, c_out, groups = channels(module)
-            weight = layer(module).weight
+            _, c_out, groups = channels_per_group(module)
+            weight = as_layer(module).weight
             for node in others:
                 self.sums[node] = Samples(weight.new_zeros(c_out * groups, c_out * groups, dtype=torch.float64))
         try:

@@ -20,8 +20,8 @@ from fxlrd.graph.facts import output_moments, shape, statistics
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import layers, source
-from fxlrd.layers.fit import Moments, Seen
-from fxlrd.layers.kinds import CONVS, Conv, channel_axis, channels, kernel_area
+from fxlrd.layers.fit import Moments, Statistics
+from fxlrd.layers.kinds import CONVS, Conv, channel_axis, channels_per_group, kernel_area
 
 LARGEST = 8192
 """Tensors with more channels than this are passed over: their moments would take half a gigabyte each."""
@@ -36,7 +36,7 @@ def moments(node: fx.Node, axis: int, block: int = 1) -> Moments | None:
     return (output_moments(node) or {}).get((axis, block))
 
 
-def seen(nodes: Iterable[fx.Node]) -> Seen | None:
+def seen(nodes: Iterable[fx.Node]) -> Statistics | None:
     """Return what calibration saw of a layer over all its calls; ``nodes`` are those, or those of its factors."""
     found = list({id(each): each for n in nodes if (each := statistics(n)) is not None}.values())
     return functools.reduce(operator.add, found) if found else None
@@ -100,7 +100,7 @@ class _Sweep(fx.Interpreter):
                 self.wanted.setdefault(node, set()).add((module, 1))
             if isinstance(module, nn.Linear) and (block := flattened(gm, given)) > 1:
                 self.wanted[given].add((module, block))
-            c_in, _, groups = channels(module)
+            c_in, _, groups = channels_per_group(module)
             if isinstance(module, CONVS) and groups == 1 and 1 < kernel_area(module) <= patches // c_in:
                 self.readers.setdefault(given, []).append(node)
 
@@ -147,4 +147,4 @@ class _Sweep(fx.Interpreter):
             by_axis = self.kept.get(given, {})
             axes = [a for a, block in by_axis if block == 1 and (dims is None or a == channel_axis(module, dims))]
             reads = by_axis[axes[0], 1] if len(axes) == 1 else None
-            statistics.record(node, Seen(reads, self.patches.get(node)))
+            statistics.record(node, Statistics(reads, self.patches.get(node)))

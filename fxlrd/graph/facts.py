@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from fxlrd.layers.fit import Moments, Seen
+from fxlrd.layers.fit import Moments, Statistics
 
 T = TypeVar("T")
 _PREFIX = "fxlrd."
@@ -79,7 +79,7 @@ class Provenance:
 
 provenance = Fact("provenance", Provenance)
 """Where a node comes from."""
-statistics = Fact("statistics", Seen)
+statistics = Fact("statistics", Statistics)
 """What calibration measured of a layer: on its call, or on the calls of its factors."""
 output_moments: Fact[dict[tuple[int, int], Moments]] = Fact("moments", dict)
 """The moments of the tensor that a node makes, by (channel axis, entries per channel)."""

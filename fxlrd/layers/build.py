@@ -27,11 +27,11 @@ from fxlrd.layers.kinds import (
     CONVS,
     TRANSPOSED,
     Conv,
-    Layer,
-    channels,
+    ConvOrLinear,
+    as_layer,
+    channels_per_group,
     kernel_options,
     kernel_share,
-    layer,
     spatial_dims,
     stock_type,
 )
@@ -45,20 +45,20 @@ def decomposed(module: nn.Module, ranks: Ranks, sweeps: int = 1, fit: Fit | None
     how much it matters, about the mean. At full rank that is the weight's form.
     """
     if fit is not None and ranks != full_ranks(module):
-        return _fitted(layer(module), ranks, fit)
+        return _fitted(as_layer(module), ranks, fit)
     weight = weight_blocks(module)
     if form(module) == "svd":
         (rank,) = ranks
         assert rank is not None
         pair = svd(weight.flatten(2), rank)
-        return _assemble(layer(module), ranks, [pair.first, pair.last]), pair.error
+        return _assemble(as_layer(module), ranks, [pair.first, pair.last]), pair.error
     r1, r2 = ranks
     triple = tucker2(weight, r1, r2, sweeps)
     factors = [f for f in (triple.first, triple.core, triple.last) if f is not None]
-    return _assemble(layer(module), ranks, factors), triple.error
+    return _assemble(as_layer(module), ranks, factors), triple.error
 
 
-def _fitted(module: Layer, ranks: Ranks, fit: Fit) -> tuple[nn.Sequential, float]:
+def _fitted(module: ConvOrLinear, ranks: Ranks, fit: Fit) -> tuple[nn.Sequential, float]:
     weight = weight_blocks(module)
     reads, matters = roots(module, fit)
     if form(module) == "svd":
@@ -89,8 +89,8 @@ def _fitted(module: Layer, ranks: Ranks, fit: Fit) -> tuple[nn.Sequential, float
 
 def skeleton(module: nn.Module, ranks: Ranks) -> nn.Sequential:
     """Return the layer's form at ``ranks`` with arbitrary weights: the same shapes, for timing."""
-    c_in, c_out, groups = channels(module)
-    weight = layer(module).weight
+    c_in, c_out, groups = channels_per_group(module)
+    weight = as_layer(module).weight
     if form(module) == "svd":
         (r,) = ranks
         shapes: list[tuple[Any, ...]] = [(groups, r, c_in), (groups, c_out, r)]
@@ -100,7 +100,7 @@ def skeleton(module: nn.Module, ranks: Ranks) -> nn.Sequential:
         shapes.append((groups, r2 or c_out, r1 or c_in, *weight.shape[2:]))
         shapes += [(groups, c_out, r2)] if r2 else []
     factors = [torch.full(s, 1e-2, device=weight.device, dtype=weight.dtype) for s in shapes]
-    return _assemble(layer(module), ranks, factors)
+    return _assemble(as_layer(module), ranks, factors)
 
 
 def resized(module: nn.Module, weight: Tensor, bias: Tensor | None, groups: int | None = None) -> nn.Module:
@@ -108,8 +108,8 @@ def resized(module: nn.Module, weight: Tensor, bias: Tensor | None, groups: int 
 
     The weights are cast to the module's dtype and memory format. ``groups`` defaults to the module's.
     """
-    like = layer(module)
-    new: Layer
+    like = as_layer(module)
+    new: ConvOrLinear
     if isinstance(like, nn.Linear):
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     else:
@@ -123,7 +123,7 @@ def resized(module: nn.Module, weight: Tensor, bias: Tensor | None, groups: int 
 
 def weight_blocks(module: nn.Module) -> Tensor:
     """Return the weight as (groups, S/G, C/G, k…), also that of a transposed conv."""
-    return _as_blocks(layer(module).weight.detach(), channels(module)[2], isinstance(module, TRANSPOSED))
+    return _as_blocks(as_layer(module).weight.detach(), channels_per_group(module)[2], isinstance(module, TRANSPOSED))
 
 
 def from_blocks(module: nn.Module, factor: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def _as_blocks(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     return parts.transpose(1, 2) if transposed else parts  # (C, S/G, k…) is how a transposed conv keeps it
 
 
-def _assemble(module: Layer, ranks: Ranks, factors: list[Tensor], bias: Tensor | None = None) -> nn.Sequential:
+def _assemble(module: ConvOrLinear, ranks: Ranks, factors: list[Tensor], bias: Tensor | None = None) -> nn.Sequential:
     """Wrap factors, each (groups, out, in[, k…]), into modules that do what the layer did.
 
     ``bias`` takes the place of the layer's own.
@@ -145,7 +145,7 @@ def _assemble(module: Layer, ranks: Ranks, factors: list[Tensor], bias: Tensor |
     given = module.bias.detach().clone() if bias is None and module.bias is not None else bias
     if isinstance(module, nn.Linear):
         roles = ["first", "last"]
-        parts: list[Layer] = [
+        parts: list[ConvOrLinear] = [
             nn.Linear(f.shape[2], f.shape[1], bias=i == 1 and given is not None, device="meta")
             for i, f in enumerate(factors)
         ]
@@ -182,7 +182,7 @@ def _conv(kind: type[Any], factor: Tensor, bias: bool, options: dict[str, Any]) 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def _fill(part: Layer, weight: Tensor, like: Layer) -> None:
+def _fill(part: ConvOrLinear, weight: Tensor, like: ConvOrLinear) -> None:
     weight = weight.reshape(part.weight.shape).to(like.weight.dtype)
     given = like.weight
     layout = torch.contiguous_format if given.is_contiguous() else _CHANNELS_LAST.get(given.dim())

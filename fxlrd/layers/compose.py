@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxlrd.errors import Reason
 from fxlrd.layers.build import resized
-from fxlrd.layers.kinds import BATCH_NORMS, kernel_area, layer, make, options
+from fxlrd.layers.kinds import BATCH_NORMS, as_layer, kernel_area, make, options
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ def composed(first: nn.Module, second: nn.Module) -> nn.Module:
 
 def keep_outputs(module: nn.Module, kept: Tensor) -> nn.Module:
     """Return the layer with only the output channels ``kept`` (indices)."""
-    like = layer(module)
+    like = as_layer(module)
     bias = None if like.bias is None else like.bias.detach()[kept]
     return resized(module, like.weight.detach()[kept], bias)
 
@@ -108,7 +108,7 @@ def fold_inputs(module: nn.Module, matrix: Tensor, block: int = 1) -> nn.Module:
     weight, _ = _double(module)
     by_channel = weight.unflatten(1, (-1, block))
     folded = torch.einsum("oc...,cr->or...", by_channel, matrix.double()).flatten(1, 2)
-    bias = layer(module).bias
+    bias = as_layer(module).bias
     return resized(module, folded, None if bias is None else bias.detach())
 
 
@@ -125,10 +125,10 @@ def importance(module: nn.Module, block: int = 1, matters: Tensor | None = None)
 
 def _double(module: nn.Module) -> tuple[Tensor, Tensor]:
     """Return weight and bias (zeros if there is none) in float64."""
-    like = layer(module)
+    like = as_layer(module)
     weight = like.weight.detach().double()
     return weight, weight.new_zeros(len(weight)) if like.bias is None else like.bias.detach().double()
 
 
 def _has_bias(module: nn.Module) -> bool:
-    return layer(module).bias is not None
+    return as_layer(module).bias is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxlrd.factor.whiten import Root, root
-from fxlrd.layers.kinds import channels, kernel_area
+from fxlrd.layers.kinds import channels_per_group, kernel_area
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Moments:
 
 
 @dataclass
-class Seen:
+class Statistics:
     """What calibration saw of a layer: moments of what it reads, of the patches that its kernel sees (channel-major,
     only where asked for), and Γ, how much its output matters (`fxlrd.calibration.importance`).
     """
@@ -75,9 +75,9 @@ class Seen:
     patches: Moments | None = None
     matters: Tensor | None = None
 
-    def __add__(self, other: Seen) -> Seen:
+    def __add__(self, other: Statistics) -> Statistics:
         both = (self.matters, other.matters)
-        return Seen(
+        return Statistics(
             _sum(self.reads, other.reads),
             _sum(self.patches, other.patches),
             None if any(m is None for m in both) else both[0] + both[1],  # type: ignore[operator]
@@ -85,7 +85,7 @@ class Seen:
 
     def fit(self, module: nn.Module) -> Fit | None:
         """Return what the layer's factors are to be fitted to, or None where its input's moments are not known."""
-        c_in, _, groups = channels(module)
+        c_in, _, groups = channels_per_group(module)
         width = c_in * groups
         if self.reads is None or len(self.reads.total) != width or not self.reads.count:
             return None
@@ -132,7 +132,7 @@ MATTERS_RIDGE = 1e-2
 
 def roots(module: nn.Module, fit: Fit) -> tuple[Root, Root | None]:
     """Return the roots of the input's moments (G, C/G, C/G) and of Γ (G, S/G, S/G), group by group."""
-    groups = channels(module)[2]
+    groups = channels_per_group(module)[2]
     reads = root(_diagonal_blocks(fit.second, groups), fit.ridge)
     return reads, None if fit.matters is None else root(_diagonal_blocks(fit.matters, groups), MATTERS_RIDGE)
 

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from fxlrd.errors import FxlrdError, Reason
-from fxlrd.layers.kinds import channels, kernel_area, kernel_text, layer
+from fxlrd.layers.kinds import as_layer, channels_per_group, kernel_area, kernel_text
 from fxlrd.ranks import svd_rank, tucker1_rank, tucker2_rank
 
 Ranks = tuple[int | None, ...]
@@ -39,7 +39,7 @@ def ranks_for_ratio(module: nn.Module, ratio: float, beta: float = 1.0, strict: 
     Raises FxlrdError where the layer is wide enough to be cut but ``ratio`` leaves it less than rank 1, unless it
     is not to be ``strict``.
     """
-    c_in, c_out, groups = channels(module)
+    c_in, c_out, groups = channels_per_group(module)
     if groups > 1 and min(c_in, c_out) == 1:
         return no_rank(groups)
     where = f"{groups} groups of {c_in}→{c_out}" if groups > 1 else f"{c_in}→{c_out}"
@@ -47,7 +47,7 @@ def ranks_for_ratio(module: nn.Module, ratio: float, beta: float = 1.0, strict: 
     if form(module) == "svd":
         ranks = (svd_rank(c_in, c_out, ratio),)
     else:
-        kernel = layer(module).weight.shape[2:]
+        kernel = as_layer(module).weight.shape[2:]
         r1 = tucker2_rank(c_in, c_out, kernel, ratio, beta)
         ranks = (r1, math.floor(beta * r1))
         if ranks[0] >= c_in and ranks[1] < c_out:
@@ -61,19 +61,19 @@ def ranks_for_ratio(module: nn.Module, ratio: float, beta: float = 1.0, strict: 
             f"ratio={ratio:g} leaves less than rank 1 for {where}, kernel {kernel_text(module)}: use a ratio of at "
             f"most {_largest_ratio(module, beta):.3g}, or skip the layer"
         )
-    if parameters(module, ranks) >= layer(module).weight.numel():
+    if parameters(module, ranks) >= as_layer(module).weight.numel():
         return Reason("no-saving", f"{where}: no rank at ratio={ratio:g} saves parameters")
     return ranks
 
 
 def _largest_ratio(module: nn.Module, beta: float) -> float:
-    c_in, c_out, groups = channels(module)
+    c_in, c_out, groups = channels_per_group(module)
     if form(module) == "svd":
         least: float = c_in + c_out
     else:
         r1 = max(1, math.ceil(1 / beta))
         least = r1 * (beta * kernel_area(module) * r1 + c_in + beta * c_out)
-    largest = layer(module).weight.numel() / groups / least
+    largest = as_layer(module).weight.numel() / groups / least
     digits = 10.0 ** (2 - math.floor(math.log10(largest)))
     return math.floor(largest * digits) / digits  # rounded down, so that it is within reach as printed
 
@@ -95,7 +95,7 @@ def explicit_ranks(module: nn.Module, ranks: int | Ranks) -> Ranks:
 
 def parameters(module: nn.Module, ranks: Ranks) -> int:
     """Return the number of weight parameters of the layer's form at ``ranks``, bias not counted."""
-    c_in, c_out, groups = channels(module)
+    c_in, c_out, groups = channels_per_group(module)
     if form(module) == "svd":
         (r,) = ranks
         assert r is not None
@@ -107,5 +107,5 @@ def parameters(module: nn.Module, ranks: Ranks) -> int:
 
 def full_ranks(module: nn.Module) -> Ranks:
     """Return the ranks at which the layer's form loses nothing."""
-    c_in, c_out, _ = channels(module)
+    c_in, c_out, _ = channels_per_group(module)
     return (min(c_in, c_out),) if form(module) == "svd" else (c_in, c_out)

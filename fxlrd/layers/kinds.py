@@ -13,7 +13,7 @@ Conv = nn.modules.conv._ConvNd
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, *CONVS, *TRANSPOSED)
-Layer = nn.Linear | Conv
+ConvOrLinear = nn.Linear | Conv
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONV = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "bias",
@@ -32,7 +32,7 @@ _CHANNELS = ("in_channels", "out_channels", "groups", "bias")
 """What of a conv's options its weight and bias set."""
 
 
-def layer(module: nn.Module) -> Layer:
+def as_layer(module: nn.Module) -> ConvOrLinear:
     """Return the module, which the caller knows to be a conv or Linear, typed so."""
     assert isinstance(module, LAYERS)
     return module
@@ -64,7 +64,7 @@ def is_stock(module: nn.Module) -> bool:
 
 def spatial_dims(module: nn.Module) -> int:
     """Return how many dimensions the kernel has: 2 for a Conv2d, 0 for a Linear."""
-    return layer(module).weight.dim() - 2
+    return as_layer(module).weight.dim() - 2
 
 
 def channel_axis(module: nn.Module, dims: int) -> int:
@@ -72,7 +72,7 @@ def channel_axis(module: nn.Module, dims: int) -> int:
     return dims - 1 - spatial_dims(module)
 
 
-def channels(module: nn.Module) -> tuple[int, int, int]:
+def channels_per_group(module: nn.Module) -> tuple[int, int, int]:
     """Return (input channels per group, output channels per group, groups)."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features, 1
@@ -82,7 +82,7 @@ def channels(module: nn.Module) -> tuple[int, int, int]:
 
 def kernel_area(module: nn.Module) -> int:
     """Return the number of positions of the kernel: 9 for 3×3, 1 for a Linear."""
-    return math.prod(layer(module).weight.shape[2:])
+    return math.prod(as_layer(module).weight.shape[2:])
 
 
 def kernel_share(module: nn.Module) -> float:
@@ -92,7 +92,7 @@ def kernel_share(module: nn.Module) -> float:
 
 def kernel_text(module: nn.Module) -> str:
     """Return the kernel size as text, such as 3×3; 1×1 for a Linear."""
-    return "×".join(str(k) for k in layer(module).weight.shape[2:]) or "1×1"
+    return "×".join(str(k) for k in as_layer(module).weight.shape[2:]) or "1×1"
 
 
 def options(module: nn.Module) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, replaceabl
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import annotate, calls, fork, layers
 from fxlrd.layers.forms import no_rank, parameters, ranks_text
-from fxlrd.layers.kinds import channels, layer
+from fxlrd.layers.kinds import as_layer, channels_per_group
 from fxlrd.passes.contract import PassResult, Skip, names
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.clock import Timing, compare
@@ -132,7 +132,7 @@ class Allocate:
             return guard
         if (pattern := matches(name, self.skip)) is not None:
             return skip_reason(pattern)
-        c_in, c_out, groups = channels(module)
+        c_in, c_out, groups = channels_per_group(module)
         if min(c_in, c_out) == 1 and groups > 1:
             return no_rank(groups)
         return stem_reason(module) if is_stem(gm, name, module) else None
@@ -150,10 +150,10 @@ class Allocate:
         nodes = calls(gm, name)
         found = seen(nodes)
         fit = found.fit(module) if found is not None else None
-        _, c_out, groups = channels(module)
-        bias = c_out * groups * (layer(module).bias is not None)
+        _, c_out, groups = channels_per_group(module)
+        bias = c_out * groups * (as_layer(module).bias is not None)
         if self.params:
-            original = Choice(None, 0.0, layer(module).weight.numel() + bias)
+            original = Choice(None, 0.0, as_layer(module).weight.numel() + bias)
         elif self.flops:
             original = Choice(None, 0.0, sum(flops(n, module, None) for n in nodes))
         else:
@@ -271,7 +271,7 @@ _NOTHING = "allocate: nothing in it can be made cheaper: no layer is left that h
 
 def _multiple(module: nn.Module) -> int:
     """Return the multiple that the ranks of timed forms go in."""
-    c_in, c_out, groups = channels(module)
+    c_in, c_out, groups = channels_per_group(module)
     return 16 if min(c_in, c_out) * groups >= 256 else 8
 
 

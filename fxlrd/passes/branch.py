@@ -28,7 +28,7 @@ from fxlrd.graph.facts import provenance, tensor_meta
 from fxlrd.graph.guards import check_names, is_factor, matches, skip_reason
 from fxlrd.graph.surgery import annotate, calls, fork, infer_shape, layers, source
 from fxlrd.layers.build import from_blocks, resized, weight_blocks
-from fxlrd.layers.kinds import Conv, channel_axis, layer, spatial_dims
+from fxlrd.layers.kinds import Conv, as_layer, channel_axis, spatial_dims
 from fxlrd.passes.contract import PassResult, Site, Skip, names
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.cache import example, layout
@@ -87,7 +87,7 @@ class Branch:
             return Skip(name, _NO_CORE)
         core = parts["core"]
         assert isinstance(core, Conv)
-        if any(layer(parts[role]).bias is not None for role in ("first", "core")):
+        if any(as_layer(parts[role]).bias is not None for role in ("first", "core")):
             return Skip(name, _BIASED)
         if core.groups > 1:
             return Skip(name, Reason("branched", f"its core has groups={core.groups} already"))
@@ -147,8 +147,8 @@ def _split(parts: dict[str, nn.Module], groups: int, steps: int) -> tuple[Blocks
     """Return the blocks of the core and the outer factors (r1×C, S×r2) in their bases."""
     core = weight_blocks(parts["core"])[0].double().flatten(2)
     # Orthonormal outer factors, as training may have left them otherwise: the core's energy is then the weight's.
-    rows, mix_in = torch.linalg.qr(layer(parts["first"]).weight.detach().double().flatten(1).mT)
-    columns, mix_out = torch.linalg.qr(layer(parts["last"]).weight.detach().double().flatten(1))
+    rows, mix_in = torch.linalg.qr(as_layer(parts["first"]).weight.detach().double().flatten(1).mT)
+    columns, mix_out = torch.linalg.qr(as_layer(parts["last"]).weight.detach().double().flatten(1))
     core = torch.einsum("ai,ijk,bj->abk", mix_out, core, mix_in)
     first, last = rows.mT, columns
     r2, r1 = core.shape[0] // groups * groups, core.shape[1] // groups * groups
@@ -164,9 +164,9 @@ def _split(parts: dict[str, nn.Module], groups: int, steps: int) -> tuple[Blocks
 def _install(gm: fx.GraphModule, name: str, blocks: Blocks, first: Tensor, last: Tensor, groups: int) -> float | None:
     """Put the branched form where the Tucker-2 form was, and return the layer's weight error if it is known."""
     old = dict(gm.get_submodule(name).named_children())
-    core = layer(old["core"])
+    core = as_layer(old["core"])
     cores = blocks.cores.to(first)
-    bias = layer(old["last"]).bias
+    bias = as_layer(old["last"]).bias
     ones = (1,) * spatial_dims(core)
     form = nn.Sequential()
     form.add_module("first", resized(old["first"], first.view(*first.shape, *ones), None))

@@ -19,7 +19,7 @@ from fxlrd.errors import Reason, unknown
 from fxlrd.graph.facts import FACTORS, provenance
 from fxlrd.graph.guards import is_factor
 from fxlrd.graph.surgery import annotate, fork, layers
-from fxlrd.layers.kinds import LAYERS, layer
+from fxlrd.layers.kinds import LAYERS, as_layer
 from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
 
@@ -109,7 +109,7 @@ def _set(form: nn.Module, schedule: str, epoch: int) -> list[str]:
     turn = schedule == "sequential" and epoch % 2 == 1
     trained = [role for role in roles if (role in main) != turn]
     for role, part in form.named_children():
-        layer(part).weight.requires_grad_(role in trained)
+        as_layer(part).weight.requires_grad_(role in trained)
     return trained
 
 

@@ -50,7 +50,7 @@ from fxlrd.graph.guards import check_names, matches, replaceable, skip_reason
 from fxlrd.graph.surgery import annotate, calls, fork, layers, source
 from fxlrd.layers.build import resized
 from fxlrd.layers.compose import affine, composed, fold_inputs, keep_channels, keep_outputs, scaled, why_not_composable
-from fxlrd.layers.kinds import channels, depthwise, kernel_area, layer
+from fxlrd.layers.kinds import as_layer, channels_per_group, depthwise, kernel_area
 from fxlrd.passes.contract import UNNAMED, PassResult, Site, Skip, names
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio, tucker2_rank
@@ -248,7 +248,7 @@ class Merge:
         if second is None:
             return self._absorb(gm, first, norms, module)
         other = gm.get_submodule(str(second.target))
-        shift = layer(module).bias
+        shift = as_layer(module).bias
         reason = why_not_composable(module, other, shift is not None and bool(shift.count_nonzero()))
         if reason is None and not _cheaper(first, module, second, other, both := composed(module, other)):
             reason = Reason("costs-more", f"one layer in the place of it and {second.target} would cost more")
@@ -296,7 +296,7 @@ class Merge:
     ) -> tuple[Chain, Chain, int] | Reason:
         """Return the chains before and after a k×k conv and its rank, or why it is left alone."""
         module = gm.get_submodule(name)
-        c_in, c_out, groups = channels(module)
+        c_in, c_out, groups = channels_per_group(module)
         if (reason := self._left_alone(name)) is not None:
             return reason
         if not isinstance(module, MERGED):
@@ -340,7 +340,7 @@ def _weight_before(gm: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:
     if whole is not None and (shape := whole.weight_shapes.get(_origin(node))) is not None:
         return shape
     module = known.original if known is not None and known.original is not None else None
-    return tuple(layer(module or gm.get_submodule(str(node.target))).weight.shape)
+    return tuple(as_layer(module or gm.get_submodule(str(node.target))).weight.shape)
 
 
 def _origin(node: fx.Node) -> str:
@@ -432,8 +432,8 @@ def _remove(gm: fx.GraphModule, node: fx.Node) -> None:
 def _cheaper(first: fx.Node, a: nn.Module, second: fx.Node, b: nn.Module, both: nn.Module) -> bool:
     """Whether one layer costs less than two: weights times the positions that they are applied at."""
     at_first, at_second = _positions(first), _positions(second)
-    now = layer(a).weight.numel() * at_first + layer(b).weight.numel() * at_second
-    return layer(both).weight.numel() * at_second < now
+    now = as_layer(a).weight.numel() * at_first + as_layer(b).weight.numel() * at_second
+    return as_layer(both).weight.numel() * at_second < now
 
 
 def _positions(node: fx.Node) -> int:
@@ -501,14 +501,14 @@ def _shared(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _move_into_rank_space(gm: fx.GraphModule, before: Chain, node: fx.Node, after: Chain, rank: int) -> float:
     """Rewrite 1×1 ─ BN ─ act ─ k×k ─ BN ─ act ─ 1×1 as the module docstring says, and return the weight error."""
-    conv = layer(gm.get_submodule(str(node.target)))
+    conv = as_layer(gm.get_submodule(str(node.target)))
     triple = tucker2(conv.weight.detach().double()[None], rank, rank)
     assert triple.first is not None
     assert triple.last is not None
     u, core, v = triple.first[0], triple.core[0], triple.last[0]
     head, tail = before[0], after[-1]
 
-    entry = layer(gm.get_submodule(str(head.target)))
+    entry = as_layer(gm.get_submodule(str(head.target)))
     g, h = _norm_of(gm, before, len(entry.weight), v)
     weight = torch.einsum("rc,c,cs->rs", u, g, entry.weight.detach().double().flatten(1))
     constant = h if entry.bias is None else h + g * entry.bias.detach().double()
@@ -521,7 +521,7 @@ def _move_into_rank_space(gm: fx.GraphModule, before: Chain, node: fx.Node, afte
     _replace_norms(gm, after, v.mT @ constant)
     _swap(gm, node, resized(conv, weight, _bias_without_norm(gm, after, v.mT @ constant)), (rank, rank), triple.error)
 
-    exit_ = layer(gm.get_submodule(str(tail.target)))
+    exit_ = as_layer(gm.get_submodule(str(tail.target)))
     bias = None if exit_.bias is None else exit_.bias.detach()
     folded = exit_.weight.detach().double().flatten(1) @ v
     _swap(gm, tail, resized(exit_, folded[..., None, None], bias), (rank, None))

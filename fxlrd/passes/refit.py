@@ -31,7 +31,7 @@ from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import calls, source
 from fxlrd.layers.build import resized
 from fxlrd.layers.fit import Moments
-from fxlrd.layers.kinds import CONVS, LAYERS, TRANSPOSED, channel_axis, layer, op
+from fxlrd.layers.kinds import CONVS, LAYERS, TRANSPOSED, as_layer, channel_axis, op
 from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
@@ -127,7 +127,7 @@ def _why_not(gm: fx.GraphModule, name: str, last: list[fx.Node], there: list[fx.
         return Reason("grouped", f"groups={module.groups}: only groups=1 is refitted")
     if isinstance(module, TRANSPOSED):
         return Reason("layer-type", f"what makes its output is a {op(module)}, which is not refitted")
-    if (width := layer(module).weight[0].numel()) > WIDEST:
+    if (width := as_layer(module).weight[0].numel()) > WIDEST:
         return Reason("too-wide", f"it reads {width} numbers for each output, more than {WIDEST}")
     return None
 
@@ -202,7 +202,7 @@ def _solved(module: nn.Module, kept: Tensor | None, pairs: Iterable[tuple[Tensor
 
     Pairs are what it reads and what the original layer makes, of which only the channels ``kept`` count.
     """
-    weight = layer(module).weight.detach().double().flatten(1)
+    weight = as_layer(module).weight.detach().double().flatten(1)
     count, width = weight.shape
     seen = Moments.empty(width + count, weight.device)
     for z, y in pairs:
@@ -221,7 +221,7 @@ def _solved(module: nn.Module, kept: Tensor | None, pairs: Iterable[tuple[Tensor
     change = torch.linalg.solve(regularised, (cross - weight @ inner).mT).mT
     weight = weight + change
     bias = seen.mean[width:] - weight @ seen.mean[:width]
-    return resized(module, weight.view_as(layer(module).weight), bias)
+    return resized(module, weight.view_as(as_layer(module).weight), bias)
 
 
 def _rows(module: nn.Module, x: Tensor, most: int) -> Tensor:

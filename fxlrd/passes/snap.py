@@ -32,7 +32,7 @@ from fxlrd.graph.surgery import calls, fork, infer_shape, restore
 from fxlrd.layers.build import decomposed
 from fxlrd.layers.fit import Fit
 from fxlrd.layers.forms import Ranks, parameters, ranks_text
-from fxlrd.layers.kinds import channels
+from fxlrd.layers.kinds import channels_per_group
 from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.clock import Timing
@@ -103,7 +103,7 @@ class Snap:
         """Return the ranks to time, from the present one downward."""
         lowest: Ranks = tuple(None if r is None else math.ceil(self.floor * r) for r in place.ranks)
         if self.search == "grid":
-            return grid(place.ranks, lowest, channels(place.original)[2])
+            return grid(place.ranks, lowest, channels_per_group(place.original)[2])
         return [r for r in _scan(place.ranks) if reaches(r, lowest)]
 
     def _choose(self, place: Decomposed, timings: dict[str, Timing]) -> Ranks | None:

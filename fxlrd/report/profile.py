@@ -36,7 +36,7 @@ from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, unmoved
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.forms import Ranks, ranks_for_ratio, ranks_text
-from fxlrd.layers.kinds import channels, layer, op
+from fxlrd.layers.kinds import as_layer, channels_per_group, op
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
 from fxlrd.report.numbers import giga
@@ -112,7 +112,7 @@ def profile(
     for name, module in progress(list(layers(gm).items()), "profile"):
         ranks = _ranks(gm, name, module, ratio, skip, reasons[name])
         rows.append(_row(gm, name, module, ranks, known, compile, seconds, cache))
-    dtypes = {str(layer(m).weight.dtype): layer(m).weight.dtype for m in layers(gm).values()}
+    dtypes = {str(as_layer(m).weight.dtype): as_layer(m).weight.dtype for m in layers(gm).values()}
     peak = max((matmul_rate(d, device, cache) for d in dtypes.values()), default=0.0)
     total_ms = whole.seconds * 1e3
     for row in rows:
@@ -184,7 +184,7 @@ def _ranks(
     if isinstance(ranks, Reason):
         return ranks
     lowest: Ranks = tuple(None if r is None else math.ceil(_FLOOR * r) for r in ranks)
-    return grid(ranks, lowest, channels(module)[2])
+    return grid(ranks, lowest, channels_per_group(module)[2])
 
 
 def _row(
@@ -215,7 +215,7 @@ def _row(
     row: dict[str, Any] = dict.fromkeys(_COLUMNS) | {
         "name": name,
         "op": op(module),
-        "shape": list(layer(module).weight.shape),
+        "shape": list(as_layer(module).weight.shape),
         "input": shape,
         "layout": layout,
         "calls": sum(times(node) for node in nodes),

@@ -12,7 +12,7 @@ from fxlrd.graph.facts import FACTORS, Provenance, provenance
 from fxlrd.graph.guards import NEVER_CALLED
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.forms import form, ranks_text
-from fxlrd.layers.kinds import layer, op
+from fxlrd.layers.kinds import as_layer, op
 from fxlrd.pipeline import Record
 from fxlrd.timing.clock import Timing
 from fxlrd.timing.layers import ORIGINAL
@@ -59,7 +59,7 @@ def layer_rows(
             {
                 "name": name,
                 "op": op(module),
-                "shape": list(layer(module).weight.shape),
+                "shape": list(as_layer(module).weight.shape),
                 "decision": decision,
                 "ranks": list(known.ranks) if factored and known is not None else None,
                 "params": sum(cost.params(after.get_submodule(t)) for t in targets),

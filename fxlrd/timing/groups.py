@@ -12,7 +12,7 @@ from fxlrd.graph.channels import Group
 from fxlrd.graph.facts import tensor_meta
 from fxlrd.graph.surgery import source
 from fxlrd.layers.build import resized
-from fxlrd.layers.kinds import LAYERS, Layer, channel_axis, layer
+from fxlrd.layers.kinds import LAYERS, ConvOrLinear, as_layer, channel_axis
 from fxlrd.timing.cache import Cache, Setting, example, layout, signature
 from fxlrd.timing.clock import Timing, compare
 from fxlrd.timing.inductor import compiled
@@ -33,7 +33,7 @@ def time_group(
     ]
     texts = []
     for node, _ in parts:
-        module, meta = layer(gm.get_submodule(str(node.target))), _input(node)
+        module, meta = as_layer(gm.get_submodule(str(node.target))), _input(node)
         texts.append(signature(module, tuple(_shape(module, meta)), meta.dtype, layout(meta)))
     device = next(gm.get_submodule(str(whole.producers[0].target)).parameters()).device
     setting, key = Setting.here(device, under_inductor), "merged: " + " + ".join(texts)
@@ -52,7 +52,7 @@ def time_group(
 
 def _cut(gm: fx.GraphModule, node: fx.Node, how: str | int, rank: int) -> tuple[nn.Module, Tensor]:
     """Return a layer that makes ("out") or reads (block features each) ``rank`` channels, and an input for it."""
-    module, meta = layer(gm.get_submodule(str(node.target))), _input(node)
+    module, meta = as_layer(gm.get_submodule(str(node.target))), _input(node)
     shape, weight, groups = _shape(module, meta), module.weight, None
     count, width = weight.shape[:2]
     if how == "out":
@@ -81,7 +81,7 @@ def _input(node: fx.Node) -> TensorMetadata:
     return meta
 
 
-def _shape(module: Layer, meta: TensorMetadata) -> list[int]:
+def _shape(module: ConvOrLinear, meta: TensorMetadata) -> list[int]:
     """Return the input's shape with the channels that the layer reads by now: groups before may have cut some."""
     shape = list(meta.shape)
     shape[channel_axis(module, len(shape))] = module.weight.shape[1] * getattr(module, "groups", 1)

@@ -16,7 +16,7 @@ from fxlrd.layers.build import decomposed
 from fxlrd.layers.fit import MATTERS_RIDGE, Fit, roots
 from fxlrd.layers.forms import explicit_ranks, full_ranks, parameters, ranks_for_ratio
 from fxlrd.layers.forms import form as layers_form
-from fxlrd.layers.kinds import channels
+from fxlrd.layers.kinds import channels_per_group
 
 MODULES = {
     "linear": lambda: nn.Linear(9, 14),
@@ -34,7 +34,7 @@ MODULES = {
 
 def fit_for(module, weighted):
     """Moments of channels that depend on each other, by channel only, and Γ."""
-    c_in, c_out, groups = channels(module)
+    c_in, c_out, groups = channels_per_group(module)
     c_in *= groups
     second = torch.randn(c_in, 3 * c_in).double().cov()
     matters = 1e-3 * torch.randn(c_out * groups, 99).double().cov() if weighted else None
@@ -44,7 +44,7 @@ def fit_for(module, weighted):
 def weighted_size(module, fit):
     """‖Γ^½·W·G^½‖², what errors of a curve with Γ are parts of."""
     reads, matters = roots(module, fit)
-    w = module.weight.detach().double()[..., None].flatten(2).unflatten(0, (channels(module)[2], -1))
+    w = module.weight.detach().double()[..., None].flatten(2).unflatten(0, (channels_per_group(module)[2], -1))
     w = w.transpose(1, 2) if getattr(module, "transposed", False) else w
     w = torch.einsum("gts,gsck,gcd->gtdk", matters.root, w, reads.root)
     return w.square().sum().item()

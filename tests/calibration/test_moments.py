@@ -13,7 +13,7 @@ from fxlrd.calibration.moments import LARGEST, PATCHES, moments, seen, sweep
 from fxlrd.calibration.patches import patches
 from fxlrd.graph.facts import output_moments, statistics
 from fxlrd.graph.inputs import Inputs
-from fxlrd.layers.fit import Moments, Seen
+from fxlrd.layers.fit import Moments, Statistics
 from fxlrd.layers.kinds import channel_axis
 
 
@@ -376,8 +376,8 @@ def test_what_was_seen_of_another_layer_fits_none():
     assert saw.fit(nn.Conv2d(4, 4, 3)) is None
     assert saw.fit(nn.Linear(4, 2)) is None
     assert saw.fit(nn.Conv2d(3, 4, 5)).patches is None, "the patches are of another kernel"
-    assert Seen().fit(nn.Conv2d(3, 4, 3)) is None
-    assert Seen(Moments.empty(3, torch.device("cpu"))).fit(nn.Conv2d(3, 4, 3)) is None, "it has seen nothing"
+    assert Statistics().fit(nn.Conv2d(3, 4, 3)) is None
+    assert Statistics(Moments.empty(3, torch.device("cpu"))).fit(nn.Conv2d(3, 4, 3)) is None, "it has seen nothing"
 
 
 class Twice(nn.Module):
@@ -403,10 +403,10 @@ def test_all_calls_of_a_layer_add_up():
 
 def test_a_sum_knows_only_what_both_know():
     a, b = Moments.empty(3, torch.device("cpu")), Moments.empty(3, torch.device("cpu"))
-    both = Seen(a, a, torch.eye(2)) + Seen(b)
+    both = Statistics(a, a, torch.eye(2)) + Statistics(b)
     assert both.reads is not None
     assert both.patches is both.matters is None
-    assert (Seen() + Seen()).reads is None
+    assert (Statistics() + Statistics()).reads is None
 
 
 def test_a_layer_has_what_it_reads_along_its_own_axis():

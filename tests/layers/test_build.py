@@ -15,10 +15,10 @@ from fxlrd.factor.svd import relative_error
 from fxlrd.factor.whiten import RIDGE
 from fxlrd.graph.compare import difference
 from fxlrd.layers.build import decomposed, from_blocks, resized, skeleton, weight_blocks
-from fxlrd.layers.fit import MATTERS_RIDGE, Moments, Seen, roots
+from fxlrd.layers.fit import MATTERS_RIDGE, Moments, Statistics, roots
 from fxlrd.layers.forms import explicit_ranks, full_ranks, parameters, ranks_for_ratio, ranks_text
 from fxlrd.layers.forms import form as layers_form
-from fxlrd.layers.kinds import CONVS, Conv, channel_axis, channels, kernel_area, kernel_text, op, spatial_dims
+from fxlrd.layers.kinds import CONVS, Conv, channel_axis, channels_per_group, kernel_area, kernel_text, op, spatial_dims
 from fxlrd.layers.kinds import TRANSPOSED as layers_TRANSPOSED
 
 SIZES = (9, 7, 6)
@@ -68,7 +68,7 @@ def linears(draw):
 @st.composite
 def with_ranks(draw, modules, full=False):
     module = draw(modules)
-    c_in, c_out, _ = channels(module)
+    c_in, c_out, _ = channels_per_group(module)
     if layers_form(module) == "svd":
         tops = [min(c_in, c_out)]
         kept = [True]
@@ -89,7 +89,7 @@ def assert_same_outputs(found, wanted, atol):
 
 def rebuilt(module, form):
     """The weight that the factors stand for."""
-    groups = channels(module)[2]
+    groups = channels_per_group(module)[2]
     parts = {name: p.weight.detach().unflatten(0, (groups, -1)) for name, p in form.named_children()}
     transposed = {name for name, p in form.named_children() if getattr(p, "transposed", False)}
     parts = {name: w.transpose(1, 2) if name in transposed else w for name, w in parts.items()}
@@ -409,10 +409,10 @@ def test_a_transposed_layer_takes_the_size_of_its_weight(kind):
 def fitted_to(module, x, matters=None, by_patch=True):
     """What calibration on ``x`` alone would have the layer's factors fitted to."""
     read = x.movedim(channel_axis(module, x.dim()), -1).flatten(0, -2)
-    saw = Seen(Moments.empty(read.shape[1], x.device), None, matters)
+    saw = Statistics(Moments.empty(read.shape[1], x.device), None, matters)
     saw.reads.add(read)
     by_patch = by_patch and isinstance(module, CONVS) and kernel_area(module) > 1
-    if by_patch and channels(module)[2] == 1:
+    if by_patch and channels_per_group(module)[2] == 1:
         saw.patches = Moments.empty(module.weight[0].numel(), x.device)
         saw.patches.add(patches(module, x))
     return saw.fit(module)
@@ -431,7 +431,7 @@ def data(module, count=8):
 
 
 def width(module):
-    c_in, _, groups = channels(module)
+    c_in, _, groups = channels_per_group(module)
     return c_in * groups
 
 
@@ -492,7 +492,7 @@ def test_the_error_is_that_of_the_output_about_its_mean(make, ranks):
     form, error = decomposed(module, ranks, fit=fit)
     change = (module.weight - rebuilt(module, form)).detach()
     # The ridge adds to each group its share of the mean variance of what that reads.
-    groups, positions = channels(module)[2], module(x).numel() / len(module.weight)
+    groups, positions = channels_per_group(module)[2], module(x).numel() / len(module.weight)
     if fit.patches is not None:
         variance, share = fit.patches.diagonal().mean()[None], RIDGE + fit.patch_ridge
     else:
@@ -513,7 +513,7 @@ def test_the_error_is_that_of_the_output_about_its_mean(make, ranks):
 @pytest.mark.parametrize(("make", "ranks"), [p for p in FITTED if len(p.values[1]) == 1])
 def test_the_error_is_weighted_by_what_matters(make, ranks):
     module = double(make)
-    groups = channels(module)[2]
+    groups = channels_per_group(module)[2]
     matters = torch.randn(len(module.weight), 40).double().cov()
     fit = fitted_to(module, data(module), matters)
     form, error = decomposed(module, ranks, fit=fit)
@@ -557,7 +557,7 @@ def test_a_transposed_conv_is_fitted_to_what_each_output_sees(make, ranks, weigh
     fit = fitted_to(module, x)
     axis = channel_axis(module, x.dim())
     centred = x - fit.mean.view(-1, *[1] * (x.dim() - axis - 1))
-    groups = channels(module)[2]
+    groups = channels_per_group(module)[2]
     variance = fit.second.diagonal().unflatten(0, (groups, -1)).mean(1) * (RIDGE + fit.ridge)
     without = torch.zeros(12).double()
 
@@ -655,7 +655,7 @@ POOR = {
 def test_poor_data_give_a_form_that_is_fit_for_use(poor, make, ranks, dtype, matters):
     module = make().to(dtype)
     x = data(module)
-    _, c_out, groups = channels(module)
+    _, c_out, groups = channels_per_group(module)
     gamma = None if matters is None else matters * torch.eye(c_out * groups)
     form, error = decomposed(module, ranks, fit=fitted_to(module, POOR[poor](x), gamma))
     assert 0 <= error <= 1

@@ -14,7 +14,7 @@ from fxlrd.graph import cost
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.forms import parameters, ranks_for_ratio, ranks_text
-from fxlrd.layers.kinds import layer
+from fxlrd.layers.kinds import as_layer
 from fxlrd.passes import Allocate, Calibrate, Decompose, Merge
 from fxlrd.passes import allocate as module_under_test
 from fxlrd.timing import layers as layer_latency
@@ -184,7 +184,7 @@ def clock(monkeypatch):
     """A device whose layers take a microsecond a weight, and the rest of the network a thousand."""
 
     def of_ranks(place, group, under_inductor, seconds):
-        whole = layer(place.original).weight.numel()
+        whole = as_layer(place.original).weight.numel()
         found = {layer_latency.ORIGINAL: Timing(whole * 1e-6)}
         for ranks in group:
             cheap = parameters(place.original, ranks)
@@ -195,7 +195,7 @@ def clock(monkeypatch):
         return {str(r): Timing(r * 1e-6, r / ranks[0]) for r in ranks}
 
     def seconds(gm) -> float:
-        return (1000 + sum(layer(m).weight.numel() for m in layers(gm).values())) * 1e-6
+        return (1000 + sum(as_layer(m).weight.numel() for m in layers(gm).values())) * 1e-6
 
     monkeypatch.setattr(layer_latency, "_time", of_ranks)
     monkeypatch.setattr(module_under_test, "time_group", of_group)
