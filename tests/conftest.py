@@ -1,18 +1,27 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 
+@pytest.fixture(scope="session")
+def cache_folders(tmp_path_factory):
+    """Paths of folders that do not exist yet, each other than all before."""
+    parent = tmp_path_factory.mktemp("caches")
+    return (parent / str(i) for i in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _fresh(tmp_path_factory, monkeypatch):
+def isolated(cache_folders, monkeypatch):
     """Each test has its own timing cache and starts from the same random state."""
-    monkeypatch.setenv("FXLRD_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("FXLRD_CACHE_DIR", str(next(cache_folders)))
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def fresh_dynamo(_fresh):
+def fresh_dynamo(isolated):
     """Nothing that Dynamo compiled before or in this test outlives it."""
     torch._dynamo.reset()
     yield

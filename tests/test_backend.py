@@ -22,7 +22,7 @@ EAGER = {"inner": "eager"}
 
 
 @pytest.fixture(autouse=True)
-def _reset(_fresh):
+def _reset(isolated):
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -279,7 +279,7 @@ def test_gradient_of_the_input():
 # Never stale, never foreign
 
 
-@pytest.mark.parametrize("inner", cases(["eager", "aot_eager", "inductor"], slow=["inductor"]))
+@pytest.mark.parametrize("inner", cases(["eager", "aot_eager", "inductor"], slow=["aot_eager", "inductor"]))
 @torch.no_grad()
 def test_two_instances_take_turns(inner, monkeypatch):
     a, b, x = net(0), net(1), images()
@@ -527,6 +527,7 @@ def test_dynamic_shapes(inner):
         close(f(images(5)), expected(model, images(5)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch.no_grad()
 def test_new_weights_that_call_for_another_graph(dynamic, monkeypatch):
@@ -577,6 +578,7 @@ class Broken(Net):
         return self.fc(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_graph_breaks():
     torch.manual_seed(0)
@@ -592,6 +594,7 @@ def test_graph_breaks():
         compiled(model, fullgraph=True)(x)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_fullgraph():
     model, x = net(), images()
@@ -670,6 +673,7 @@ def test_the_random_state_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_buffers_are_not_written_while_verifying():
     class Counting(Net):
@@ -689,6 +693,7 @@ def test_buffers_are_not_written_while_verifying():
     assert model.layer1[0].bn1.num_batches_tracked == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiles_once():
     counter = CompileCounterWithBackend("fxlrd")

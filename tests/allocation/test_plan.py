@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torchvision.models import efficientnet_b0, resnet18
@@ -44,11 +45,13 @@ def check(model: nn.Module, x: torch.Tensor, plan: Plan) -> None:
     assert all(torch.equal(v, before[k]) for k, v in gm.state_dict().items()), "the graph is not written into"
 
 
+@pytest.mark.slow
 def test_the_sketch_of_a_residual_network():
     plan = Plan({"layer2.1.conv2": (20, 24), "layer4.1.conv1": (None, 64), "fc": (32,)}, {"layer1.0.conv1": 24})
     check(resnet18().eval(), torch.randn(2, 3, 32, 32), plan)
 
 
+@pytest.mark.slow
 def test_the_sketch_of_a_squeeze_excitation_in_channels_last():
     plan = Plan({"features.8.0": (64,)}, {"features.3.0.block.0.0": 72})
     model = efficientnet_b0().eval().to(memory_format=torch.channels_last)

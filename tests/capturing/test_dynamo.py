@@ -15,7 +15,7 @@ from fxlrd.pipeline import Pipeline
 
 
 @pytest.fixture(autouse=True)
-def _reset(_fresh):
+def _reset(isolated):
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

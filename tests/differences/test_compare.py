@@ -520,6 +520,7 @@ def test_a_defect_is_trouble_and_not_a_difference(capsys, monkeypatch):
     assert "KeyError: 'defect'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_passes_and_steps_on_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     path = tmp_path / "d.json"
@@ -564,6 +565,7 @@ def test_a_terminal_that_has_no_arrows(capsys, monkeypatch):
     assert rb"rewritten 1 \u2192 3" in sys.stdout.buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_the_environment_may_ask_for_colour_or_against_it(capsys, monkeypatch):
     command = [*MODEL, "--passes", "decompose{ranks=4}"]
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -134,7 +134,7 @@ def again(model: nn.Module, x: Inputs, form: str, **options: Any) -> fxlrd.Resul
     return fxlrd.compress(model, x, measure=False, **options)
 
 
-@pytest.fixture(scope="module", params=cases(CASES, slow=["bert-lrd", "hf_vit-lrd"]))
+@pytest.fixture(scope="module", params=cases(CASES, slow=["vit-lrd", "vit-merge", "bert-lrd", "hf_vit-lrd"]))
 def case(request) -> Case:
     kind, form = request.param.split("-")
     return compressed(globals()[kind], form)
@@ -229,6 +229,7 @@ def test_jit_trace(case):
     assert same(traced(**few(x)), model(**few(x)))
 
 
+@pytest.mark.slow
 def test_torch_compile(case):
     torch.compiler.reset()
     run = torch.compile(case.model, backend="aot_eager", fullgraph=True)

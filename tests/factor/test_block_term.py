@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fxlrd.factor.block_term import Blocks, block_term
+from tests.support.cases import cases
 
 
 def orthogonal(n: int) -> torch.Tensor:
@@ -55,7 +56,7 @@ SIZES = [(1, 1), (2, 2), (3, 5), (5, 3), (8, 8), (1, 4), (12, 4)]
 
 @pytest.mark.parametrize("equal", [False, True], ids=["", "equal"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("groups", [2, 4, 8])
+@pytest.mark.parametrize("groups", cases([2, 4, 8], slow=[8]))
 def test_hidden_blocks_are_found(groups, size, equal):
     for seed in range(5):
         torch.manual_seed(seed)
@@ -86,7 +87,7 @@ def test_one_position_is_diagonal_in_its_singular_bases(groups):
     assert block_term(core, groups).retained > 1 - 1e-9
 
 
-@pytest.mark.parametrize("r", [16, 48])
+@pytest.mark.parametrize("r", cases([16, 48], slow=[48]))
 def test_rotated_blocks_of_trained_spectra_retain_clearly_more_than_unrotated_ones(r):
     for seed in range(3):
         torch.manual_seed(seed)

@@ -80,6 +80,7 @@ def reasons(result) -> dict[str, str]:
 # -- the predicted error
 
 
+@pytest.mark.slow
 def test_the_predicted_error_orders_changes_of_single_layers_as_the_measured_one():
     model, x, unseen = network(), images(128), images(128)
     gm = calibrated(model, x)
@@ -113,6 +114,7 @@ def test_the_predicted_error_of_a_merge_is_in_the_same_unit():
     assert 0.75 < factors.median() < 1.25, "and in size"
 
 
+@pytest.mark.slow
 def test_the_predicted_error_orders_whole_plans_as_the_measured_one():
     model, x, unseen = network(), images(128), images(128)
     gm = calibrated(model, x)

@@ -107,6 +107,7 @@ def test_a_step_moves_what_trains_and_nothing_else():
     assert {"3.last.bias", "9.last.bias"} <= moved, "biases train on"
 
 
+@pytest.mark.slow
 def test_under_compile():
     x = images()
     gm = Freeze()(decomposed(x)).graph_module

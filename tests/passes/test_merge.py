@@ -171,6 +171,7 @@ def test_the_network_is_that_with_interpolative_factors(name, monkeypatch):
     assert gap(out, model(unseen)) > 1e-4, "something was cut"
 
 
+@pytest.mark.slow
 def test_kept_channels_and_interpolation_come_from_the_moments_on_the_nodes(monkeypatch):
     model, x = randomised(models.resnet18()), images(64)
     original = calibrated(model, x)
@@ -899,6 +900,7 @@ def test_frozen_weights_stay_frozen(mode):
         assert not any(p.requires_grad for p in gm.parameters())
 
 
+@pytest.mark.slow
 def test_merging_goes_before_what_decomposes():
     model, x = randomised(models.resnet18()), images(64, batch=2)
     gm = Merge()(calibrated(model, x)).graph_module
@@ -960,6 +962,7 @@ def test_a_plan_is_carried_out():
     assert not Merge(snap=True)(gm).modified
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_cut_on_both_sides_knows_what_its_remaining_outputs_matter():
     """A squeeze-excitation's second layer loses outputs with the expansion, then inputs with the first one."""
     model, x = randomised(models.mobilenet_v3_small()), images(32)

@@ -351,6 +351,7 @@ def test_a_comparison_has_a_page(report, variants, tmp_path):
     assert "a processor" in comparison.to_table()
 
 
+@pytest.mark.slow
 def test_importing_fxlrd_does_not_import_jinja():
     script = (
         "import sys, torch; before = set(sys.modules); import fxlrd; "

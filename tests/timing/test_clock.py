@@ -294,6 +294,7 @@ def test_compiled_has_a_code_object_of_its_own(monkeypatch):
     assert all(torch.equal(call(x), module(x)) for call in calls)
 
 
+@pytest.mark.slow
 def test_compiled_really_freezes_the_weights():
     module, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4)
     call = compiled(module)
