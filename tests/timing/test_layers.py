@@ -44,7 +44,7 @@ def test_a_place_is_the_input_that_the_layer_sees():
 
 def test_without_shapes_it_says_what_is_missing():
     gm = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4)))
-    assert "give example inputs" in placed(calls(gm, "0")[0], gm.get_submodule("0"))
+    assert "give example inputs" in str(placed(calls(gm, "0")[0], gm.get_submodule("0")))
 
 
 def test_ratios_are_to_the_original_and_each_group_has_it(timed, monkeypatch):
