@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,28 +10,19 @@ import torch
 from torch import fx, nn
 
 from fxlrd.budget import Budget
-from fxlrd.calibration.holdout import let_go
 from fxlrd.capturing.model import capture_any
-from fxlrd.capturing.watch import counted
 from fxlrd.differences.compare import diff
-from fxlrd.errors import FxlrdError, VerificationError, one_line
-from fxlrd.graph import cost
-from fxlrd.graph.captured import captured, runnable
-from fxlrd.graph.compare import difference, rounding
-from fxlrd.graph.cost import Cost
-from fxlrd.graph.facts import forget
+from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import independent_copy, structural_copy, undo
-from fxlrd.graph.run import evaluating, seeded, unmoved
+from fxlrd.graph.run import evaluating, unmoved
+from fxlrd.installation import install
 from fxlrd.passes.contract import Pass
-from fxlrd.pipeline import Pipeline, Record
-from fxlrd.progress import Progress, bar, quiet
-from fxlrd.report.report import Report, figures
-from fxlrd.report.rows import layer_rows
+from fxlrd.pipeline import Pipeline
+from fxlrd.progress import bar, quiet
+from fxlrd.report.report import Report
 from fxlrd.report.table import summary
 from fxlrd.request import check_context, check_model, pipeline_for
-from fxlrd.saving.architecture import lay_out, lay_out_graph, remember, shapes_before
-from fxlrd.timing.cache import Setting
+from fxlrd.saving.architecture import shapes_before
 from fxlrd.timing.clock import Timing, compare
 from fxlrd.timing.inductor import compiled
 
@@ -99,7 +89,7 @@ def compress(
     """
     check_context()
     check_model(model, inplace)
-    steps = pipeline_for(
+    passes = pipeline_for(
         ratio=ratio,
         preset=preset,
         pipeline=pipeline,
@@ -108,80 +98,27 @@ def compress(
         calibration=calibration,
         compile=compile,
     )
-    inputs = Inputs.of(example_inputs)
-    show: Progress[Any] = bar if progress else quiet
-    original = capture_any(model, inputs, shapes_before(model))
-    done = steps(original, verify=verify, progress=show)
-    gm = done.graph_module
-    capture = captured(original)
-    assert capture is not None
-    warnings = list(capture.warnings)
-    # Run before anything is put into the model.
-    reference = seeded(model, inputs) if capture.user_forward else None
-    timings = _measure(model, original, gm, inputs, compile) if measure else {}
-    if timings and done.modified and not timings["after"].faster():
-        warnings.append(
-            f"not faster than the original here: {1 / timings['after'].ratio:.2f}× its speed; "
-            "try a larger ratio, the ranks preset, or another batch size"
-        )
-    # What no node stands for stays in the model: layers that are never called in eval mode, and all around regions.
-    stays = inplace or capture.user_forward
-    outside = Cost(cost.params(model) - cost.params(original) if stays else 0, capture.outside.flops)
-    last = None
-    if not stays:
-        compressed: nn.Module = _independent(gm, model)
-        remember(compressed, lay_out_graph(model, original, gm))
-    else:
-        compressed, last = _install(gm, original, model, inplace)
-    after = figures(gm, timings.get("after"), outside)
-    if last is not None:  # a graph has one call of a region for each shape of its inputs; the model may have more
-        after["flops"] = last[1]
-    report = Report(
+    original = capture_any(model, Inputs.of(example_inputs), shapes_before(model))
+    run = passes(original, verify=verify, progress=bar if progress else quiet)
+    timings = _timed(model, original, run.graph_module, compile) if measure else {}
+    installed = install(original, run.graph_module, model, inplace=inplace, verify=verify)
+    report = Report.of(
+        original,
+        run,
+        installed,
         model=type(model).__name__,
-        device=Setting.here(_device(model, inputs), compile).device,
-        settings=_settings(steps, inputs, compile, timings),
-        before=figures(original, timings.get("before"), outside),
-        after=after,
-        layers=layer_rows(original, gm, done.ledger, dropped=not stays),
-        passes=[_pass_row(record) for record in done.ledger],
-        warnings=warnings,
-        ledger=done.ledger,
-        diff=diff(original, gm, report=done.ledger).to_dict(),
+        device=device_of(model, captured_or_bare(original).inputs),
+        pipeline=passes,
+        under_inductor=compile,
+        timings=timings,
+        diff=diff(original, run.graph_module, report=run.ledger).to_dict(),
     )
-    if last is not None and verify:
-        report.settings["output_error"] = _moved(last[0], reference)
-    return Result(compressed, report)
+    return Result(installed.model, report)
 
 
-def _last_run(model: nn.Module, inputs: Inputs) -> tuple[Any, int]:
-    try:
-        return counted(model, inputs)
-    except FxlrdError as error:
-        cause = one_line(error.__cause__ or error)
-        raise VerificationError(f"the compressed model fails on the example inputs: {cause}") from error
-
-
-def _moved(outputs: Any, reference: Any) -> float | None:
-    """Return how far the whole model's outputs lie from the original's, relative; None where they do not compare."""
-    if not any(t.numel() for t in tensors(reference)):  # such as a detector that finds nothing
-        return None
-    try:
-        return difference(tensors(outputs), tensors(reference), "output").relative
-    except VerificationError:  # a detector may find another number of boxes
-        return None
-
-
-def _device(model: nn.Module, inputs: Inputs) -> torch.device:
-    found = next(model.parameters(), None)
-    given = found if found is not None else next(iter(tensors((inputs.args, inputs.kwargs))))
-    return given.device
-
-
-def _measure(
-    model: nn.Module, original: fx.GraphModule, gm: fx.GraphModule, inputs: Inputs, under_inductor: bool
-) -> dict[str, Timing]:
-    """Time the user's model and the result side by side."""
-    inputs = inputs.fresh()
+def _timed(model: nn.Module, original: fx.GraphModule, gm: fx.GraphModule, under_inductor: bool) -> dict[str, Timing]:
+    """Time the model ``before`` and ``after``, side by side."""
+    inputs = captured_or_bare(original).inputs.fresh()
     new = runnable(gm)
     with torch.no_grad(), unmoved(model), evaluating(model), evaluating(new):
         before, after = (compiled(runnable(original)), compiled(new)) if under_inductor else (model, new)
@@ -190,97 +127,12 @@ def _measure(
                 "before": lambda: before(*inputs.args, **inputs.kwargs),
                 "after": lambda: after(*inputs.args, **inputs.kwargs),
             },
-            _device(model, inputs),
+            device_of(model, inputs),
             seconds=4.0,
         )
 
 
-def _settings(steps: Pipeline, inputs: Inputs, under_inductor: bool, timings: dict[str, Timing]) -> dict[str, Any]:
-    given = tensors((inputs.args, inputs.kwargs))
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = any(
-        t.dim() in formats and t.is_contiguous(memory_format=formats[t.dim()]) and not t.is_contiguous() for t in given
-    )
-    settings: dict[str, Any] = {
-        "pipeline": str(steps),
-        "inputs": inputs.describe(),
-        "layout": "channels_last" if last else "contiguous",
-        "compile": under_inductor,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    settings["mode"] = (
-        f"{settings['layout']}, {'Inductor' if under_inductor else 'eager'}, {settings['threads']} threads, "
-        f"torch {settings['torch']}"
-    )
-    if timings:
-        ratio, spread = timings["after"].ratio, timings["after"].spread
-        settings["speedup"] = 1 / ratio
-        settings["speedup_spread"] = spread / ratio**2
-    return settings
-
-
-def _pass_row(record: Record) -> dict[str, Any]:
-    return {
-        "name": record.name,
-        "text": record.text,
-        "exact": record.exact,
-        "sites": [{"name": site.name, "note": site.note} for site in record.sites],
-        "skipped": [{"name": skip.name, "reason": str(skip.reason)} for skip in record.skipped],
-        "max_abs_error": record.max_abs_error,
-        "relative_error": record.relative_error,
-        "step_error": record.step_error,
-        "seconds": record.seconds,
-        "params": record.params,
-        "flops": record.flops,
-        "depth": record.depth,
-        "note": record.note,
-    }
-
-
-def _independent(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
-    """Return a copy that shares no tensor with ``model`` and does not keep it alive."""
-    let_go(gm)
-    result = copy.deepcopy(gm)
-    forget(result)  # neither the example inputs nor an executed plan belong in a saved model
-    _restore_modes(result, model)
-    return result
-
-
-def _restore_modes(result: nn.Module, model: nn.Module) -> None:
-    """Give each module the mode of its namesake in ``model``, or of the nearest module around that."""
-    modes = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
-    for name, module in result.named_modules(remove_duplicate=False):
-        around = name
-        while around not in modes:
-            around = around.rpartition(".")[0]
-        module.training = modes[around]
-
-
-def _install(
-    gm: fx.GraphModule, original: fx.GraphModule, model: nn.Module, inplace: bool
-) -> tuple[nn.Module, tuple[Any, int] | None]:
-    """Return ``model``, or a copy of it, with the rewritten layers in it under their names.
-
-    Where the graph is of regions, also its outputs and FLOPs then. Undone if it computes anything else than the graph.
-    """
-    capture = captured(original)
-    assert capture is not None
-    target = model if inplace else structural_copy(model)
-    last = None
-    before = capture.install(gm, target)
-    try:
-        moved = capture.difference_inside(target, gm)
-        if capture.user_forward:
-            last = _last_run(target, capture.inputs)
-        if moved.relative > rounding(list(model.parameters())):
-            raise VerificationError(f"the outputs differ by {moved.relative:.2g}")
-    except BaseException as error:
-        undo(target, before)
-        if not isinstance(error, FxlrdError):
-            raise
-        remedy = "name what reads them in skip=" if capture.user_forward else "use inplace=False"
-        raise VerificationError(f"the model does not use its layers as its graph does ({error}); {remedy}") from error
-    result = target if inplace else independent_copy(target)
-    remember(result, lay_out(target, model, before))
-    return result, last
+def device_of(model: nn.Module, inputs: Inputs) -> torch.device:
+    """Return the device of the model's first parameter or, if it has none, of its first input."""
+    parameter = next(model.parameters(), None)
+    return parameter.device if parameter is not None else tensors((inputs.args, inputs.kwargs))[0].device

@@ -22,7 +22,7 @@ FLOORS = (
     ("report",),
     ("pipeline",),
     ("spec",),
-    ("finetuning",),
+    ("finetuning", "installation"),
     ("passes",),
     ("allocation", "saving"),
     ("calibration", "timing", "capturing"),

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxlrd.files import write_out
 from fxlrd.graph import cost
 from fxlrd.graph.captured import captured_or_bare
-from fxlrd.graph.cost import NOTHING, Cost
-from fxlrd.pipeline import Record
+from fxlrd.graph.cost import Cost
+from fxlrd.graph.inputs import Inputs, tensors
+from fxlrd.installation import Installed
+from fxlrd.pipeline import Pipeline, PipelineResult, Record
 from fxlrd.report import table
+from fxlrd.report.advice import advice
+from fxlrd.report.rows import PassRow, layer_rows
+from fxlrd.timing.cache import Setting
 from fxlrd.timing.clock import Timing
+
+_MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True, repr=False)
 class Report:
     """The figures of one compression.
 
-    ``before`` and ``after`` have params, flops (for the example inputs, 2 × multiply-adds), depth and
-    latency_ms (None if not measured). ``layers`` has a dict for every conv and linear layer of the original,
-    ``passes`` one for each pass, as `to_dict` gives them. ``diff`` is the graph before against that after, as plain
-    data (`fxlrd.diff`).
+    Attributes:
+        model: the name of the model's class.
+        device: the processor that it ran on.
+        settings: ``pipeline`` in text form, ``inputs``, ``layout`` (memory format), ``compile``, ``threads``,
+            ``torch``, ``mode`` (these in words); ``speedup`` and ``speedup_spread`` if the model was timed;
+            ``output_error`` (relative) of a model that could not be captured as one graph.
+        before: ``params``, ``flops`` (2 × multiply-adds, for the example inputs), ``depth`` and ``latency_ms`` of the
+            original; None for what is not known.
+        after: the same of the compressed model.
+        layers: a dict for every conv and linear layer of the original, see `fxlrd.report.rows.LayerRow`.
+        passes: a dict for each pass, see `fxlrd.report.rows.PassRow`.
+        warnings: what capture had to freeze or leave out, and what to try where the result is slow or inaccurate.
+        ledger: the records of the passes.
+        diff: the graph before against the graph after, as `fxlrd.diff` gives it as plain data.
     """
 
     model: str
@@ -38,14 +57,38 @@ class Report:
     ledger: tuple[Record, ...] = field(default=())
     diff: dict[str, Any] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data, fit for JSON."""
-        names = ("model", "device", "settings", "before", "after", "layers", "passes", "warnings")
-        return {name: getattr(self, name) for name in names}
+    @classmethod
+    def of(
+        cls,
+        original: fx.GraphModule,
+        run: PipelineResult,
+        installed: Installed,
+        *,
+        model: str,
+        device: torch.device,
+        pipeline: Pipeline,
+        under_inductor: bool,
+        timings: Mapping[str, Timing],
+        diff: dict[str, Any],
+    ) -> Report:
+        """Return the report on what ``pipeline`` made of the graph ``original``.
 
-    def to_table(self) -> str:
-        """Return the report as text: the headline, the passes, the layers."""
-        return table.report_text(self.to_dict())
+        ``timings`` are those of the model ``before`` and ``after``, or empty.
+        """
+        capture, gm = captured_or_bare(original), run.graph_module
+        rows = layer_rows(original, gm, run.ledger, dropped=not installed.complete)
+        return cls(
+            model=model,
+            device=Setting.here(device, under_inductor).device,
+            settings=_settings(pipeline, capture.inputs, under_inductor, timings, installed),
+            before=_figures(original, installed.outside, timings.get("before")),
+            after=_figures(gm, installed.outside, timings.get("after"), installed.flops),
+            layers=[asdict(row) for row in rows],
+            passes=[asdict(PassRow.of(record)) for record in run.ledger],
+            warnings=[*capture.warnings, *advice(timings.get("after") if run.modified else None)],
+            ledger=run.ledger,
+            diff=diff,
+        )
 
     def __repr__(self) -> str:
         return f"Report({table.summary(self.to_dict())})"
@@ -55,6 +98,15 @@ class Report:
         from fxlrd.report.html import fragment
 
         return fragment(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data, fit for JSON."""
+        names = ("model", "device", "settings", "before", "after", "layers", "passes", "warnings")
+        return {name: getattr(self, name) for name in names}
+
+    def to_table(self) -> str:
+        """Return the report as text: the headline, the passes, the layers."""
+        return table.report_text(self.to_dict())
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one page that needs nothing else: no server, no network."""
@@ -67,14 +119,54 @@ class Report:
         return table.ranks_table(self.ledger, self.layers)
 
 
-def figures(gm: fx.GraphModule, latency: Timing | None = None, outside: Cost = NOTHING) -> dict[str, Any]:
-    """Return params, flops, depth and latency_ms of a propagated graph module, and of what is outside of it.
+def _figures(
+    gm: fx.GraphModule, outside: Cost, latency: Timing | None = None, flops: int | None = None
+) -> dict[str, Any]:
+    """Return the figures of a model: of its propagated graph and of what is ``outside`` of that.
 
-    The depth of regions alone is not that of the model: None.
+    ``flops`` are those of the model where it was run by itself.
     """
     return {
         "params": cost.params(gm) + outside.params,
-        "flops": cost.flops(gm) + outside.flops,
+        "flops": cost.flops(gm) + outside.flops if flops is None else flops,
         "depth": captured_or_bare(gm).depth(gm),
         "latency_ms": None if latency is None else latency.seconds * 1e3,
     }
+
+
+def _settings(
+    pipeline: Pipeline,
+    inputs: Inputs,
+    under_inductor: bool,
+    timings: Mapping[str, Timing],
+    installed: Installed,
+) -> dict[str, Any]:
+    layout = "channels_last" if _channels_last(inputs) else "contiguous"
+    threads, version = torch.get_num_threads(), torch.__version__
+    settings: dict[str, Any] = {
+        "pipeline": str(pipeline),
+        "inputs": inputs.describe(),
+        "layout": layout,
+        "compile": under_inductor,
+        "threads": threads,
+        "torch": version,
+        "mode": f"{layout}, {'Inductor' if under_inductor else 'eager'}, {threads} threads, torch {version}",
+    }
+    if timings:
+        ratio, spread = timings["after"].ratio, timings["after"].spread
+        settings["speedup"] = 1 / ratio
+        settings["speedup_spread"] = spread / ratio**2
+    if installed.output_error is not None:
+        settings["output_error"] = installed.output_error.relative
+    return settings
+
+
+def _channels_last(inputs: Inputs) -> bool:
+    """Whether any input is in channels_last memory format and not contiguous as well."""
+    for tensor in tensors((inputs.args, inputs.kwargs)):
+        memory_format = _MEMORY_FORMATS.get(tensor.dim())
+        if memory_format is None or tensor.is_contiguous():
+            continue
+        if tensor.is_contiguous(memory_format=memory_format):
+            return True
+    return False

@@ -1,0 +1,137 @@
+"""What a compression hands back: the rewritten graph itself, or the user's model with the graph's layers in it.
+
+The user's model keeps its own class and forward where only regions of it could be captured, and where it is to be
+changed in place. Its outputs must then be those of the graph; where they are not, everything is put back.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from fxlrd.calibration.holdout import let_go
+from fxlrd.capturing.watch import counted
+from fxlrd.errors import FxlrdError, VerificationError, one_line
+from fxlrd.graph import cost
+from fxlrd.graph.captured import Captured, captured_or_bare
+from fxlrd.graph.compare import difference, rounding
+from fxlrd.graph.cost import NOTHING, Cost
+from fxlrd.graph.facts import forget
+from fxlrd.graph.inputs import Inputs, tensors
+from fxlrd.graph.regions import independent_copy, structural_copy, undo
+from fxlrd.graph.run import seeded
+from fxlrd.saving.architecture import lay_out, lay_out_graph, remember
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """The relative error of the whole model's outputs; None if they do not compare: a detector may find more boxes."""
+
+    relative: float | None
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A compressed model.
+
+    Attributes:
+        model: it shares no tensor with the original unless it is the original, changed in place.
+        complete: whether it also holds what no node of the graph stands for, such as layers that eval mode never calls.
+        outside: the cost of that, before and after.
+        flops: of the model, where counted in a run of its own; None: those of the graph and ``outside``.
+        output_error: of a model that runs the user's forward; None for a graph, whose passes were verified.
+    """
+
+    model: nn.Module
+    complete: bool
+    outside: Cost = NOTHING
+    flops: int | None = None
+    output_error: OutputError | None = None
+
+
+def install(
+    original: fx.GraphModule, gm: fx.GraphModule, model: nn.Module, *, inplace: bool, verify: bool
+) -> Installed:
+    """Return what ``gm``, which passes made of ``original``, is as a model for the user of ``model``.
+
+    ``verify`` measures the error of a model that runs the user's forward. Raises VerificationError, and leaves
+    ``model`` as it was, if the user's forward does not use the layers as the graph does.
+    """
+    capture = captured_or_bare(original)
+    if inplace or capture.user_forward:
+        return _inside(capture, cost.params(original), gm, model, inplace, verify)
+    result = _independent(gm, model)
+    remember(result, lay_out_graph(model, original, gm))
+    return Installed(result, complete=False)
+
+
+def _independent(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """Return a copy that shares no tensor with ``model`` and does not keep it alive."""
+    let_go(gm)
+    result = copy.deepcopy(gm)
+    forget(result)  # neither the example inputs nor an executed plan belong in a saved model
+    _restore_modes(result, model)
+    return result
+
+
+def _restore_modes(result: nn.Module, model: nn.Module) -> None:
+    """Give each module the mode of the module of this name in ``model``, or of the nearest one that contains it."""
+    modes = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
+    for name, module in result.named_modules(remove_duplicate=False):
+        container = name
+        while container not in modes:
+            container = container.rpartition(".")[0]
+        module.training = modes[container]
+
+
+def _inside(
+    capture: Captured, graph_params: int, gm: fx.GraphModule, model: nn.Module, inplace: bool, verify: bool
+) -> Installed:
+    outside = Cost(cost.params(model) - graph_params, capture.outside.flops)
+    reference = seeded(model, capture.inputs) if capture.user_forward and verify else None
+    target = model if inplace else structural_copy(model)
+    replaced = capture.install(gm, target)
+    try:
+        outputs, flops = _checked(capture, gm, target)
+    except BaseException as error:
+        undo(target, replaced)
+        if not isinstance(error, FxlrdError):
+            raise
+        remedy = "name what reads them in skip=" if capture.user_forward else "use inplace=False"
+        raise VerificationError(f"the model does not use its layers as its graph does ({error}); {remedy}") from error
+    result = target if inplace else independent_copy(target)
+    remember(result, lay_out(target, model, replaced))
+    output_error = _output_error(outputs, reference) if capture.user_forward and verify else None
+    return Installed(result, True, outside, flops, output_error)
+
+
+def _checked(capture: Captured, gm: fx.GraphModule, target: nn.Module) -> tuple[Any, int | None]:
+    """Check ``target``, with the layers of ``gm`` in it, against ``gm``. Return outputs and FLOPs of a user's forward.
+
+    A graph has one call of a region for each shape of its inputs. The model may make more: its FLOPs are counted.
+    """
+    moved = capture.difference_inside(target, gm)
+    outputs, flops = _run_counted(target, capture.inputs) if capture.user_forward else (None, None)
+    if moved.relative > rounding(list(target.parameters())):
+        raise VerificationError(f"the outputs differ by {moved.relative:.2g}")
+    return outputs, flops
+
+
+def _run_counted(model: nn.Module, inputs: Inputs) -> tuple[Any, int]:
+    try:
+        return counted(model, inputs)
+    except FxlrdError as error:
+        cause = one_line(error.__cause__ or error)
+        raise VerificationError(f"the compressed model fails on the example inputs: {cause}") from error
+
+
+def _output_error(outputs: Any, reference: Any) -> OutputError:
+    if not any(t.numel() for t in tensors(reference)):  # a detector that finds nothing
+        return OutputError(None)
+    try:
+        return OutputError(difference(tensors(outputs), tensors(reference), "output").relative)
+    except VerificationError:
+        return OutputError(None)
