@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,12 +32,6 @@ Axis = tuple[int, int]
 def moments(node: fx.Node, axis: int, block: int = 1) -> Moments | None:
     """Return the moments that a sweep has left on the node: of the channels along ``axis``, ``block`` entries each."""
     return (output_moments(node) or {}).get((axis, block))
-
-
-def seen(nodes: Iterable[fx.Node]) -> Statistics | None:
-    """Return what calibration saw of a layer over all its calls; ``nodes`` are those, or those of its factors."""
-    found = list({id(each): each for n in nodes if (each := statistics(n)) is not None}.values())
-    return functools.reduce(operator.add, found) if found else None
 
 
 def sweep(

@@ -31,6 +31,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.node import has_side_effect
 
 from fxlrd.errors import FxlrdError
+from fxlrd.graph.surgery import attribute
 from fxlrd.layers.kinds import BATCH_NORMS, CONVS, LAYERS, TRANSPOSED
 
 # The signatures of torch's functions, which inspect cannot read: arguments in order, with their defaults.
@@ -105,7 +106,7 @@ def weights_of(gm: fx.GraphModule, values: Sequence[Any]) -> dict[str, Tensor]:
         if static and isinstance(value, Tensor) and not is_fake(value):
             found[node.name] = value
     for node in gm.graph.find_nodes(op="get_attr"):
-        if isinstance(value := _attribute(gm, str(node.target)), Tensor):
+        if isinstance(value := attribute(gm, str(node.target)), Tensor):
             found[node.name] = value
     return found
 
@@ -139,7 +140,7 @@ def raise_graph(gm: fx.GraphModule, weights: dict[str, Tensor]) -> Raised:
             env[node].meta = dict(node.meta)
         elif node.name not in weights:
             if node.op in ("get_attr", "call_module"):
-                attributes[str(node.target)] = _attribute(gm, str(node.target))
+                attributes[str(node.target)] = attribute(gm, str(node.target))
             env[node] = graph.node_copy(node, value)
             env[node].target = _AUTOCAST.get(node.target, node.target)
     new = fx.GraphModule(attributes, graph, class_name="Raised")
@@ -198,7 +199,7 @@ def lower_graph(result: fx.GraphModule, raised: Raised, gm: fx.GraphModule, froz
         if node.op == "get_attr" and target in raised.reads:
             env[node] = original(raised.reads[target])
         elif node.op == "get_attr":
-            value = _attribute(result, target)
+            value = attribute(result, target)
             attributes[target] = value
             env[node] = fetch(value, target) if isinstance(value, Tensor) else graph.node_copy(node)
         elif node.op == "call_module":
@@ -367,13 +368,6 @@ def _copied(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if hasattr(node, "_dynamo_source"):
         new._dynamo_source = node._dynamo_source
     return new
-
-
-def _attribute(gm: fx.GraphModule, target: str) -> Any:
-    found: Any = gm
-    for part in target.split("."):
-        found = getattr(found, part)
-    return found
 
 
 def _keep_metadata(new: fx.GraphModule, gm: fx.GraphModule) -> None:

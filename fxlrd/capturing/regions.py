@@ -35,7 +35,7 @@ from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import Call, Slot, copies, record, structural_copy
 from fxlrd.graph.run import evaluating
-from fxlrd.graph.surgery import annotate
+from fxlrd.graph.surgery import annotate, attribute
 
 SHAPES = 4
 """Calls of one region that stand in the graph: one for each set of argument shapes, up to so many."""
@@ -209,7 +209,7 @@ def _copied(
             if node.op in ("call_module", "get_attr"):
                 target = f"{name}.{node.target}"
                 values[node].target = target
-                value = _attribute(inner, str(node.target))
+                value = attribute(inner, str(node.target))
                 modules[target] = _stand_in(value) if isinstance(value, nn.Module) else value
     raise AssertionError("a graph has an output")
 
@@ -217,13 +217,6 @@ def _copied(
 def _identifier(name: str) -> str:
     """Return a module's name as one of a forward's argument: modules may be called 0, or a-b."""
     return "in_" + re.sub(r"\W", "_", name)
-
-
-def _attribute(model: nn.Module, target: str) -> Any:
-    value: Any = model
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _reached(gm: fx.GraphModule) -> set[str]:

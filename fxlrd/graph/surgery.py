@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from typing import Any
 
@@ -61,6 +62,11 @@ def called(gm: fx.GraphModule) -> dict[str, nn.Module]:
 def calls(gm: fx.GraphModule, target: str) -> list[fx.Node]:
     """Return the nodes that call the module ``target``, in graph order."""
     return list(gm.graph.find_nodes(op="call_module", target=target))
+
+
+def attribute(model: nn.Module, target: str) -> Any:
+    """Return the module, tensor or other value that a dotted name stands for."""
+    return functools.reduce(getattr, target.split("."), model)
 
 
 def source(node: fx.Node) -> fx.Node | None:

@@ -31,12 +31,12 @@ from fxlrd.allocation.merges import curve, mergeable, readers
 from fxlrd.allocation.plan import Plan, leave, sketch
 from fxlrd.allocation.problem import Merging, Problem
 from fxlrd.budget import Budget
-from fxlrd.calibration.moments import seen
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Captured, captured, captured_or_bare, runnable
 from fxlrd.graph.facts import FACTORS, provenance, statistics, times
 from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, replaceable, skip_reason, stem_reason
+from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import annotate, calls, fork, layers
 from fxlrd.layers.forms import no_rank, parameters, ranks_text
@@ -148,7 +148,7 @@ class Allocate:
     ) -> list[Choice] | Reason:
         """Return the layer's forms that no other beats, the original last, or why they cannot be told."""
         nodes = calls(gm, name)
-        found = seen(nodes)
+        found = statistics_of(nodes)
         fit = found.fit(module) if found is not None else None
         _, c_out, groups = channels_per_group(module)
         bias = c_out * groups * (as_layer(module).bias is not None)

@@ -25,10 +25,10 @@ from typing import ClassVar
 from torch import fx, nn
 
 from fxlrd.allocation.plan import planned
-from fxlrd.calibration.moments import seen
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, replaceable, skip_reason, stem_reason
+from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import annotate, calls, fork, layers, replace
 from fxlrd.layers.build import decomposed
 from fxlrd.layers.forms import Ranks, explicit_ranks, form, ranks_for_ratio, ranks_text
@@ -89,7 +89,7 @@ class Decompose:
             if isinstance(ranks, Reason):
                 skipped.append(Skip(_origin(gm, name), ranks))
                 continue
-            found = seen(calls(gm, name)) if self.fit else None
+            found = statistics_of(calls(gm, name)) if self.fit else None
             fit = found.fit(module) if found is not None else None
             factors, error = decomposed(module, ranks, self.sweeps, fit)
             replace(gm, name, factors, ranks, error=error, fitted=fit is not None)

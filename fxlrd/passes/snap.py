@@ -25,9 +25,9 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from fxlrd.calibration.moments import seen
 from fxlrd.errors import FxlrdError, Reason, unknown
 from fxlrd.graph.facts import Provenance, provenance
+from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls, fork, infer_shape, restore
 from fxlrd.layers.build import decomposed
 from fxlrd.layers.fit import Fit
@@ -152,7 +152,7 @@ def _fit(gm: fx.GraphModule, known: Provenance) -> Fit | None:
     """Return what the layer's present factors were fitted to, if they were."""
     if not known.fitted or known.original is None:
         return None
-    found = seen(n for n in gm.graph.nodes if (p := provenance(n)) is not None and p.name == known.name)
+    found = statistics_of(n for n in gm.graph.nodes if (p := provenance(n)) is not None and p.name == known.name)
     return found.fit(known.original) if found is not None else None
 
 

@@ -9,10 +9,11 @@ from torch import nn
 from fxlrd import FxlrdError, capture
 from fxlrd.calibration.batches import as_batches, as_inputs
 from fxlrd.calibration.importance import Effect
-from fxlrd.calibration.moments import LARGEST, PATCHES, moments, seen, sweep
+from fxlrd.calibration.moments import LARGEST, PATCHES, moments, sweep
 from fxlrd.calibration.patches import patches
 from fxlrd.graph.facts import output_moments, statistics
 from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.layer import statistics_of
 from fxlrd.layers.fit import Moments, Statistics
 from fxlrd.layers.kinds import channel_axis
 
@@ -393,12 +394,12 @@ def test_all_calls_of_a_layer_add_up():
     model, x = Twice().double(), torch.randn(4, 3, 6, 8).double()
     gm = swept(model, [x], patches=27, effects=4)
     calls = [n for n in gm.graph.nodes if n.op == "call_module"]
-    both, y = seen(calls), model.conv(x).relu().detach()
+    both, y = statistics_of(calls), model.conv(x).relu().detach()
     check(both.reads, rows(torch.cat([x, y]), 1))
     check(both.patches, torch.cat([patches(model.conv, x), patches(model.conv, y)]))
     torch.testing.assert_close(both.matters, sum(statistics(n).matters for n in calls), rtol=1e-12, atol=0)
-    assert seen([calls[0], calls[0]]) is statistics(calls[0]), "the factors of a layer share one"
-    assert seen([n for n in gm.graph.nodes if n.op != "call_module"]) is None
+    assert statistics_of([calls[0], calls[0]]) is statistics(calls[0]), "the factors of a layer share one"
+    assert statistics_of([n for n in gm.graph.nodes if n.op != "call_module"]) is None
 
 
 def test_a_sum_knows_only_what_both_know():

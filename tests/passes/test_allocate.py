@@ -9,9 +9,9 @@ from torch import nn
 from fxlrd import FxlrdError, Pipeline, capture
 from fxlrd.allocation.choices import Curve
 from fxlrd.allocation.plan import planned
-from fxlrd.calibration.moments import seen
 from fxlrd.graph import cost
 from fxlrd.graph.facts import provenance
+from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.forms import parameters, ranks_for_ratio, ranks_text
 from fxlrd.layers.kinds import as_layer
@@ -53,7 +53,7 @@ def squared_error(gm, model, x) -> float:
 
 
 def curves(gm) -> dict[str, Curve]:
-    return {name: Curve(m, seen(calls(gm, name)).fit(m)) for name, m in list(layers(gm).items())[1:]}
+    return {name: Curve(m, statistics_of(calls(gm, name)).fit(m)) for name, m in list(layers(gm).items())[1:]}
 
 
 def order(values) -> torch.Tensor:
