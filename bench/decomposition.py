@@ -18,7 +18,7 @@ from torchvision import models
 from tqdm import tqdm
 
 from fxlrd.layers.build import decomposed
-from fxlrd.layers.forms import ranks_for_ratio
+from fxlrd.layers.forms import ranks_by_ratio
 from fxlrd.layers.kinds import LAYERS
 
 ROUNDS = 3
@@ -29,7 +29,7 @@ def svd_basis(matrix: Tensor, rank: int) -> Tensor:
 
 
 def job(layers: list[nn.Module]) -> list[float]:
-    return [decomposed(layer, ranks_for_ratio(layer, 2.0))[1] for layer in layers]
+    return [decomposed(layer, ranks_by_ratio(layer, 2.0))[1] for layer in layers]
 
 
 def timed(call: Callable[[], list[float]]) -> tuple[float, list[float]]:
@@ -61,7 +61,7 @@ def main() -> None:
     optimal = 0.0
     for layer in layers:
         if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):
-            (rank,) = ranks_for_ratio(layer, 2.0)
+            (rank,) = ranks_by_ratio(layer, 2.0)
             sigma = torch.linalg.svdvals(layer.weight.detach().flatten(1).double())
             best = (sigma[rank:].square().sum() / sigma.square().sum()).sqrt().item()
             optimal = max(optimal, decomposed(layer, (rank,))[1] / best - 1)

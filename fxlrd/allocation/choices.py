@@ -28,7 +28,7 @@ from fxlrd.graph.facts import shape, times
 from fxlrd.graph.surgery import source
 from fxlrd.layers.build import weight_blocks
 from fxlrd.layers.fit import Fit, roots
-from fxlrd.layers.forms import Ranks, form, parameters, ranks_for_ratio
+from fxlrd.layers.forms import Ranks, form, parameters, ranks_by_ratio
 from fxlrd.layers.kinds import TRANSPOSED, as_layer, channel_axis, channels_per_group, kernel_area, kernel_share
 
 _STEPS = 16
@@ -105,7 +105,7 @@ def candidate_ranks(module: nn.Module, ratios: Iterable[float] = RATIOS, multipl
         ins, outs = ([*_grid(n, step, _STEPS), None] for n in (c_in, c_out))
         found = [(r1, r2) for r1 in ins for r2 in outs if r1 or r2]
     if multiple == 1:
-        by_ratio = (ranks_for_ratio(module, ratio, strict=False) for ratio in ratios)
+        by_ratio = (ranks_by_ratio(module, ratio) for ratio in ratios)
         found += [r for r in by_ratio if not isinstance(r, Reason)]
     return [r for r in dict.fromkeys(found) if parameters(module, r) < as_layer(module).weight.numel()]
 

@@ -39,7 +39,7 @@ from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, replaceabl
 from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import annotate, calls, fork, layers
-from fxlrd.layers.forms import no_rank, parameters, ranks_text
+from fxlrd.layers.forms import depthwise_reason, parameters, ranks_text
 from fxlrd.layers.kinds import as_layer, channels_per_group
 from fxlrd.passes.contract import PassResult, Skip, names
 from fxlrd.progress import Progress, quiet
@@ -132,9 +132,8 @@ class Allocate:
             return guard
         if (pattern := matches(name, self.skip)) is not None:
             return skip_reason(pattern)
-        c_in, c_out, groups = channels_per_group(module)
-        if min(c_in, c_out) == 1 and groups > 1:
-            return no_rank(groups)
+        if (reason := depthwise_reason(module)) is not None:
+            return reason
         return stem_reason(module) if is_stem(gm, name, module) else None
 
     def _item(

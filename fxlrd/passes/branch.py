@@ -13,6 +13,7 @@ without the rotation.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import ClassVar
@@ -25,20 +26,21 @@ from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.block_term import STEPS, Blocks, block_term
 from fxlrd.factor.tucker import tucker2
 from fxlrd.graph.facts import provenance, tensor_meta
-from fxlrd.graph.guards import check_names, is_factor, matches, skip_reason
-from fxlrd.graph.surgery import annotate, calls, fork, infer_shape, layers, source
+from fxlrd.graph.layer import Layer, decomposed_layers
+from fxlrd.graph.surgery import calls, infer_shape, source
 from fxlrd.layers.build import from_blocks, resized, weight_blocks
 from fxlrd.layers.kinds import Conv, as_layer, channel_axis, spatial_dims
 from fxlrd.passes.contract import PassResult, Site, Skip, names
+from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.cache import example, layout
 from fxlrd.timing.clock import compare
 from fxlrd.timing.inductor import compiled
 
 GROUPS = (1, 2, 4, 8, 16)
-_NO_CORE = Reason("no-core", "no Tucker-2 form with both outer factors: there is no core to split")
-_BIASED = Reason("biased-core", "a layer was composed into its first factor or core, which has a bias now")
-_ONE_BRANCH = Reason("one-branch", "one branch is the core itself")
+NO_CORE = Reason("no-core", "no Tucker-2 form with both outer factors: there is no core to split")
+BIASED_CORE = Reason("biased-core", "a layer was composed into its first factor or core, which has a bias now")
+ONE_BRANCH = Reason("one-branch", "one branch is the core itself")
 
 
 @dataclass(frozen=True)
@@ -66,41 +68,26 @@ class Branch:
 
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with branched cores. Raises FxlrdError for a name that fits no layer."""
-        gm = fork(gm)
-        annotate(gm)
-        check_names(gm, self.skip)
-        sites: list[Site] = []
-        skipped: list[Skip] = []
-        for name in progress(_decomposed(gm), "branch"):
-            found = self._branch(gm, name)
-            (sites if isinstance(found, Site) else skipped).append(found)  # type: ignore[arg-type]
-        gm.graph.lint()
-        gm.recompile()
-        return PassResult(gm, tuple(sites), tuple(skipped))
+        run = start(self, gm, progress, self.skip)
+        run.each(decomposed_layers(run.gm), lambda layer: self._branch(run.gm, layer))
+        return run.result()
 
-    def _branch(self, gm: fx.GraphModule, name: str) -> Site | Skip:
-        if (pattern := matches(name, self.skip)) is not None:
-            return Skip(name, skip_reason(pattern))
-        form = gm.get_submodule(name)
-        parts = dict(form.named_children())
-        if set(parts) != {"first", "core", "last"}:
-            return Skip(name, _NO_CORE)
+    def _branch(self, gm: fx.GraphModule, layer: Layer) -> Site | Skip:
+        parts = dict(layer.module.named_children())
+        if (reason := layer.why_left_alone(self.skip) or _why_no_core(parts)) is not None:
+            return Skip(layer.name, reason)
         core = parts["core"]
         assert isinstance(core, Conv)
-        if any(as_layer(parts[role]).bias is not None for role in ("first", "core")):
-            return Skip(name, _BIASED)
-        if core.groups > 1:
-            return Skip(name, Reason("branched", f"its core has groups={core.groups} already"))
         limit = min(core.in_channels, core.out_channels)
-        groups = self._fastest(gm, name, core) if self.timed else self.groups
+        groups = self._fastest(gm, layer.name, core) if self.timed else self.groups
         if groups > limit:
-            return Skip(name, Reason("too-many-groups", f"groups={groups} is more than its rank {limit}"))
+            return Skip(layer.name, Reason("too-many-groups", f"groups={groups} is more than its rank {limit}"))
         if groups == 1:
-            return Skip(name, _ONE_BRANCH)
+            return Skip(layer.name, ONE_BRANCH)
         blocks, first, last = _split(parts, groups, self.steps if self.rotate else 0)
-        error = _install(gm, name, blocks, first, last, groups)
+        error = _install(gm, layer.name, blocks, first, last, groups)
         return Site(
-            name,
+            layer.name,
             False,
             f"core {core.in_channels}→{core.out_channels} in {groups} branches: "
             f"{100 * blocks.retained:.1f} % of its energy kept ({100 * blocks.unrotated:.1f} % without rotation)"
@@ -130,17 +117,14 @@ class Branch:
         return next(int(key) for key, t in timings.items() if key == fastest or not timings[fastest].faster(t))
 
 
-def _decomposed(gm: fx.GraphModule) -> list[str]:
-    """Return the names of the layers that stand decomposed, in graph order, also where the model came compressed."""
-    found: dict[str, None] = {}
-    for node in gm.graph.nodes:
-        p = provenance(node)
-        if p is not None and p.role in ("first", "core", "last", "branch"):
-            found[p.name] = None
-    for name in layers(gm):
-        if is_factor(gm, name):
-            found[name.rpartition(".")[0]] = None
-    return list(found)
+def _why_no_core(parts: Mapping[str, nn.Module]) -> Reason | None:
+    """Return why these factors of a layer have no core that can be split."""
+    if set(parts) != {"first", "core", "last"}:
+        return NO_CORE
+    if any(as_layer(parts[role]).bias is not None for role in ("first", "core")):
+        return BIASED_CORE
+    groups = parts["core"].groups
+    return Reason("branched", f"its core has groups={groups} already") if groups != 1 else None
 
 
 def _split(parts: dict[str, nn.Module], groups: int, steps: int) -> tuple[Blocks, Tensor, Tensor]:

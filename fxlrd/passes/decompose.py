@@ -22,20 +22,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx, nn
+from torch import fx
 
 from fxlrd.allocation.plan import planned
 from fxlrd.errors import FxlrdError, Reason
-from fxlrd.graph.facts import provenance
-from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, replaceable, skip_reason, stem_reason
-from fxlrd.graph.layer import statistics_of
-from fxlrd.graph.surgery import annotate, calls, fork, layers, replace
+from fxlrd.graph.guards import FACTOR, matches
+from fxlrd.graph.layer import Layer, layers_of
+from fxlrd.graph.surgery import replace
 from fxlrd.layers.build import decomposed
-from fxlrd.layers.forms import Ranks, explicit_ranks, form, ranks_for_ratio, ranks_text
+from fxlrd.layers.forms import Ranks, explicit_ranks, form, ranks_by_ratio, ranks_text
 from fxlrd.passes.contract import UNNAMED, PassResult, Site, Skip, names
+from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
 
+MERGED = Reason("merged", "it is merged already")
 UNPLANNED = Reason("original-planned", "allocate keeps it as it is")
 
 
@@ -75,63 +76,60 @@ class Decompose:
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a decomposed copy of ``gm`` that shares the layers left alone.
 
-        Raises FxlrdError where the ratio leaves a wide layer less than rank 1, and for a name or glob in
-        ``skip`` or ``ranks`` that fits no layer.
+        Raises FxlrdError for a ratio that leaves a wide layer, or all layers, less than rank 1, and for a name or glob
+        in ``skip`` or ``ranks`` that fits no layer.
         """
-        gm = fork(gm)
-        annotate(gm)
-        check_names(gm, [*self.skip, *(self.ranks if isinstance(self.ranks, Mapping) else ())])
-        sites: list[Site] = []
-        skipped: list[Skip] = []
-        reasons = replaceable(gm)
-        for name, module in progress(list(layers(gm).items()), "decompose"):
-            ranks = self._ranks(gm, name, module, reasons[name])
-            if isinstance(ranks, Reason):
-                skipped.append(Skip(_origin(gm, name), ranks))
-                continue
-            found = statistics_of(calls(gm, name)) if self.fit else None
-            fit = found.fit(module) if found is not None else None
-            factors, error = decomposed(module, ranks, self.sweeps, fit)
-            replace(gm, name, factors, ranks, error=error, fitted=fit is not None)
-            fitted = "" if fit is None else ", fitted to data"
-            sites.append(Site(name, False, f"{form(module)} at rank {ranks_text(ranks)}{fitted}", ranks=ranks))
-        self._check_reach(sites, skipped)
-        gm.graph.lint()
-        gm.recompile()
-        return PassResult(gm, tuple(sites), tuple(skipped))
+        by_name = self.ranks if isinstance(self.ranks, Mapping) else ()
+        run = start(self, gm, progress, [*self.skip, *by_name])
+        run.each(layers_of(run.gm), lambda layer: self._decompose(run.gm, layer))
+        if self.ranks is None:
+            _check_reach(run.sites, run.skipped)
+        return run.result()
 
-    def _ranks(self, gm: fx.GraphModule, name: str, module: nn.Module, guard: Reason | None) -> Ranks | Reason:
-        """Return the layer's ranks, or why it is left alone."""
-        node = calls(gm, name)[0]
-        known = provenance(node)
-        if known is not None and known.role != "original":
-            return FACTOR
-        if guard is not None:
-            return guard
-        if (pattern := matches(name, self.skip)) is not None:
-            return skip_reason(pattern)
+    def _decompose(self, gm: fx.GraphModule, layer: Layer) -> Site | Skip:
+        ranks = self._ranks(gm, layer)
+        if isinstance(ranks, Reason):
+            return Skip(layer.origin, ranks)
+        fit = layer.statistics.fit(layer.module) if self.fit and layer.statistics is not None else None
+        factors, error = decomposed(layer.module, ranks, self.sweeps, fit)
+        replace(gm, layer.name, factors, ranks, error=error, fitted=fit is not None)
+        note = f"{form(layer.module)} at rank {ranks_text(ranks)}"
+        return Site(layer.name, False, f"{note}, fitted to data" if fit is not None else note, ranks=ranks)
+
+    def _ranks(self, gm: fx.GraphModule, layer: Layer) -> Ranks | Reason:
+        """Return the layer's ranks, or why it is left alone. A plan and a name in ``ranks`` overrule the stem's reason.
+
+        Raises FxlrdError for a number of ranks that the layer's form does not take, and a ratio too large for it.
+        """
+        plan = planned(gm) if self.ranks is None else None
+        overruled = "stem" if plan is not None or isinstance(self.ranks, Mapping) else None
+        reason = MERGED if layer.role == "merged" else layer.why_left_alone(self.skip)
+        if reason is not None and reason.code != overruled:
+            return reason
+        if plan is not None:
+            return plan.ranks.get(layer.name, UNPLANNED)
+        if self.ranks is None:
+            return self._by_ratio(layer)
+        wanted = self.ranks
+        if isinstance(wanted, Mapping):
+            if (pattern := matches(layer.name, list(wanted))) is None:
+                return UNNAMED
+            wanted = wanted[pattern]
         try:
-            plan = planned(gm) if self.ranks is None else None
-            if plan is not None:
-                return plan.ranks.get(name, UNPLANNED)
-            if isinstance(self.ranks, Mapping):
-                pattern = matches(name, list(self.ranks))
-                return UNNAMED if pattern is None else explicit_ranks(module, self.ranks[pattern])
-            if is_stem(gm, name, module):
-                return stem_reason(module)
-            if self.ranks is not None:
-                return explicit_ranks(module, self.ranks)
-            return ranks_for_ratio(module, self.ratio, self.beta)
+            return explicit_ranks(layer.module, wanted)
         except FxlrdError as error:
-            raise FxlrdError(f"{name}: {error}") from None
+            raise FxlrdError(f"{layer.name}: {error}") from None
 
-    def _check_reach(self, sites: list[Site], skipped: list[Skip]) -> None:
-        narrow = [s for s in skipped if s.reason.code == "too-narrow"]
-        done = sites or any(s.reason.code == FACTOR.code for s in skipped)
-        if narrow and not done and self.ranks is None:
-            raise FxlrdError(f"{narrow[0].name}: {narrow[0].reason}, nor for any other layer: use a smaller ratio")
+    def _by_ratio(self, layer: Layer) -> Ranks | Reason:
+        ranks = ranks_by_ratio(layer.module, self.ratio, self.beta)
+        if isinstance(ranks, Reason) and ranks.code == "ratio-too-large":
+            raise FxlrdError(f"{layer.name}: {ranks}")
+        return ranks
 
 
-def _origin(gm: fx.GraphModule, name: str) -> str:
-    known = provenance(calls(gm, name)[0])
-    return known.name if known is not None else name
+def _check_reach(sites: list[Site], skipped: list[Skip]) -> None:
+    """Raise FxlrdError where the ratio leaves no layer a rank."""
+    narrow = [skip for skip in skipped if skip.reason.code == "too-narrow"]
+    done = sites or any(skip.reason.code in (FACTOR.code, MERGED.code) for skip in skipped)
+    if narrow and not done:
+        raise FxlrdError(f"{narrow[0].name}: {narrow[0].reason}, nor for any other layer: use a smaller ratio")

@@ -16,13 +16,14 @@ from typing import ClassVar
 from torch import fx, nn
 
 from fxlrd.errors import Reason, unknown
-from fxlrd.graph.facts import FACTORS, provenance
-from fxlrd.graph.guards import is_factor
-from fxlrd.graph.surgery import annotate, fork, layers
+from fxlrd.graph.facts import provenance
+from fxlrd.graph.layer import decomposed_layers
 from fxlrd.layers.kinds import LAYERS, as_layer
 from fxlrd.passes.contract import PassResult, Site, Skip
+from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 
+NOTHING_DECOMPOSED = Reason("nothing-decomposed", "no layer is decomposed", "run decompose first")
 SCHEDULES = ("paper", "sequential")
 FORMS = (("first", "last"), ("first", "core", "last"), ("first", "core"), ("core", "last"))
 
@@ -41,23 +42,22 @@ class Freeze:
 
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` whose factors are its own, sharing the tensors but not ``requires_grad``."""
-        gm = fork(gm)
-        annotate(gm)
-        sites, skipped = [], []
-        for name, form in forms(gm).items():
-            own = nn.Sequential()
-            for role, part in form.named_children():
-                own.add_module(role, _own(part))
-            gm.set_submodule(name, own.train(form.training))
-            trained = " and ".join(_set(own, self.schedule, self.epoch))
-            if _trains(own) == _trains(form):
-                skipped.append(Skip(name, Reason("trains-already", f"it trains {trained} already")))
-            else:
-                sites.append(Site(name, True, f"trains {trained}"))
-        if not sites and not skipped:
-            skipped.append(Skip("model", Reason("nothing-decomposed", "no layer is decomposed", "run decompose first")))
-        gm.recompile()
-        return PassResult(gm, tuple(sites), tuple(skipped))
+        run = start(self, gm, progress)
+        layers = forms(run.gm)
+        if not layers:
+            run.add(Skip("model", NOTHING_DECOMPOSED))
+        run.each(layers, lambda name: self._freeze(run.gm, name, layers[name]))
+        return run.result()
+
+    def _freeze(self, gm: fx.GraphModule, name: str, form: nn.Module) -> Site | Skip:
+        own = nn.Sequential()
+        for role, part in form.named_children():
+            own.add_module(role, _own(part))
+        gm.set_submodule(name, own.train(form.training))
+        trained = " and ".join(_set(own, self.schedule, self.epoch))
+        if _trains(own) == _trains(form):
+            return Skip(name, Reason("trains-already", f"it trains {trained} already"))
+        return Site(name, True, f"trains {trained}")
 
 
 def freeze_factors(model: nn.Module, schedule: str = "paper", epoch: int = 0) -> list[str]:
@@ -71,7 +71,7 @@ def freeze_factors(model: nn.Module, schedule: str = "paper", epoch: int = 0) ->
 
 
 def check_schedule(schedule: str) -> None:
-    """Raise FxlrdError for a schedule that is none."""
+    """Raise FxlrdError for an unknown schedule."""
     if schedule not in SCHEDULES:
         raise unknown("freezing schedule", schedule, SCHEDULES)
 
@@ -82,15 +82,19 @@ def forms(model: nn.Module) -> dict[str, nn.Module]:
     The nodes of a graph tell which those are. Elsewhere (in the user's own model, or unpickled) it is any bare
     container of conv and linear layers that are called as factors are, with a bias in the last at most.
     """
-    known = [p for n in model.graph.nodes if (p := provenance(n))] if isinstance(model, fx.GraphModule) else []
-    names = {p.name for p in known if p.role in FACTORS}
-    if known and isinstance(model, fx.GraphModule):  # and those of a model that came compressed
-        names |= {name.rpartition(".")[0] for name in layers(model) if is_factor(model, name)}
+    names = _decomposed_names(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if name and _is_form(module) and (name in names or not known)
+        if name and _is_form(module) and (names is None or name in names)
     }
+
+
+def _decomposed_names(model: nn.Module) -> set[str] | None:
+    """Return the names of a graph's decomposed layers; None for a model without a graph or without provenance."""
+    if not isinstance(model, fx.GraphModule) or not any(provenance(node) for node in model.graph.nodes):
+        return None
+    return {layer.name for layer in decomposed_layers(model)}
 
 
 def _is_form(module: nn.Module) -> bool:

@@ -35,7 +35,7 @@ from fxlrd.graph.guards import check_names, is_stem, matches, replaceable, skip_
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, unmoved
 from fxlrd.graph.surgery import calls, layers
-from fxlrd.layers.forms import Ranks, ranks_for_ratio, ranks_text
+from fxlrd.layers.forms import Ranks, ranks_by_ratio, ranks_text
 from fxlrd.layers.kinds import as_layer, channels_per_group, op
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
@@ -180,7 +180,7 @@ def _ranks(
         return skip_reason(pattern)
     if is_stem(gm, name, module):
         return stem_reason(module)
-    ranks = ranks_for_ratio(module, ratio, strict=False)
+    ranks = ranks_by_ratio(module, ratio)
     if isinstance(ranks, Reason):
         return ranks
     lowest: Ranks = tuple(None if r is None else math.ceil(_FLOOR * r) for r in ranks)

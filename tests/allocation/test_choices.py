@@ -14,7 +14,7 @@ from fxlrd import capture
 from fxlrd.allocation.choices import RATIOS, Choice, Curve, candidate_ranks, flops, pareto
 from fxlrd.layers.build import decomposed
 from fxlrd.layers.fit import MATTERS_RIDGE, Fit, roots
-from fxlrd.layers.forms import explicit_ranks, full_ranks, parameters, ranks_for_ratio
+from fxlrd.layers.forms import explicit_ranks, full_ranks, parameters, ranks_by_ratio
 from fxlrd.layers.forms import form as layers_form
 from fxlrd.layers.kinds import channels_per_group
 
@@ -164,8 +164,8 @@ def test_candidates_save_parameters_and_are_multiples(c_in, c_out, kernel, group
     if min(c_in, c_out) == 1:
         assert found == []
     elif multiple == 1:
-        by_ratio = [ranks_for_ratio(conv, ratio, strict=False) for ratio in RATIOS]
-        assert set(found) >= {r for r in by_ratio if not isinstance(r, str)}
+        by_ratio = [ranks_by_ratio(conv, ratio) for ratio in RATIOS]
+        assert set(found) >= {r for r in by_ratio if isinstance(r, tuple)}
 
 
 def test_candidates_of_small_layers_are_all_ranks_that_save_parameters():

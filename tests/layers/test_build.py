@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxlrd.calibration.patches import patches
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.svd import relative_error
 from fxlrd.factor.whiten import RIDGE
 from fxlrd.graph.compare import difference
 from fxlrd.layers.build import decomposed, from_blocks, resized, skeleton, weight_blocks
 from fxlrd.layers.fit import MATTERS_RIDGE, Moments, Statistics, roots
-from fxlrd.layers.forms import explicit_ranks, full_ranks, parameters, ranks_for_ratio, ranks_text
+from fxlrd.layers.forms import explicit_ranks, full_ranks, parameters, ranks_by_ratio, ranks_text
 from fxlrd.layers.forms import form as layers_form
 from fxlrd.layers.kinds import CONVS, Conv, channel_axis, channels_per_group, kernel_area, kernel_text, op, spatial_dims
 from fxlrd.layers.kinds import TRANSPOSED as layers_TRANSPOSED
@@ -271,7 +271,7 @@ def test_gradient_reaches_every_factor():
     ],
 )
 def test_reasons_for_no_ranks(module, ratio, code):
-    assert ranks_for_ratio(module, ratio).code == code
+    assert ranks_by_ratio(module, ratio).code == code
 
 
 @pytest.mark.parametrize(
@@ -289,8 +289,8 @@ def test_reasons_for_no_ranks(module, ratio, code):
         (nn.Conv1d(64, 256, 1), 2, (25,)),
     ],
 )
-def test_ranks_for_ratio(module, ratio, ranks):
-    assert ranks_for_ratio(module, ratio) == ranks
+def test_ranks_by_ratio(module, ratio, ranks):
+    assert ranks_by_ratio(module, ratio) == ranks
 
 
 @settings(deadline=None)
@@ -301,15 +301,11 @@ def test_ranks_for_ratio(module, ratio, ranks):
     st.integers(17, 80).map(lambda sixteenths: sixteenths / 16),
     st.sampled_from([0.5, 1, 2]),
 )
-def test_ranks_for_ratio_meet_the_ratio(c_in, c_out, kernel, ratio, beta):
+def test_ranks_by_ratio_meet_the_ratio(c_in, c_out, kernel, ratio, beta):
     conv = nn.Conv2d(c_in, c_out, kernel, device="meta")
-    try:
-        ranks = ranks_for_ratio(conv, ratio, beta)
-    except FxlrdError:
-        assert min(c_in, c_out) >= 16
-        return
-    if isinstance(ranks, str):
-        assert min(c_in, c_out) < 16
+    ranks = ranks_by_ratio(conv, ratio, beta)
+    if isinstance(ranks, Reason):
+        assert (ranks.code == "ratio-too-large") == (min(c_in, c_out) >= 16)
         return
     assert parameters(conv, ranks) * ratio <= conv.weight.numel()
     tops = (min(c_in, c_out),) if conv.kernel_size == (1, 1) else (c_in, c_out)
@@ -330,13 +326,12 @@ def test_ranks_for_ratio_meet_the_ratio(c_in, c_out, kernel, ratio, beta):
     ids=str,
 )
 def test_a_ratio_out_of_reach_of_a_wide_layer_names_one_that_works(module, beta):
-    with pytest.raises(FxlrdError) as caught:
-        ranks_for_ratio(module, 5000, beta)
-    message = str(caught.value)
-    assert message.startswith("ratio=5000 leaves less than rank 1 for ")
-    assert "\n" not in message
-    largest = float(re.search(r"at most ([0-9.e+]+),", message)[1])
-    assert not isinstance(ranks_for_ratio(module, largest, beta), str)
+    reason = ranks_by_ratio(module, 5000, beta)
+    assert reason.code == "ratio-too-large"
+    assert "ratio=5000" in reason.text
+    assert "\n" not in str(reason)
+    largest = float(re.search(r"at most ([0-9.e+]+),", reason.remedy)[1])
+    assert isinstance(ranks_by_ratio(module, largest, beta), tuple)
 
 
 @pytest.mark.parametrize(

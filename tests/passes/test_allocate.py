@@ -13,7 +13,7 @@ from fxlrd.graph import cost
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls, layers
-from fxlrd.layers.forms import parameters, ranks_for_ratio, ranks_text
+from fxlrd.layers.forms import parameters, ranks_by_ratio, ranks_text
 from fxlrd.layers.kinds import as_layer
 from fxlrd.passes import Allocate, Calibrate, Decompose, Merge
 from fxlrd.passes import allocate as module_under_test
@@ -87,7 +87,7 @@ def test_the_predicted_error_orders_changes_of_single_layers_as_the_measured_one
     predicted, measured = [], []
     for name, errors in curves(gm).items():
         for ratio in (1.25, 1.5, 2.0, 4.0):
-            ranks = ranks_for_ratio(layers(gm)[name], ratio)
+            ranks = ranks_by_ratio(layers(gm)[name], ratio)
             predicted.append(errors.error(ranks))
             measured.append(squared_error(Decompose(ranks={name: ranks})(gm).graph_module, model, unseen))
     assert len(predicted) == 24
@@ -144,7 +144,7 @@ def test_the_budget_is_met(measure, merge, asked):
 def test_never_worse_than_the_uniform_ratio_at_its_cost(ratio):
     gm = calibrated(network(), images())
     errors = curves(gm)
-    uniform = {name: ranks_for_ratio(layers(gm)[name], ratio) for name in errors}
+    uniform = {name: ranks_by_ratio(layers(gm)[name], ratio) for name in errors}
     at = share(Decompose(ranks=uniform)(gm).graph_module, gm, "params")
 
     def total(ranks) -> float:
