@@ -23,8 +23,8 @@ from fxlrd.calibration.batches import NOTHING, as_batches, as_inputs, failed, sp
 from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.captured import feed
-from fxlrd.graph.facts import provenance
 from fxlrd.graph.guards import hooked
+from fxlrd.graph.layer import origin
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import called, calls
 from fxlrd.layers.kinds import BATCH_NORMS
@@ -58,11 +58,11 @@ class Recalibrate:
             if type(module) not in BATCH_NORMS or module.running_mean is None:
                 continue
             if hooked(module):
-                run.add(Skip(_origin(run.gm, name), HOOKED))
+                run.add(Skip(origin(calls(run.gm, name)[0]), HOOKED))
                 continue
             norms.append(copy.deepcopy(module))
             run.gm.set_submodule(name, norms[-1])
-            run.add(Site(_origin(run.gm, name), False, "statistics re-estimated"))
+            run.add(Site(origin(calls(run.gm, name)[0]), False, "statistics re-estimated"))
         if not norms:
             return run.result()
         inputs_held_out = held_out(gm) if self.guard else Disabled()
@@ -120,8 +120,3 @@ def _check_variance(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
     (x,) = args
     if x.numel() == x.shape[1]:
         raise _OneValueError
-
-
-def _origin(gm: fx.GraphModule, name: str) -> str:
-    origin = provenance(calls(gm, name)[0])
-    return origin.name if origin is not None else name
