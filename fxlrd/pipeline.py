@@ -1,8 +1,4 @@
-"""Passes in order, each verified before the next, and a ledger of what they did.
-
-The text form names passes and their options, ``decompose{ratio=2,skip=fc|layer1.*},snap``: values are
-numbers, words, true/false; ``a|b`` is a tuple of names and ``32x24`` a tuple of ranks.
-"""
+"""Passes in order, each verified before the next, and a ledger of what they did."""
 
 from __future__ import annotations
 
@@ -13,17 +9,16 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from fxlrd import spec
 from fxlrd.errors import FxlrdError, VerificationError, unknown
 from fxlrd.graph import cost
 from fxlrd.graph.captured import captured, propagate
 from fxlrd.graph.compare import difference, rounding
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import annotate, fork
-from fxlrd.passes import PASSES
 from fxlrd.passes.contract import Pass, PassResult, Site, Skip
 from fxlrd.passes.driver import check_needs, label
 from fxlrd.progress import Progress, quiet
-from fxlrd.spec import _build, _options, _split, _text
 from fxlrd.timing.clock import Timing
 
 PRESETS = {
@@ -91,15 +86,12 @@ class Pipeline:
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
-        """Read the text form. Raises FxlrdError for an unknown pass or option, with close matches."""
-        if not isinstance(text, str):
-            raise FxlrdError(f"passes in text form are a string such as decompose{{ratio=2}},snap, not {text!r}")
-        passes = []
-        for name, options in _split(text):
-            if name not in PASSES:
-                raise unknown("pass", name, PASSES)
-            passes.append(_build(name, options))
-        return cls(passes)
+        """Read the text form. Raises FxlrdError for an unknown pass or option, with close matches.
+
+        >>> Pipeline.parse("decompose{ratio=3},snap").passes[0].ratio
+        3.0
+        """
+        return cls(spec.parse(text))
 
     @classmethod
     def preset(cls, name: str) -> Pipeline:
@@ -109,17 +101,25 @@ class Pipeline:
         return cls.parse(PRESETS[name])
 
     def with_options(self, **options: Any) -> Pipeline:
-        """Return the pipeline with each option set on the passes that have it. One that none has is an error."""
+        """Return the pipeline with each option set on the passes that read it. One that none reads is an error.
+
+        >>> str(Pipeline.preset("ranks").with_options(ratio=3.0))
+        'decompose{ratio=3},snap'
+        """
         for option in options:
-            if not any(option in _options(p) for p in self.passes):
+            if not self.reads(option):
                 raise FxlrdError(f"{option}: no pass of {self} has this option")
         return Pipeline(
-            replace(p, **{k: v for k, v in options.items() if k in _options(p)})  # type: ignore[type-var]
+            replace(p, **{k: v for k, v in options.items() if k in spec.options(p)})  # type: ignore[type-var]
             for p in self.passes
         )
 
+    def reads(self, option: str) -> bool:
+        """Whether any pass reads this option."""
+        return any(option in spec.options(p) for p in self.passes)
+
     def __str__(self) -> str:
-        return ",".join(_text(p) for p in self.passes)
+        return ",".join(spec.text(p) for p in self.passes)
 
     def __call__(
         self,
@@ -192,7 +192,7 @@ def _record(step: Pass, result: PassResult, errors: Errors, seconds: float) -> R
     gm = result.graph_module
     return Record(
         label(step),
-        _text(step),
+        spec.text(step),
         all(site.exact for site in result.sites),
         result.sites,
         result.skipped,

@@ -77,7 +77,7 @@ def pipeline_for(
         passes = passes.with_options(skip=(skip,) if isinstance(skip, str) else tuple(skip))
     if calibration is not None:
         passes = _with_calibration(passes, calibration)
-    if compile and any(hasattr(p, "compile") for p in passes.passes):
+    if compile and passes.reads("compile"):
         passes = passes.with_options(compile=True)
     return passes
 

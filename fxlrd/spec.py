@@ -1,31 +1,89 @@
-"""The text form of passes: ``decompose{ratio=2,skip=fc|layer1.*},snap``."""
+"""The text form of passes: ``decompose{ratio=2,skip=fc|layer1.*},snap``.
+
+Values are numbers, words and true or false; ``a|b`` is a tuple of names and ``32x24`` a tuple of ranks, of which ``-`` is
+one that the form does not have. What a value may be follows from the annotation of the pass's field.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import MISSING, fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, get_type_hints
 
 from fxlrd.errors import FxlrdError, unknown
 from fxlrd.passes import PASSES
 from fxlrd.passes.contract import Pass
 
 
-def _options(p: Pass) -> dict[str, Any]:
-    return {f.name: getattr(p, f.name) for f in fields(p)}  # type: ignore[arg-type]
+def options(step: Pass) -> dict[str, Any]:
+    """Return the options that a pass reads, with their values.
+
+    Those are its fields, or those of them that it names in ``reads``.
+    """
+    values = {f.name: getattr(step, f.name) for f in fields(step)}  # type: ignore[arg-type]
+    return {name: values[name] for name in getattr(step, "reads", values)}
 
 
-def _text(p: Pass) -> str:
+def text(step: Pass) -> str:
     """Return a pass in text form, with the options that are not at their defaults."""
-    name = next((n for n, cls in PASSES.items() if type(p) is cls), type(p).__name__)
-    given = {
-        f.name: getattr(p, f.name)
-        for f in fields(p)  # type: ignore[arg-type]
-        if f.repr and (f.default is MISSING or getattr(p, f.name) != f.default)
-    }
-    options = ",".join(f"{k}={_value_text(v)}" for k, v in given.items())
-    return f"{name}{{{options}}}" if options else name
+    name = next((n for n, cls in PASSES.items() if type(step) is cls), type(step).__name__)
+    values = {f.name: getattr(step, f.name) for f in _text_fields(type(step)).values()}
+    defaults = {f.name: f.default for f in _text_fields(type(step)).values()}
+    changed = [f"{k}={_value_text(v)}" for k, v in values.items() if defaults[k] is MISSING or v != defaults[k]]
+    return f"{name}{{{','.join(changed)}}}" if changed else name
+
+
+def parse(text: str) -> list[Pass]:
+    """Return the passes of a text form. Raises FxlrdError for an unknown pass or option, with close matches."""
+    if not isinstance(text, str):
+        raise FxlrdError(f"passes in text form are a string such as decompose{{ratio=2}},snap, not {text!r}")
+    return [_build(name, options) for name, options in _split(text)]
+
+
+def _split(text: str) -> Sequence[tuple[str, str]]:
+    """Split ``a{x=1},b`` into names and the text of their options."""
+    parts: list[tuple[str, str]] = []
+    position = 0
+    pattern = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
+    while position < len(text) or not parts:
+        match = pattern.match(text, position)
+        if match is None or (match[3] == "," and match.end() == len(text)):
+            raise FxlrdError(
+                f"cannot read the passes at {text[position:] or text!r}: write them as decompose{{ratio=2}},snap"
+            )
+        parts.append((match[1], match[2] or ""))
+        position = match.end()
+    return parts
+
+
+def _build(name: str, text: str) -> Pass:
+    """Return the pass of a name and the text of its options."""
+    if name not in PASSES:
+        raise unknown("pass", name, PASSES)
+    cls = PASSES[name]
+    readable, types = _text_fields(cls), get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if key not in readable:
+            raise unknown(f"option of {name}", key, readable)
+        if not equals or not value:
+            raise FxlrdError(f"{name}: option {key} has no value: write {key}=…")
+        if key in values:
+            raise FxlrdError(f"{name}: option {key} is given twice")
+        try:
+            values[key] = _READERS.get(types[key], _ranks)(value)
+        except (ValueError, KeyError):
+            default = readable[key].default
+            raise FxlrdError(f"{name}: {key}={value} is not a value for this option (default: {default})") from None
+    step: Pass = cls(**values)
+    return step
+
+
+def _text_fields(cls: type) -> dict[str, Field[Any]]:
+    """Return the fields of a pass by name, without data, such as calibration inputs, which has no text form."""
+    return {f.name: f for f in fields(cls) if f.repr}
 
 
 def _value_text(value: Any) -> str:
@@ -37,53 +95,18 @@ def _value_text(value: Any) -> str:
     return str(value).removesuffix(".0")
 
 
-def _split(text: str) -> Sequence[tuple[str, str]]:
-    """Split ``a{x=1},b`` into names and the text of their options."""
-    found: list[tuple[str, str]] = []
-    position = 0
-    pattern = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
-    while position < len(text) or not found:
-        match = pattern.match(text, position)
-        if match is None or (match[3] == "," and match.end() == len(text)):
-            raise FxlrdError(
-                f"cannot read the passes at {text[position:] or text!r}: write them as decompose{{ratio=2}},snap"
-            )
-        found.append((match[1], match[2] or ""))
-        position = match.end()
-    return found
+def _ranks(text: str) -> int | tuple[int | None, ...]:
+    ranks = tuple(None if part == "-" else int(part) for part in text.split("x"))
+    if ranks == (None,):
+        raise ValueError
+    return ranks if len(ranks) > 1 or ranks[0] is None else ranks[0]
 
 
-def _build(name: str, text: str) -> Pass:
-    cls = PASSES[name]
-    known = {f.name: f for f in fields(cls) if f.repr}  # data, such as calibration inputs, has no text form
-    options = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if key not in known:
-            raise unknown(f"option of {name}", key, known)
-        if not equals or not value:
-            raise FxlrdError(f"{name}: option {key} has no value: write {key}=…")
-        if key in options:
-            raise FxlrdError(f"{name}: option {key} is given twice")
-        options[key] = _value(name, key, value, known[key].default)
-    result: Pass = cls(**options)
-    return result
-
-
-def _value(name: str, key: str, text: str, default: Any) -> Any:
-    """Read an option's value in the type of its default; None stands for ranks."""
-    try:
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(default, (int, float)):
-            return type(default)(text)
-        if isinstance(default, tuple):
-            return tuple(part.strip() for part in text.split("|"))
-        if default is None:
-            parts = [None if part == "-" else int(part) for part in text.split("x")]
-            if parts == [None]:
-                raise ValueError
-            return parts[0] if len(parts) == 1 else tuple(parts)
-    except (ValueError, KeyError):
-        raise FxlrdError(f"{name}: {key}={text} is not a value for this option (default: {default})") from None
-    return text
+_READERS: Mapping[Any, Callable[[str], Any]] = {
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+    int: int,
+    float: float,
+    str: str,
+    tuple[str, ...]: lambda text: tuple(part.strip() for part in text.split("|")),
+}
+"""How a value is read, by the annotation of its field; any other annotation is that of ranks."""
