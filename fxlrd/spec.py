@@ -1,7 +1,7 @@
 """The text form of passes: ``decompose{ratio=2,skip=fc|layer1.*},snap``.
 
-Values are numbers, words and true or false; ``a|b`` is a tuple of names and ``32x24`` a tuple of ranks, of which ``-`` is
-one that the form does not have. What a value may be follows from the annotation of the pass's field.
+Values are numbers, words and true or false; ``a|b`` is a tuple of names and ``32x24`` a tuple of ranks, of which ``-``
+is one that the form does not have. A value is read by the annotation of the pass's field.
 """
 
 from __future__ import annotations

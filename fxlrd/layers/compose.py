@@ -25,6 +25,18 @@ def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
 
 
+def unit_norm(norm: nn.Module, shift: Tensor) -> nn.Module:
+    """Return a BatchNorm2d of unit statistics for x + shift, otherwise like ``norm``."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    new = nn.BatchNorm2d(len(shift), norm.eps, norm.momentum, device=shift.device, dtype=shift.dtype)
+    assert new.running_var is not None
+    with torch.no_grad():
+        new.running_var.fill_(1 - norm.eps)
+        new.bias.copy_(shift)
+    return new.to(norm.running_mean.dtype).train(norm.training)
+
+
 def scaled(module: nn.Module, scale: Tensor, shift: Tensor) -> nn.Module:
     """Return the layer followed by y = scale·x + shift on each output channel."""
     weight, bias = _double(module)

@@ -1,0 +1,158 @@
+"""merge, mode interpolative: layers retain some of their channels, and those that read them rebuild the others.
+
+    producer ─ BN ─ ReLU ─ (depthwise, pooling, flatten …) ─ consumer
+
+A producer with weight W makes C channels, operations that treat each channel alone follow, consumers with weights V
+read them. Retain r channels S and interpolate all from them, x ≈ T·x[S] with T (C×r), where the consumers read
+(fxlrd/factor/interpolative.py). To select channels commutes with everything between, so that
+
+    W' = W[S]  (r rows),    V' = V·T  (r columns)
+
+compute exactly what producer → select S → interpolate T → consumer would. Whatever is between has its parameters cut to
+S too. A squeeze-excitation is one more consumer and one more producer.
+
+Approximate: S and T are chosen by the error that the moments left by `calibrate` predict for what the consumers make;
+each site says how large that is. Where `allocate` has left a plan, that says how many channels each group retains.
+Otherwise the compression ratio α does: where a k×k conv reads or makes the channels, r follows from it by the paper's
+eq. (7); elsewhere (depthwise, linear, 1×1) r = C/α.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from fxlrd.allocation.merges import Reader, choose, mergeable, readers
+from fxlrd.allocation.plan import planned
+from fxlrd.errors import Reason
+from fxlrd.graph.channels import Group
+from fxlrd.graph.facts import provenance, retained_channels, statistics
+from fxlrd.graph.guards import replaceable
+from fxlrd.graph.surgery import calls, layers
+from fxlrd.layers.compose import fold_inputs, keep_channels, keep_outputs
+from fxlrd.layers.kinds import depthwise
+from fxlrd.passes._merging import Targets, original_name, original_shape, put_merged
+from fxlrd.passes.contract import UNNAMED, Site, Skip
+from fxlrd.passes.driver import Run
+from fxlrd.ranks import tucker2_rank
+from fxlrd.timing.groups import time_group
+from fxlrd.timing.search import best_share, grid
+
+PLANNED = Reason("original-planned", "allocate keeps all its channels")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A group of channels of which ``rank`` are retained, and its consumers with what calibration measured of them."""
+
+    group: Group
+    readers: Sequence[Reader]
+    rank: int
+
+
+@dataclass(frozen=True)
+class Interpolate(Targets):
+    """The rewrite, with the options of `Merge` that it reads."""
+
+    snap: bool
+    floor: float
+    compile: bool
+    seconds: float
+
+    def rewrite(self, run: Run) -> None:
+        """Cut every group of channels of the run's graph that the options do not leave alone."""
+        plan = planned(run.gm) if self.ranks is None else None
+        if plan is None:
+            self._cut_groups(run)
+            return
+        replace(self, ranks=dict(plan.kept), snap=False)._cut_groups(run)
+        run.skipped = [replace(s, reason=PLANNED) if s.reason == UNNAMED else s for s in run.skipped]
+
+    def _cut_groups(self, run: Run) -> None:
+        self.check_named(run.gm)
+        guards = replaceable(run.gm, norms=True)
+        done: set[fx.Node] = set()
+        run.each(layers(run.gm), lambda name: self._visit(run.gm, calls(run.gm, name)[0], guards, done))
+
+    def _visit(
+        self, gm: fx.GraphModule, node: fx.Node, guards: Mapping[str, Reason | None], done: set[fx.Node]
+    ) -> Site | Skip | None:
+        """Cut the channels that a layer makes, unless that is ``done`` with those of another producer."""
+        if node in done or _cut_with_its_producer(gm, node):
+            return None
+        cut = self._cut(gm, node, guards)
+        if isinstance(cut, Reason):
+            return self.refusal(node, cut)
+        error = _apply(gm, cut)
+        done.update(cut.group.producers)
+        consumers = ", ".join(str(consumer.node.target) for consumer in cut.group.consumers)
+        count = f"{cut.rank} of {cut.group.channels} channels kept"
+        return Site(original_name(node), False, f"{count}, the others interpolated in {consumers} (error {error:.2g})")
+
+    def _cut(self, gm: fx.GraphModule, node: fx.Node, guards: Mapping[str, Reason | None]) -> Cut | Reason:
+        """Return the cut of the channels that a layer makes, or why it is left alone."""
+        name = str(node.target)
+        if (reason := self.left_alone(name)) is not None and not depthwise(gm.get_submodule(name)):
+            return reason
+        group = mergeable(gm, node, guards, self.skip, stem=isinstance(self.ranks, Mapping))
+        if isinstance(group, Reason):
+            return group
+        rank = self._rank(gm, name, group)
+        if rank < 1:
+            return Reason("no-channels", f"ratio={self.ratio:g} leaves none of its {group.channels} channels")
+        if rank >= group.channels:
+            if group.channels < (before := original_shape(gm, node)[0]):
+                text = f"it is merged already: {group.channels} of its {before} channels were kept"
+                return Reason("merged", text)
+            return Reason("no-saving", f"keeping {rank} of {group.channels} channels saves nothing")
+        measured = readers(gm, group)
+        if isinstance(measured, Reason):
+            return measured
+        return Cut(group, measured, self._snapped(gm, group, rank) if self.snap else rank)
+
+    def _rank(self, gm: fx.GraphModule, name: str, group: Group) -> int:
+        """Return the number of channels that ``ranks`` or else ``ratio`` asks for."""
+        if (rank := self.explicit_rank(name)) is not None:
+            return rank
+        for node in (*(consumer.node for consumer in group.consumers), *group.producers):
+            c_out, c_in, *kernel = original_shape(gm, node)
+            if math.prod(kernel) > 1:
+                return tucker2_rank(c_in, c_out, kernel, self.ratio)
+        return math.floor(original_shape(gm, group.producers[0])[0] / self.ratio)
+
+    def _snapped(self, gm: fx.GraphModule, group: Group, rank: int) -> int:
+        """Return r or the hardware multiple below it that pays, by timing the group's layers."""
+        candidates = grid((rank,), (math.ceil(self.floor * rank),), 1)
+        if len(candidates) == 1:
+            return rank
+        timings = time_group(gm, group, [r for (r,) in candidates if r], self.compile, self.seconds)
+        (best,) = best_share(candidates, timings, lambda ranks: float(ranks[0] or 0), trade=0.5)
+        return best or rank
+
+
+def _cut_with_its_producer(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is a depthwise conv whose channels went with those of the layer that feeds it."""
+    origin = provenance(node)
+    return origin is not None and origin.role == "merged" and depthwise(gm.get_submodule(str(node.target)))
+
+
+def _apply(gm: fx.GraphModule, cut: Cut) -> float:
+    """Cut a group and return the largest predicted relative error of what a consumer makes."""
+    retained, matrices, errors = choose(cut.readers, cut.rank)
+    largest = max(errors)
+    for reader, matrix, error in zip(cut.readers, matrices, errors, strict=True):
+        folded = fold_inputs(reader.module, matrix, reader.consumer.block)
+        put_merged(gm, reader.consumer.node, folded, (cut.rank, None), error)
+    for node in cut.group.through:
+        put_merged(gm, node, keep_channels(gm.get_submodule(str(node.target)), retained))
+    for node in cut.group.producers:
+        put_merged(gm, node, keep_outputs(gm.get_submodule(str(node.target)), retained), (None, cut.rank), largest)
+        earlier = retained_channels(node)
+        retained_channels.record(node, retained if earlier is None else earlier[retained])
+        measured = statistics(node)
+        if measured is not None and measured.matters is not None:
+            statistics.record(node, replace(measured, matters=measured.matters[retained][:, retained]))
+    return largest
