@@ -13,7 +13,6 @@ from typing import Any
 from torch import fx, nn
 
 from fxlrd.calibration.holdout import let_go
-from fxlrd.capturing.watch import counted
 from fxlrd.errors import FxlrdError, VerificationError, one_line
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Captured, captured_or_bare
@@ -22,7 +21,7 @@ from fxlrd.graph.cost import NOTHING, Cost
 from fxlrd.graph.facts import forget
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import independent_copy, structural_copy, undo
-from fxlrd.graph.run import seeded
+from fxlrd.graph.run import counted, seeded
 from fxlrd.saving.architecture import lay_out, lay_out_graph, remember
 
 

@@ -1,44 +1,56 @@
-"""Capture of a model that cannot be traced as a whole: its largest regions that can, side by side in one graph.
+"""Capture of a model that cannot be traced as a whole: its largest traceable regions, side by side in one graph.
 
-The model is run once on its example inputs, and watched: which modules are called, with what, and which layers have
-their weights read by others. A submodule is a region if
+A copy of the model runs once on the example inputs. `fxlrd.capturing.watch` records which modules are called, with
+what, and which layers have their weights read by other code. A submodule is a region if
 
-    - every call gave each argument of its forward a tensor, so that its trace freezes nothing;
-    - its trace is the same in training mode, it calls what has weights as often as was seen, and no one else does;
-    - the trace gives what the submodule gave, on all that it was called with.
+    - every call gave a tensor for each argument of its forward, so that its trace freezes nothing;
+    - its trace is the same in training mode, and what has weights in it is called by this trace alone;
+    - the trace reproduces the recorded outputs, for all recorded calls.
 
-Where no such submodule is around a conv or linear, that layer is a region of its own. Once more the model is run with
-each layer inside another module, as its factors will be: what asks for a layer's type or parts is found so, and those
-layers are left alone. What passes make of the others goes back into a copy of the model (fxlrd/graph/regions.py), whose
-forward stays the user's: no control flow is frozen, the traces serve to find and to check what is rewritten.
+Outside of such submodules each conv or linear layer is a region of its own. The model then runs once more with each
+layer inside another module, as its factors will be. Layers whose type or parts the model asks for change its outputs
+there, and are left alone. What passes make of the other layers goes back into a copy of the model that keeps the user's
+forward (`fxlrd.graph.regions`): no control flow is frozen, the traces serve to find and to check what is rewritten.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from fxlrd.capturing.watch import _has_weights, _same, _stand_in, _Watch, is_layer, kept_whole
+from fxlrd.capturing.watch import (
+    Observation,
+    asked_for,
+    blocked_modules,
+    has_weights,
+    is_layer,
+    is_opaque,
+    named_layers,
+    observe,
+    same,
+    stand_in,
+    unreached,
+)
 from fxlrd.capturing.whole import check_weights, trace, train_path_differs
 from fxlrd.errors import CaptureError, Reason
 from fxlrd.graph import cost
-from fxlrd.graph.captured import Regions, captured, propagate
+from fxlrd.graph.captured import Regions, captured, propagate_values
 from fxlrd.graph.cost import Cost
 from fxlrd.graph.facts import record_times
 from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import Call, Slot, copies, record, structural_copy
 from fxlrd.graph.run import evaluating
-from fxlrd.graph.surgery import annotate, attribute
+from fxlrd.graph.surgery import annotate, attribute, called
 
 SHAPES = 4
-"""Calls of one region that stand in the graph: one for each set of argument shapes, up to so many."""
+"""The number of calls of one region, each with argument shapes of its own, that the graph has at most."""
 UNLIKE = Reason(
     "unlike-alone", "it gives something else alone than in the model: is its forward wrapped, or under autocast?"
 )
@@ -48,176 +60,191 @@ ASKED = Reason(
 )
 
 
+@dataclass(frozen=True)
+class Region:
+    """A submodule of the model with its trace, or without one for a region that is a single layer."""
+
+    name: str
+    graph: fx.GraphModule | None = None
+
+    def layer_names(self) -> list[str]:
+        """Return the names of its layers in the model."""
+        if self.graph is None:
+            return [self.name]
+        return [f"{self.name}.{target}" for target, module in called(self.graph).items() if is_layer(module)]
+
+    def reproduces(self, model: nn.Module, calls: Sequence[Call]) -> bool:
+        """Whether the graph, or the layer alone, gives the recorded output for every recorded call."""
+        module = stand_in(model.get_submodule(self.name)) if self.graph is None else self.graph
+        try:
+            with evaluating(module), torch.no_grad():
+                outputs = [tensors(module(*copies(call.arguments))) for call in calls]
+        except Exception:  # a graph that fails where the module ran is no region, whatever the cause
+            return False
+        return bool(calls) and all(
+            same(found, tensors(call.output)) for found, call in zip(outputs, calls, strict=True)
+        )
+
+
 def capture_regions(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     """Return the model's regions as one GraphModule, with shapes, FLOPs and provenance on its nodes.
 
-    Its layers have the names that they have in the model. Its inputs are the model's own: what the regions are given
-    is recorded while the model runs. The model itself is not changed. Raises FxlrdError for example inputs that
-    the model fails on and weights that are not finite, CaptureError where no layer is called.
+    Its layers have the names that they have in the model. Its inputs are the model's own: the arguments of the regions
+    are recorded while the model runs. The model itself is not changed. Raises FxlrdError for example inputs that the
+    model fails on and for weights that are not finite, CaptureError where no layer can be captured.
     """
     inputs = Inputs.of(example_inputs)
     check_weights(model)
-    watch = _Watch(model, inputs)
-    copy = structural_copy(model)
-    found, calls = _regions(copy, inputs, watch)
-    if not found:
-        why = next((f"; {name}: {u.reason}" for name, u in watch.unreached().items()), "")
-        raise CaptureError(f"{type(model).__name__}: no conv or linear layer in it could be captured{why}")
-    gm, slots, example = _side_by_side(copy, found, calls)
+    model_copy = structural_copy(model)
+    observation = observe(model_copy, inputs)
+    blocked = blocked_modules(model_copy, observation)
+    regions, calls = _proven_regions(model_copy, inputs, observation, blocked)
+    left_out = unreached(named_layers(model_copy), observation, blocked)
+    if not regions:
+        reason = next((f"; {name}: {entry.reason}" for name, entry in left_out.items()), "")
+        raise CaptureError(f"{type(model).__name__}: no conv or linear layer in it could be captured{reason}")
+    slots = _slots(regions, calls)
+    gm = _side_by_side(model_copy, regions, slots)
     annotate(gm)
-    unreached = {name: u for name, u in watch.unreached().items() if name not in _reached(gm)}
-    modules = {n: gm.get_submodule(n) for n in _reached(gm)}
-    regions = Regions(inputs, unreached, copy, modules, slots, example)
-    captured.record(gm, regions)
-    propagate(gm, inputs)  # with FLOPs, from which the share outside of the regions follows
-    outside = Cost(cost.params(model) - cost.params(gm), max(0, watch.flops - cost.flops(gm)))
-    captured.record(gm, replace(regions, outside=outside))
+    example = tuple(argument for slot in slots for argument in calls[slot.name][slot.call].arguments)
+    propagate_values(gm, copies(example))
+    modules = called(gm)
+    outside = Cost(cost.params(model) - cost.params(gm), max(0, observation.flops - cost.flops(gm)))
+    not_in_graph = {name: entry for name, entry in left_out.items() if name not in modules}
+    captured.record(gm, Regions(inputs, not_in_graph, model_copy, modules, slots, example, outside))
     return gm
 
 
-def _regions(
-    model: nn.Module, inputs: Inputs, watch: _Watch
-) -> tuple[dict[str, fx.GraphModule | None], dict[str, list[Call]]]:
-    """Return the regions that hold what was asked of them, and their calls."""
+def _proven_regions(
+    model: nn.Module, inputs: Inputs, observation: Observation, blocked: dict[str, Reason]
+) -> tuple[list[Region], dict[str, list[Call]]]:
+    """Return the regions that reproduce their calls and whose layers can be replaced, and the calls.
+
+    Layers that fail get their reason in ``blocked``; a submodule that fails is searched for smaller regions.
+    """
     refused: set[str] = set()
     while True:
-        found = _search(model, watch, refused)
-        calls = record(model, inputs, found)
-        wrong = {name for name, gm in found.items() if not _reproduces(model, name, gm, calls.get(name, ()))}
-        watch.reasons.update(dict.fromkeys([name for name in wrong if found[name] is None], UNLIKE))
-        if not wrong:
-            wrong = watch.asked(inputs, [n for name, gm in found.items() for n in _layer_names(gm, name)])
-            watch.reasons.update(dict.fromkeys(wrong, ASKED))
-        if not wrong:
-            return found, calls
-        refused |= wrong
+        regions = _candidates(model, observation, blocked, refused)
+        calls = record(model, inputs, [region.name for region in regions])
+        failing = [region for region in regions if not region.reproduces(model, calls.get(region.name, ()))]
+        if failing:
+            blocked.update({region.name: UNLIKE for region in failing if region.graph is None})
+            refused.update(region.name for region in failing)
+            continue
+        layers = [name for region in regions for name in region.layer_names()]
+        asked = asked_for(model, inputs, observation.outputs, layers)
+        if not asked:
+            return regions, calls
+        blocked.update(dict.fromkeys(asked, ASKED))
 
 
-def _search(model: nn.Module, watch: _Watch, refused: set[str]) -> dict[str, fx.GraphModule | None]:
-    """Return the regions by name, in the order of the model's modules: their graphs, or None for single layers."""
-    found: dict[str, fx.GraphModule | None] = {}
-    done: set[int] = set()
+def _candidates(
+    model: nn.Module, observation: Observation, blocked: Mapping[str, Reason], refused: set[str]
+) -> list[Region]:
+    """Return the largest submodules that may be regions, in the order of the model's modules."""
+    regions: list[Region] = []
+    visited: set[int] = set()
 
     def visit(name: str, module: nn.Module) -> None:
-        if id(module) in done:
+        if id(module) in visited:
             return
-        done.add(id(module))
+        visited.add(id(module))
         if is_layer(module):
-            if name not in watch.reasons and watch.called(name) and watch.seen[name].alone:
-                found[name] = None
+            if name not in blocked and observation.count(name) and observation.calls[name].single:
+                regions.append(Region(name))
             return
-        if kept_whole(module) or not any(is_layer(m) for m in module.modules()):
+        if is_opaque(module) or not any(is_layer(m) for m in module.modules()):
             return
-        gm = None if name in refused else _traced(name, module, watch)
-        if gm is not None:
-            found[name] = gm
-            done.update(id(m) for m in module.modules())
+        graph = None if name in refused else _traced(model, name, observation, blocked)
+        if graph is not None:
+            regions.append(Region(name, graph))
+            visited.update(id(m) for m in module.modules())
             return
         for child, inner in module.named_children():
             visit(f"{name}.{child}" if name else child, inner)
 
     visit("", model)
-    return found
+    return regions
 
 
-def _traced(name: str, module: nn.Module, watch: _Watch) -> fx.GraphModule | None:
-    """Return the graph of a submodule that may be a region, as far as can be told without running it."""
-    if not name or not watch.called(name) or not watch.seen[name].plain or hooked(module):
+def _traced(
+    model: nn.Module, name: str, observation: Observation, blocked: Mapping[str, Reason]
+) -> fx.GraphModule | None:
+    """Return the trace of a submodule if it may be a region, as far as this can be decided without running it."""
+    module = model.get_submodule(name)
+    if not name or not observation.count(name) or not observation.calls[name].plain or hooked(module):
         return None
-    inside = [n for n in watch.modules if n.startswith(f"{name}.") and watch.called(n)]
-    if sum(n in watch.layers for n in inside) < 2 or any(n in watch.reasons for n in inside):
+    inside = [n for n, _ in model.named_modules() if n.startswith(f"{name}.") and observation.count(n)]
+    if sum(is_layer(model.get_submodule(n)) for n in inside) < 2 or any(n in blocked for n in inside):
         return None
     try:
         with evaluating(module):
-            gm, _ = trace(module, {})
-        if train_path_differs(module, {}, gm):
+            graph, _ = trace(module, {})
+        if train_path_differs(module, {}, graph):
             return None
     except CaptureError:
         return None
-    # What has weights is called by no one else, nor under another name: then a pass may rewrite all of its calls.
-    counts = Counter(f"{name}.{n.target}" for n in gm.graph.nodes if n.op == "call_module")
-    wanted = {n for n in {*counts, *inside} if _has_weights(module.get_submodule(n[len(name) + 1 :]))}
-    if any(watch.called(n) != counts[n] * watch.called(name) for n in wanted):
+    # If no other code calls what has weights, by whatever name, a pass may rewrite all of its calls.
+    counts = Counter(f"{name}.{n.target}" for n in graph.graph.nodes if n.op == "call_module")
+    weighted = {n for n in {*counts, *inside} if has_weights(model.get_submodule(n))}
+    if any(observation.count(n) != counts[n] * observation.count(name) for n in weighted):
         return None
-    return gm
+    return graph
 
 
-def _layer_names(gm: fx.GraphModule | None, name: str) -> list[str]:
-    if gm is None:
-        return [name]
-    targets = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op == "call_module")
-    return [f"{name}.{t}" for t in targets if is_layer(gm.get_submodule(t))]
+def _slots(regions: Sequence[Region], calls: Mapping[str, list[Call]]) -> tuple[Slot, ...]:
+    """Return a slot for each set of argument shapes that a region was called with, up to `SHAPES`."""
+    slots = []
+    for region in regions:
+        signatures = [tuple((v.shape, v.dtype) for v in call.arguments) for call in calls[region.name]]
+        for signature in list(dict.fromkeys(signatures))[:SHAPES]:
+            index, times = signatures.index(signature), signatures.count(signature)
+            slots.append(Slot(region.name, index, len(signature), times))
+    return tuple(slots)
 
 
-def _reproduces(model: nn.Module, name: str, gm: fx.GraphModule | None, calls: Iterable[Call]) -> bool:
-    """Whether the graph, or the layer alone, gives what it gave in the model."""
-    calls = list(calls)
-    module = _stand_in(model.get_submodule(name)) if gm is None else gm
-    try:
-        with evaluating(module), torch.no_grad():
-            return bool(calls) and all(_same(tensors(module(*copies(c.arguments))), tensors(c.output)) for c in calls)
-    except Exception:  # a graph that fails where the module ran is no region, whatever the reason
-        return False
-
-
-def _side_by_side(
-    model: nn.Module, found: dict[str, fx.GraphModule | None], calls: dict[str, list[Call]]
-) -> tuple[fx.GraphModule, tuple[Slot, ...], tuple[Tensor, ...]]:
-    """Return the regions' graphs as one, a slot for each call with shapes of its own, and what those were given."""
-    slots: list[Slot] = []
-    example: list[Tensor] = []
-    for name in found:
-        every = [tuple((v.shape, v.dtype) for v in call.arguments) for call in calls[name]]
-        for shape in list(dict.fromkeys(every))[:SHAPES]:
-            i = every.index(shape)
-            slots.append(Slot(name, i, len(shape), every.count(shape)))
-            example += calls[name][i].arguments
+def _side_by_side(model: nn.Module, regions: Sequence[Region], slots: Sequence[Slot]) -> fx.GraphModule:
+    """Return one graph with the regions' graphs side by side, once for each slot."""
+    by_name = {region.name: region for region in regions}
     graph = fx.Graph()
-    given = [[graph.placeholder(_identifier(f"{s.name}_{s.call}_{i}")) for i in range(s.arguments)] for s in slots]
-    modules: dict[str, Any] = {}
+    arguments = [
+        [graph.placeholder(_identifier(f"{slot.name}_{slot.call}_{i}")) for i in range(slot.arguments)]
+        for slot in slots
+    ]
+    attributes: dict[str, Any] = {}
     outputs = []
-    for slot, arguments in zip(slots, given, strict=True):
-        known = len(graph.nodes)
-        outputs.append(_copied(graph, model, slot.name, found[slot.name], arguments, modules))
-        for node in list(graph.nodes)[known:]:
+    for slot, values in zip(slots, arguments, strict=True):
+        size = len(graph.nodes)
+        outputs.append(_append(graph, model, by_name[slot.name], values, attributes))
+        for node in list(graph.nodes)[size:]:
             record_times(node, slot.times)
     graph.output(tuple(outputs))
-    return fx.GraphModule(modules, graph, class_name=type(model).__name__).eval(), tuple(slots), tuple(example)
+    return fx.GraphModule(attributes, graph, class_name=type(model).__name__).eval()
 
 
-def _copied(
-    graph: fx.Graph,
-    model: nn.Module,
-    name: str,
-    inner: fx.GraphModule | None,
-    given: list[fx.Node],
-    modules: dict[str, Any],
+def _append(
+    graph: fx.Graph, model: nn.Module, region: Region, arguments: Sequence[fx.Node], attributes: dict[str, Any]
 ) -> Any:
-    """Append a region to the graph and return what it gives; ``modules`` gets those that it calls."""
+    """Append a region to the graph and return its output; its modules and tensors are put into ``attributes``."""
+    name, inner = region.name, region.graph
     if inner is None:
-        modules.setdefault(name, _stand_in(model.get_submodule(name)))
-        return graph.call_module(name, tuple(given))
-    values: dict[fx.Node, fx.Node] = {}
-    left = iter(given)
+        attributes.setdefault(name, stand_in(model.get_submodule(name)))
+        return graph.call_module(name, tuple(arguments))
+    values: dict[fx.Node, fx.Node] = dict(zip(inner.graph.find_nodes(op="placeholder"), arguments, strict=True))
     for node in inner.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(left)
-        elif node.op == "output":
+        if node.op == "output":
             return fx.map_arg(node.args[0], values.__getitem__)
-        else:
-            values[node] = graph.node_copy(node, values.__getitem__)
-            if node.op in ("call_module", "get_attr"):
-                target = f"{name}.{node.target}"
-                values[node].target = target
-                value = attribute(inner, str(node.target))
-                modules[target] = _stand_in(value) if isinstance(value, nn.Module) else value
+        if node.op == "placeholder":
+            continue
+        values[node] = graph.node_copy(node, values.__getitem__)
+        if node.op in ("call_module", "get_attr"):
+            target = f"{name}.{node.target}"
+            values[node].target = target
+            value = attribute(inner, str(node.target))
+            attributes[target] = stand_in(value) if isinstance(value, nn.Module) else value
     raise AssertionError("a graph has an output")
 
 
 def _identifier(name: str) -> str:
-    """Return a module's name as one of a forward's argument: modules may be called 0, or a-b."""
+    """Return a module's name as the name of an argument of forward: modules may be called 0, or a-b."""
     return "in_" + re.sub(r"\W", "_", name)
-
-
-def _reached(gm: fx.GraphModule) -> set[str]:
-    return {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}

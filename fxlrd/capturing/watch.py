@@ -1,11 +1,11 @@
-"""What a model does while it runs: which modules are called, with what, and who reads whose weights."""
+"""What a model does while it runs: which modules it calls, with what, and which code reads a module's weights."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,127 +18,212 @@ from fxlrd.graph.compare import difference, rounding
 from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads, hooked, owners, shared_parameter
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import copies, describe, plain, structural_copy
-from fxlrd.graph.run import counting, seeded
+from fxlrd.graph.run import counted
 from fxlrd.layers.kinds import LAYERS, op
 
-_READ = ("weight", "bias", "running_mean", "running_var")
+_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass
-class _Seen:
-    """What was seen of a module: its calls, whether all gave tensors for every argument, and one tensor alone."""
+class Calls:
+    """The calls of one module in a run of its model.
 
-    calls: int = 0
+    Attributes:
+        count: the number of calls.
+        plain: whether every call gave a tensor for every argument of forward, so that a trace freezes none of them.
+        single: whether every call gave exactly one argument, a tensor.
+    """
+
+    count: int = 0
     plain: bool = True
-    alone: bool = True
+    single: bool = True
 
 
-class _Watch:
-    """What was seen of the model while it ran, as a copy whose layers say when they are read by others."""
+@dataclass(frozen=True)
+class Observation:
+    """What a run of a model showed.
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.model = model
-        outputs, self.flops = counted(structural_copy(model), inputs)
-        self.outputs = copies(tensors(outputs))
-        self.reasons: dict[str, Reason] = {}
-        outputs = self._look(inputs, readers=True)
-        if not _same(tensors(outputs), self.outputs):  # it asks for types: those of the layers looked at are not theirs
-            self._look(inputs, readers=False)
+    Attributes:
+        outputs: the output tensors of the model, copied.
+        flops: the FLOPs of the run (2 × multiply-adds).
+        calls: the calls of each module that was called, by the module's name.
+        readers: for each module whose parameters or buffers other code read, which code did.
+    """
 
-    def _look(self, inputs: Inputs, readers: bool) -> Any:
-        """Run a copy and see what is called and, by ``readers``, who reads parts of a module other than itself."""
-        self.copy = structural_copy(self.model)
-        self.modules = dict(self.copy.named_modules())
-        self.layers = {name: m for name, m in self.modules.items() if is_layer(m)}
-        self.seen: dict[str, _Seen] = {}
-        self._tied()
-        for name, module in self.modules.items():
-            if not is_layer(module) and kept_whole(module):
-                why = container_reads(name, module)
-                if hasattr(module, "_orig_mod"):
-                    why = Reason("compiled", f"{name} is compiled", "compress the model first, then compile it")
-                self.reasons.update({n: why for n in self.layers if n.startswith(f"{name}.")})
-        for name, module in self.modules.items():
-            if transposed_linear(module) and (reason := added(module)) is not None:
-                self.reasons[name] = reason  # a stand-in for it has nothing of that
-            if readers and _has_weights(module) and not hooked(module):
-                _watched(name, module, self.reasons)
-        handles = [
-            m.register_forward_pre_hook(self._hook(n), with_kwargs=True)
-            for n, m in self.modules.items()
-            if n and not isinstance(m, torch.jit.ScriptModule)
-        ]
-        try:
-            return counted(self.copy, inputs)[0]
-        finally:
-            for handle in handles:
-                handle.remove()
+    outputs: list[Tensor]
+    flops: int
+    calls: Mapping[str, Calls]
+    readers: Mapping[str, Reason]
 
-    def _tied(self) -> None:
-        names = owners(self.copy)
-        for name, module in self.layers.items():
-            for part, parameter in module.named_parameters(recurse=False):
-                others = [n for n in names[id(parameter)] if not n.startswith(f"{name}.")]
-                if others:
-                    self.reasons[name] = shared_parameter(part, others[0])
+    def count(self, name: str) -> int:
+        """Return how often the module was called."""
+        return self.calls[name].count if name in self.calls else 0
 
-    def _hook(self, name: str) -> Any:
+
+def observe(model: nn.Module, inputs: Inputs) -> Observation:
+    """Run copies of the model in eval mode and return what they did. Raises FxlrdError where the model fails."""
+    outputs, flops = counted(structural_copy(model), inputs)
+    expected = copies(tensors(outputs))
+    instrumented = structural_copy(model)
+    readers = _note_readers(instrumented)
+    outputs, calls = _run_noting_calls(instrumented, inputs)
+    if not same(tensors(outputs), expected):
+        # The model checks `type(layer)`: the instrumented subclasses changed what it does. Observe it without them.
+        _, calls = _run_noting_calls(structural_copy(model), inputs)
+    return Observation(expected, flops, calls, readers)
+
+
+def _run_noting_calls(model: nn.Module, inputs: Inputs) -> tuple[Any, dict[str, Calls]]:
+    calls: dict[str, Calls] = {}
+
+    def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen = self.seen.setdefault(name, _Seen())
-            seen.calls += 1
-            seen.plain = seen.plain and plain(module, args, kwargs)
-            given = (*args, *kwargs.values())
-            seen.alone = seen.alone and len(given) == 1 and isinstance(given[0], Tensor)
+            noted = calls.setdefault(name, Calls())
+            values = (*args, *kwargs.values())
+            noted.count += 1
+            noted.plain = noted.plain and plain(module, args, kwargs)
+            noted.single = noted.single and len(values) == 1 and isinstance(values[0], Tensor)
 
         return hook
 
-    def asked(self, inputs: Inputs, names: Sequence[str]) -> set[str]:
-        """Return those layers that cannot be inside another module without the model doing something else."""
+    handles = [
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if name and not isinstance(module, torch.jit.ScriptModule)
+    ]
+    try:
+        return counted(model, inputs)[0], calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
-        def found(some: Sequence[str]) -> set[str]:
-            if self._alike(inputs, some):
-                return set()
-            half = len(some) // 2
-            return found(some[:half]) | found(some[half:]) if half else set(some)
 
-        if self._alike(inputs, names) or not self._alike(inputs, ()):  # no two runs of it are alike: it cannot be told
+def _note_readers(model: nn.Module) -> dict[str, Reason]:
+    """Instrument a copy of a model; the returned dict fills while it runs: code that reads a module's parts."""
+    readers: dict[str, Reason] = {}
+    for name, module in model.named_modules():
+        if has_weights(module) and not hooked(module):
+            _instrument(name, module, readers)
+    return readers
+
+
+def _instrument(name: str, module: nn.Module, readers: dict[str, Reason]) -> None:
+    """Give the module a subclass of its class that notes when code other than its forward reads its parts."""
+    depth = 0
+    cls = type(module)
+
+    class Instrumented(cls):  # type: ignore[misc, valid-type]
+        @functools.wraps(cls.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            depth += 1
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                depth -= 1
+
+        def __getattribute__(self, attribute: str) -> Any:
+            if attribute in _PARTS and not depth:
+                caller = sys._getframe(1).f_code
+                reader = getattr(caller, "co_qualname", caller.co_name)
+                readers.setdefault(name, Reason("weight-read", f"its {attribute} is read by {reader} directly"))
+            return super().__getattribute__(attribute)
+
+    for attribute in ("__name__", "__qualname__", "__module__"):
+        setattr(Instrumented, attribute, getattr(cls, attribute))
+    module.__class__ = Instrumented
+
+
+def blocked_modules(model: nn.Module, observation: Observation) -> dict[str, Reason]:
+    """Return the layers, and the norms, that no other module may take the place of, each with the reason."""
+    layers = named_layers(model)
+    return {
+        **observation.readers,
+        **_sharing(model, layers),
+        **_inside_opaque(model, layers),
+        **_altered_stand_ins(layers),
+    }
+
+
+def _sharing(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Reason]:
+    names = owners(model)
+    shared = {}
+    for name, module in layers.items():
+        for part, parameter in module.named_parameters(recurse=False):
+            others = [n for n in names[id(parameter)] if not n.startswith(f"{name}.")]
+            if others:
+                shared[name] = shared_parameter(part, others[0])
+    return shared
+
+
+def _inside_opaque(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Reason]:
+    reasons = {}
+    for name, module in model.named_modules():
+        if is_layer(module) or not is_opaque(module):
+            continue
+        reason = container_reads(name, module)
+        if hasattr(module, "_orig_mod"):
+            reason = Reason("compiled", f"{name} is compiled", "compress the model first, then compile it")
+        reasons.update({n: reason for n in layers if n.startswith(f"{name}.")})
+    return reasons
+
+
+def _altered_stand_ins(layers: Mapping[str, nn.Module]) -> dict[str, Reason]:
+    # A stand-in has neither hooks nor a forward of the module's own. Guards on the graph see the stand-in only.
+    reasons = {name: added(module) for name, module in layers.items() if transposed_linear(module)}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def unreached(
+    layers: Mapping[str, nn.Module], observation: Observation, blocked: Mapping[str, Reason]
+) -> dict[str, Unreached]:
+    """Return for each of the layers why no node of a graph stands for it, if none does."""
+    entries = {}
+    for name, module in layers.items():
+        reason = blocked.get(name, MORE_INPUTS if observation.count(name) else NEVER_CALLED)
+        kind = "Linear" if transposed_linear(module) else op(module)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        entries[name] = Unreached(reason, kind, tuple(weight.shape), sum(p.numel() for p in module.parameters()))
+    return entries
+
+
+def asked_for(model: nn.Module, inputs: Inputs, expected: list[Tensor], names: Sequence[str]) -> set[str]:
+    """Return the layers that cannot be inside another module without the model computing something else.
+
+    ``expected`` are the outputs of the model on ``inputs``. The set is empty where no two runs give the same outputs.
+    """
+
+    def affecting(some: Sequence[str]) -> set[str]:
+        if _unaffected(model, inputs, expected, some):
             return set()
-        return found(names)
+        half = len(some) // 2
+        return affecting(some[:half]) | affecting(some[half:]) if half else set(some)
 
-    def _alike(self, inputs: Inputs, names: Sequence[str]) -> bool:
-        """Whether the model gives what it gave with each of these layers inside a module like that of factors."""
-        model = structural_copy(self.model)
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for name in names:
-            old = modules[name]
-            new = nn.Sequential(OrderedDict(first=_stand_in(old))).train(old.training)
-            describe(new, old)
-            for alias in [alias for alias, m in modules.items() if m is old]:
-                model.set_submodule(alias, new)
-        try:
-            return _same(tensors(counted(model, inputs)[0]), self.outputs)
-        except FxlrdError:
-            return False
-
-    def called(self, name: str) -> int:
-        """How often the module was called."""
-        return self.seen[name].calls if name in self.seen else 0
-
-    def unreached(self) -> dict[str, Unreached]:
-        """Return every layer, with the reason that speaks against it if there is one."""
-        found = {}
-        for name, module in self.layers.items():
-            params = sum(p.numel() for p in module.parameters())
-            kind = "Linear" if transposed_linear(module) else op(module)
-            reason = self.reasons.get(name, MORE_INPUTS if self.called(name) else NEVER_CALLED)
-            found[name] = Unreached(reason, kind, tuple(module.weight.shape), params)
-        return found
+    if _unaffected(model, inputs, expected, names) or not _unaffected(model, inputs, expected, ()):
+        return set()
+    return affecting(names)
 
 
-def counted(model: nn.Module, inputs: Inputs) -> tuple[Any, int]:
-    """Return what the model gives, always with the same random numbers, and the FLOPs that it takes."""
-    with counting() as counter:
-        return seeded(model, inputs), counter.get_total_flops()
+def _unaffected(model: nn.Module, inputs: Inputs, expected: list[Tensor], names: Sequence[str]) -> bool:
+    """Whether the outputs stay as expected with each of the layers inside a Sequential, as factors are."""
+    wrapped = structural_copy(model)
+    modules = dict(wrapped.named_modules(remove_duplicate=False))
+    for name in names:
+        layer = modules[name]
+        container = nn.Sequential(OrderedDict(first=stand_in(layer))).train(layer.training)
+        describe(container, layer)
+        for alias in [alias for alias, module in modules.items() if module is layer]:
+            wrapped.set_submodule(alias, container)
+    try:
+        return same(tensors(counted(wrapped, inputs)[0]), expected)
+    except FxlrdError:
+        return False
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the conv and linear layers of a model, those in disguise included, by name."""
+    return {name: module for name, module in model.named_modules() if is_layer(module)}
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -151,55 +236,8 @@ def transposed_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def kept_whole(module: nn.Module) -> bool:
-    """Whether this is a module of torch's own with layers inside that its forward does not call as modules."""
-    if hasattr(module, "_orig_mod"):  # torch.compile's
-        return True
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict, *LAYERS)
-    return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, containers)
-
-
-def _has_weights(module: nn.Module) -> bool:
-    """Whether a pass may put another module in the place of this one: a layer, a norm, an activation with weights."""
-    own = module._parameters or module._buffers
-    return is_layer(module) or (bool(own) and type(module).__module__.startswith("torch.nn.modules"))
-
-
-def _watched(name: str, module: nn.Module, reasons: dict[str, Reason]) -> None:
-    """Make the layer, which belongs to a copy, note who reads its parts other than its own forward."""
-    inside = 0
-    cls = type(module)
-
-    class Watched(cls):  # type: ignore[misc, valid-type]
-        @functools.wraps(cls.forward)
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            inside += 1
-            try:
-                return super().forward(*args, **kwargs)
-            finally:
-                inside -= 1
-
-        def __getattribute__(self, attribute: str) -> Any:
-            if attribute in _READ and not inside:
-                caller = sys._getframe(1).f_code
-                who = getattr(caller, "co_qualname", caller.co_name)
-                reasons.setdefault(name, Reason("weight-read", f"its {attribute} is read by {who} directly"))
-            return super().__getattribute__(attribute)
-
-    Watched.__name__, Watched.__qualname__, Watched.__module__ = cls.__name__, cls.__qualname__, cls.__module__
-    module.__class__ = Watched
-
-
-def _same(found: list[Tensor], wanted: list[Tensor]) -> bool:
-    try:
-        return difference(found, wanted, "region").relative <= rounding(wanted)
-    except FxlrdError:
-        return False
-
-
-def _stand_in(module: nn.Module) -> nn.Module:
-    """Return the layer as passes know it: a Conv1D as the Linear that it is, around a view of its weight."""
+def stand_in(module: nn.Module) -> nn.Module:
+    """Return the layer as passes expect it: for a Conv1D the Linear that it is, around a view of its weight."""
     if not transposed_linear(module):
         return module
     weight, bias = module.weight, module.bias
@@ -209,3 +247,25 @@ def _stand_in(module: nn.Module) -> nn.Module:
     linear.weight = nn.Parameter(weight.detach().mT, weight.requires_grad)
     linear.bias = bias
     return linear.train(module.training)
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Whether this is a module of torch's own whose forward may read the layers inside it rather than call them."""
+    if hasattr(module, "_orig_mod"):  # what torch.compile returns
+        return True
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict, *LAYERS)
+    return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, containers)
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Whether a pass may put another module in the place of this one: a layer, a norm, an activation with weights."""
+    own = module._parameters or module._buffers
+    return is_layer(module) or (bool(own) and type(module).__module__.startswith("torch.nn.modules"))
+
+
+def same(outputs: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether the tensors agree in number, shape and dtype, and in value but for rounding."""
+    try:
+        return difference(outputs, expected, "region").relative <= rounding(expected)
+    except FxlrdError:
+        return False

@@ -7,7 +7,7 @@ the two apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -268,9 +268,14 @@ class _Propagation(fx.Interpreter):
 
 
 def propagate(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
+    """`propagate_values` with what the placeholders get for the model's ``inputs``."""
+    return propagate_values(gm, feed(gm, inputs))
+
+
+def propagate_values(gm: fx.GraphModule, values: Sequence[Any]) -> list[Tensor]:
     """Run the graph in eval mode, leave shape, dtype and FLOPs on every node, and return the output tensors.
 
-    FLOPs are those for these inputs, see `counting`.
+    ``values`` are those of the placeholders, in order. FLOPs are those for these values, see `counting`.
     """
     with evaluating(gm), torch.no_grad(), counting() as counter:
-        return tensors(_Propagation(gm, counter).run(*feed(gm, inputs)))
+        return tensors(_Propagation(gm, counter).run(*values))

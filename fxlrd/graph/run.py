@@ -78,6 +78,12 @@ def seeded(model: nn.Module, inputs: Inputs) -> Any:
         return run(model, inputs)
 
 
+def counted(model: nn.Module, inputs: Inputs) -> tuple[Any, int]:
+    """`seeded`, with the FLOPs of the run (2 × multiply-adds)."""
+    with counting() as counter:
+        return seeded(model, inputs), counter.get_total_flops()
+
+
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """Run the model in eval mode without gradients, its buffers as before afterwards.
 
