@@ -58,21 +58,40 @@ def compress(
     inplace: bool = False,
     progress: bool = False,
 ) -> Result:
-    """Compress a model by low-rank decomposition and verify every step.
+    """Compress a model by low-rank decomposition, and verify the outputs after every pass.
+
+    >>> import fxlrd, torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> x = torch.randn(8, 64)
+    >>> result = fxlrd.compress(model, x, ratio=2, measure=False)
+    >>> [(row["name"], row["decision"], row["ranks"]) for row in result.report.layers]
+    [('0', 'svd', [16]), ('2', 'svd', [4])]
+    >>> result.model(x).shape
+    torch.Size([8, 10])
+
+    With inputs like the real ones, every layer's form is chosen under one budget and fitted to them:
+
+    >>> calibration = [torch.randn(32, 64) for _ in range(4)]
+    >>> budget = fxlrd.Budget(params=0.6)
+    >>> result = fxlrd.compress(model, x, budget=budget, calibration=calibration, measure=False)
+    >>> result.report.after["params"] < 0.61 * result.report.before["params"]
+    True
 
     Args:
-        model: any traceable module, on any device, in any dtype. It is captured in eval mode.
+        model: any module, on any device, in any dtype. It is captured in eval mode; a model that cannot be traced as
+            a whole keeps its own forward, and layers are replaced inside it.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, as the model
-            will get them: shapes, dtype, memory format and batch are those that are timed.
+            will get them: their shapes, dtype, memory format and batch size are those that are timed.
         ratio: compression ratio of each layer (parameters before / after), for the passes that take one.
         preset: lrd (the default), ranks, merge, branch, freeze or auto, see `fxlrd.pipeline.PRESETS`.
-        pipeline: passes to run instead of a preset, as a `Pipeline`, a list of passes or in text form.
-        budget: what the result may cost, as a share of the original: ``Budget(latency=0.5)``, or params or flops.
-            Preset auto, which it stands for, chooses the form of each layer under it; it needs ``calibration``.
+        pipeline: passes to run instead of a preset: a `Pipeline`, a list of passes, or their text form.
+        budget: what the result may cost, as a fraction of the original: ``Budget(latency=0.5)``, or params or flops.
+            It runs the preset auto, which chooses the form of each layer under it and needs ``calibration``.
         skip: names or globs of layers to leave alone.
         calibration: inputs like the real ones for the passes that fit to data (merge, auto): a tensor, or an
-            iterable of batches, such as a DataLoader; of (x, y) pairs x is taken. No labels are needed. Where several
-            passes read them (auto), all are held in memory; otherwise they are read one batch at a time.
+            iterable of batches, such as a DataLoader. No labels are needed; of (x, y) pairs x is used. If several
+            passes read them (auto), all are held in memory; otherwise one batch at a time.
         compile: time layers and model under Inductor with frozen weights, instead of eagerly.
         measure: time the whole model before and after, side by side.
         verify: compare the outputs after each pass with those before.
@@ -81,8 +100,7 @@ def compress(
         progress: show progress bars while standard error is a terminal.
 
     Returns:
-        The compressed model, in the mode (train or eval) that each of the original's modules was in, and the
-        report.
+        The compressed model, each module in the mode (train or eval) that it had in the original, and the report.
 
     Raises:
         FxlrdError: for a request that cannot be met; the message is one line, with the remedy.

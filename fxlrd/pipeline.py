@@ -70,7 +70,20 @@ class PipelineResult:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """An ordered tuple of passes. Calling it leaves the graph module that it is given unchanged."""
+    """An ordered tuple of passes. Calling it returns a rewritten copy of a graph module and a ledger.
+
+    >>> import fxlrd, fxlrd.passes, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 10))
+    >>> pipeline = fxlrd.Pipeline([fxlrd.passes.Decompose(ratio=2)])
+    >>> run = pipeline(fxlrd.capture(model, torch.randn(2, 64)))
+    >>> [(site.name, site.note) for site in run.ledger[0].sites]
+    [('0', 'svd at rank 16'), ('1', 'svd at rank 4')]
+
+    The text form prints and parses back:
+
+    >>> str(fxlrd.Pipeline.parse("decompose{ratio=3,skip=fc|layer1.*},snap"))
+    'decompose{ratio=3,skip=fc|layer1.*},snap'
+    """
 
     passes: tuple[Pass, ...]
 

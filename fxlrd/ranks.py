@@ -22,8 +22,11 @@ def check_ratio(ratio: float) -> None:
 def svd_rank(c_in: int, c_out: int, ratio: float) -> int:
     """Return R = ⌊C·S / (α·(C+S))⌋, the rank at which a factor pair has 1/α of the parameters.
 
-    May return 0 where the ratio is out of the layer's reach. Raises FxlrdError for a ratio that is not a
-    finite number above 1.
+    >>> svd_rank(512, 1000, ratio=2)
+    169
+
+    Returns 0 if the ratio is out of the layer's reach. Raises FxlrdError for a ratio that is not a finite number
+    above 1.
     """
     check_ratio(ratio)
     return math.floor(c_in * c_out / (ratio * (c_in + c_out)))
@@ -32,10 +35,13 @@ def svd_rank(c_in: int, c_out: int, ratio: float) -> int:
 def tucker2_rank(c_in: int, c_out: int, kernel_size: int | Sequence[int], ratio: float, beta: float = 1.0) -> int:
     """Return r1 of the paper's eq. (7), floored; r2 is β·r1.
 
+    >>> tucker2_rank(512, 512, 3, ratio=2)
+    309
+
     Positive root of β·k²·r1² + (C + β·S)·r1 = C·S·k²/α, whose left side counts the parameters of the three
-    factors. ``kernel_size`` is k of a square, or the size along each dimension, whose product stands for k². Not
-    clipped to C or S: a thin layer may come out above its channel count. Raises FxlrdError for a ratio that is not a
-    finite number above 1 or a β that is not above 0.
+    factors. ``kernel_size`` is k of a square kernel, or the size along each dimension, whose product replaces k². The
+    rank is not clipped to C or S: that of a thin layer may exceed its channel count. Raises FxlrdError for a ratio
+    that is not a finite number above 1 or a β that is not above 0.
     """
     check_ratio(ratio)
     if not isinstance(beta, (int, float)) or not 0 < beta < math.inf:
@@ -51,8 +57,8 @@ def tucker2_rank(c_in: int, c_out: int, kernel_size: int | Sequence[int], ratio:
 def tucker1_rank(c_kept: int, c_cut: int, kernel_size: int | Sequence[int], ratio: float) -> int:
     """Return the rank of the one-sided form, where only the mode with ``c_cut`` channels is cut.
 
-    Solves c_cut·r + k²·r·c_kept = c_cut·c_kept·k²/α, floored. It is what Tucker-2 becomes where eq. (7)
-    exceeds the other mode's channels.
+    Solves c_cut·r + k²·r·c_kept = c_cut·c_kept·k²/α, floored. Tucker-2 reduces to this form where eq. (7) exceeds
+    the other mode's channels.
     """
     check_ratio(ratio)
     area = _area(kernel_size)

@@ -23,13 +23,13 @@ def test_a_budget_is_one_share(measure):
     [
         ({}, r"budget: give one of params, flops or latency, such as Budget\(latency=0.5\); got nothing"),
         ({"params": 0.5, "flops": 0.5}, "got params and flops"),
-        ({"params": 1.0}, "budget: params=1.0 is no fraction of the original between 0 and 1, such as 0.5"),
-        ({"flops": 0}, "flops=0 is no fraction"),
-        ({"latency": 2}, "latency=2 is no fraction"),
-        ({"latency": -0.5}, "latency=-0.5 is no fraction"),
-        ({"params": math.nan}, "params=nan is no fraction"),
-        ({"params": "0.5"}, "params='0.5' is no fraction"),
-        ({"params": True}, "params=True is no fraction"),
+        ({"params": 1.0}, "budget: params=1.0 is not a fraction of the original between 0 and 1, such as 0.5"),
+        ({"flops": 0}, "flops=0 is not a fraction"),
+        ({"latency": 2}, "latency=2 is not a fraction"),
+        ({"latency": -0.5}, "latency=-0.5 is not a fraction"),
+        ({"params": math.nan}, "params=nan is not a fraction"),
+        ({"params": "0.5"}, "params='0.5' is not a fraction"),
+        ({"params": True}, "params=True is not a fraction"),
     ],
 )
 def test_what_is_no_budget(given, message):

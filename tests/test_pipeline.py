@@ -194,9 +194,9 @@ def test_auto_in_text_form_and_the_passes_of_a_budget():
     [
         ("allocate", "give one of params, flops or latency"),
         ("allocate{params=0.5,flops=0.5}", "got params and flops"),
-        ("allocate{latency=1}", "latency=1.0 is no fraction"),
-        ("allocate{latency=-1}", "latency=-1.0 is no fraction"),
-        ("allocate{latency=nan}", "latency=nan is no fraction"),
+        ("allocate{latency=1}", "latency=1.0 is not a fraction"),
+        ("allocate{latency=-1}", "latency=-1.0 is not a fraction"),
+        ("allocate{latency=nan}", "latency=nan is not a fraction"),
         ("allocate{latency=half}", "latency=half is not a value"),
         ("allocate{latecny=0.5}", "did you mean latency"),
         ("refit{calibration=x}", "unknown option of refit 'calibration'"),

@@ -1,4 +1,10 @@
-"""The knapsack: one choice for each item at the least error within a budget."""
+"""The knapsack: one choice for each item at the least error within a budget.
+
+Each of a number of layers has forms, each with a cost and an error. One form of each is chosen such that the sum of
+costs stays within a budget and the sum of errors is least: the multiple-choice knapsack problem (Kellerer, Pferschy and
+Pisinger 2004, ch. 11). Dynamic programming over the budget in small steps solves it, whatever the shape of the
+trade-offs.
+"""
 
 from __future__ import annotations
 

@@ -37,6 +37,12 @@ _INSIDE = (os.path.dirname(torch.__file__) + os.sep, os.path.abspath(__file__))
 def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     """Return ``model`` as a GraphModule with shapes, FLOPs and provenance on its nodes.
 
+    >>> import fxlrd, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+    >>> gm = fxlrd.capture(model, torch.randn(2, 4))
+    >>> [(node.name, tuple(node.meta["tensor_meta"].shape)) for node in gm.graph.nodes]
+    [('input_1', (2, 4)), ('_0', (2, 8)), ('_1', (2, 8)), ('output', (2, 8))]
+
     The graph module shares the model's modules; the model itself is not changed. Raises CaptureError for a
     model that cannot be traced as a whole, naming the module and the line, or whose trace computes something
     else; FxlrdError for example inputs that the model fails on and for weights that are not finite.
