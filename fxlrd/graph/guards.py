@@ -1,15 +1,15 @@
-"""Why a layer is left alone."""
+"""Why a layer must not be replaced, and which layers a name or glob means."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxlrd.errors import Reason, unknown
-from fxlrd.graph.captured import captured, captured_or_bare
+from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.facts import FACTORS, provenance
 from fxlrd.graph.surgery import called, calls, layers, source
 from fxlrd.layers.kinds import LAYERS, Conv, is_stock, op
@@ -21,60 +21,73 @@ _STEM_CHANNELS = 4
 
 
 def replaceable(gm: fx.GraphModule, norms: bool = False) -> dict[str, Reason | None]:
-    """Return for each layer None, or why it must not be replaced by other modules.
+    """Return for each layer why it must not be replaced by other modules, or None where it may.
 
     With ``norms``, also for every other module of torch.nn that has parameters or buffers (BatchNorm, PReLU).
     """
-    owned = owners(gm)
-    targets = set(called(gm))
-    found = called(gm) if norms else layers(gm)
-    return {target: _guard(gm, target, module, owned, targets) for target, module in found.items()}
+    guard = _Guard(gm)
+    modules = called(gm) if norms else layers(gm)
+    return {name: guard.why_not(name, module) for name, module in modules.items()}
 
 
-def _guard(
-    gm: fx.GraphModule, target: str, module: nn.Module, owned: dict[int, list[str]], targets: set[str]
-) -> Reason | None:
-    if isinstance(module, LAYERS) and not is_stock(module) and not is_parametrized(module):
-        return Reason("subclass", f"{type(module).__name__} is a subclass of {op(module)} with a behaviour of its own")
-    if (reason := added(module)) is not None:
-        return reason
-    if is_factor(gm, target):
-        return FACTOR
-    for name, parameter in module.named_parameters():
-        others = [owner for owner in owned[id(parameter)] if not owner.startswith(f"{target}.")]
-        if others:
-            return shared_parameter(name, others[0])
-    for node in gm.graph.find_nodes(op="get_attr", sort=False):
-        if str(node.target).startswith(f"{target}."):
-            return Reason("read-directly", f"its {str(node.target).rpartition('.')[2]} is read directly as well")
-    parts = target.split(".")
-    if any(".".join(parts[:i]) in targets for i in range(1, len(parts))):
-        return Reason("container-called", "a module around it is called as a whole as well")
-    if any(source(node) is None for node in calls(gm, target)):
-        return MORE_INPUTS
-    return None
+class _Guard:
+    """What a graph has beside the calls of a module that stands in the way of replacing it."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.owners = owners(gm)
+        self.called = set(called(gm))
+        self.attributes = [str(node.target) for node in gm.graph.find_nodes(op="get_attr", sort=False)]
+
+    def why_not(self, name: str, module: nn.Module) -> Reason | None:
+        """Return why the module must not be replaced."""
+        if isinstance(module, LAYERS) and not is_stock(module) and not is_parametrized(module):
+            text = f"{type(module).__name__} is a subclass of {op(module)} with a behaviour of its own"
+            return Reason("subclass", text)
+        if (reason := added(module)) is not None:
+            return reason
+        if is_factor(self.gm, name):
+            return FACTOR
+        return self._shared(name, module) or self._called_otherwise(name)
+
+    def _shared(self, name: str, module: nn.Module) -> Reason | None:
+        for parameter_name, parameter in module.named_parameters():
+            others = [other for other in self.owners[id(parameter)] if not other.startswith(f"{name}.")]
+            if others:
+                return shared_parameter(parameter_name, others[0])
+        read = next((target for target in self.attributes if target.startswith(f"{name}.")), None)
+        if read is not None:
+            return Reason("read-directly", f"its {read.rpartition('.')[2]} is read directly as well")
+        return None
+
+    def _called_otherwise(self, name: str) -> Reason | None:
+        parts = name.split(".")
+        if any(".".join(parts[:i]) in self.called for i in range(1, len(parts))):
+            return Reason("container-called", "a module around it is called as a whole as well")
+        return MORE_INPUTS if any(source(node) is None for node in calls(self.gm, name)) else None
 
 
-def is_factor(gm: fx.GraphModule, target: str) -> bool:
-    """Whether the layer is a factor of a model that came compressed: there is no provenance, names and calls tell.
+def is_factor(gm: fx.GraphModule, name: str) -> bool:
+    """Whether the layer is a low-rank factor from an earlier `compress`.
 
-    It is one of several layers with the names of factors that are called in a chain; see `chained`.
+    Its provenance is lost by then. It is recognised by its name and its neighbours: the names of factors, called in a
+    chain (`fxlrd.graph.surgery.chained`), or a container of factors in the user's model.
     """
-    around, _, role = target.rpartition(".")
-    known = provenance(calls(gm, target)[0])
-    if role not in FACTORS or not around or (known is not None and known.role != "original"):
+    container, _, role = name.rpartition(".")
+    p = provenance(calls(gm, name)[0])
+    if role not in FACTORS or not container or (p is not None and p.role != "original"):
         return False
-    if captured_or_bare(gm).is_container_of_factors(around):
+    if captured_or_bare(gm).is_container_of_factors(container):
         return True
-    parts = {f"{around}.{other}" for other in FACTORS if other != role}
+    others = {f"{container}.{other}" for other in FACTORS if other != role}
 
-    def beside(node: fx.Node | None) -> bool:
-        return node is not None and node.op == "call_module" and str(node.target) in parts
+    def is_other(node: fx.Node | None) -> bool:
+        return node is not None and node.op == "call_module" and str(node.target) in others
 
-    def chain(node: fx.Node) -> bool:
-        return beside(source(node)) or (len(node.users) == 1 and beside(next(iter(node.users))))
+    def in_chain(node: fx.Node) -> bool:
+        return is_other(source(node)) or (len(node.users) == 1 and is_other(next(iter(node.users))))
 
-    return all(chain(node) and isinstance(gm.get_submodule(target), LAYERS) for node in calls(gm, target))
+    return isinstance(gm.get_submodule(name), LAYERS) and all(in_chain(node) for node in calls(gm, name))
 
 
 def shared_parameter(parameter: str, other: str) -> Reason:
@@ -120,11 +133,10 @@ def added(module: nn.Module) -> Reason | None:
 
 def check_names(gm: fx.GraphModule, patterns: Sequence[str]) -> None:
     """Raise FxlrdError for a name or glob that fits no layer of the captured model."""
-    whole = captured(gm)
-    known = [*layers(gm), *(whole.unreached if whole is not None else ())]
+    names = [*layers(gm), *captured_or_bare(gm).unreached]
     for pattern in patterns:
-        if not any(matches(name, [pattern]) for name in known):
-            raise unknown("layer", pattern, known)
+        if not any(matches(name, [pattern]) for name in names):
+            raise unknown("layer", pattern, names)
 
 
 def matches(name: str, patterns: Sequence[str]) -> str | None:
@@ -138,18 +150,20 @@ def is_stem(gm: fx.GraphModule, name: str, module: nn.Module) -> bool:
     """Whether the layer is a conv that reads the model's input, of at most four channels, with no layer before."""
     if not isinstance(module, Conv) or module.in_channels > _STEM_CHANNELS:
         return False
-    found = layers(gm)
-    return all(not _reads_layer(source(call), found) for call in calls(gm, name))
+    names = layers(gm).keys()
+    return not any(_follows_layer(source(call), names) for call in calls(gm, name))
 
 
-def _reads_layer(node: fx.Node | None, found: Mapping[str, nn.Module]) -> bool:
-    pending, seen = [node] if node is not None else [], set()
+def _follows_layer(node: fx.Node | None, names: Collection[str]) -> bool:
+    """Whether the node's value depends on the output of a layer; ``names`` are those of all layers."""
+    pending = [node] if node is not None else []
+    visited: set[fx.Node] = set()
     while pending:
         current = pending.pop()
-        if current in seen:
+        if current in visited:
             continue
-        seen.add(current)
-        if current.op == "call_module" and str(current.target) in found:
+        visited.add(current)
+        if current.op == "call_module" and str(current.target) in names:
             return True
         pending.extend(current.all_input_nodes)
     return False
@@ -163,13 +177,15 @@ def hooked(module: nn.Module) -> bool:
 
 
 def owners(gm: nn.Module) -> dict[int, list[str]]:
-    """Return every name of every parameter, by the parameter's identity: two names are a tie."""
-    found: dict[int, list[str]] = {}
-    aliases: dict[int, str] = {}
+    """Return every name of every parameter, by the parameter's identity. Several names are a tie.
+
+    A module that has several names counts once.
+    """
+    names: dict[int, list[str]] = {}
+    first_name: dict[int, str] = {}
     for prefix, module in gm.named_modules(remove_duplicate=False):
-        canonical = aliases.setdefault(id(module), prefix)
-        if canonical != prefix:
+        if first_name.setdefault(id(module), prefix) != prefix:
             continue
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            found.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
-    return found
+            names.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    return names

@@ -48,18 +48,20 @@ def op(module: nn.Module) -> str:
     return stock_type(module).__name__
 
 
-_MAKING = {
-    "__init__", "reset_parameters", "__constants__", "__module__", "__qualname__", "__doc__", "__annotations__",
-    "__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__",
-}  # fmt: skip
-"""What a subclass may redefine without computing anything else."""
+_CONSTRUCTION = {"__init__", "reset_parameters", "__annotate_func__"}
+"""Methods that a subclass may redefine and compute the same (the last is what annotations are, in Python 3.14)."""
 
 
 def is_stock(module: nn.Module) -> bool:
-    """Whether the layer computes what its stock type does: of that type, or a subclass that is only made otherwise."""
+    """Whether the layer computes what its stock type does: of that type, or a subclass with another construction."""
     stock, classes = stock_type(module), type(module).__mro__
-    own = {name for kind in classes[: classes.index(stock)] for name in vars(kind)} - _MAKING
-    return not any(hasattr(stock, name) for name in own)
+    overridden = {
+        name
+        for kind in classes[: classes.index(stock)]
+        for name, value in vars(kind).items()
+        if hasattr(stock, name) and (callable(value) or isinstance(value, (property, classmethod, staticmethod)))
+    }
+    return overridden <= _CONSTRUCTION
 
 
 def spatial_dims(module: nn.Module) -> int:

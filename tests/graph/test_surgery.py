@@ -6,7 +6,6 @@ from collections import UserDict
 import pytest
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxlrd.capturing.whole import capture
@@ -15,7 +14,6 @@ from fxlrd.graph.captured import captured as graph_captured
 from fxlrd.graph.captured import feed, propagate
 from fxlrd.graph.compare import Difference, difference
 from fxlrd.graph.facts import Provenance, provenance
-from fxlrd.graph.guards import replaceable, shared_parameter
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, run
 from fxlrd.graph.surgery import called, fork, replace, restore
@@ -169,124 +167,6 @@ def test_provenance_survives_deepcopy():
     assert graph_captured(twin) == graph_captured(new)
     assert twin.stem.core is not new.stem.core
     assert difference(outputs(twin), outputs(new), "copy").max_abs == 0
-
-
-class Scaled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-        self.b.weight = self.a.weight
-
-    def forward(self, x):
-        return self.c(self.b(self.a(x)))
-
-
-class Read(nn.Module):
-    """The layer is called, and its weight is used on its own as well."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(6, 6)
-
-    def forward(self, x):
-        return nn.functional.linear(self.a(x), self.a.weight.t())
-
-
-def with_hook(register):
-    linear = nn.Linear(6, 6)
-    getattr(linear, register)(lambda *_: None)
-    return nn.Sequential(linear)
-
-
-HOOKS = [
-    "register_forward_hook",
-    "register_forward_pre_hook",
-    "register_full_backward_hook",
-    "register_full_backward_pre_hook",
-]
-
-
-@pytest.mark.parametrize("register", HOOKS)
-def test_a_layer_with_hooks_is_left_alone(register):
-    assert replaceable(captured(with_hook(register)))["0"].code == "hooks"
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
-def test_guards_name_their_reason():
-    old = captured(nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 6))))
-    assert replaceable(old)["0"].code == "hooks"
-    new = captured(nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6))))
-    assert replaceable(new)["0"].code == "parametrized"
-    sub = captured(nn.Sequential(Scaled(6, 6)))
-    assert replaceable(sub)["0"].code == "subclass"
-    assert replaceable(captured(nn.Sequential(nn.Linear(6, 6)))) == {"0": None}
-
-
-def test_tied_weights_name_each_other():
-    assert replaceable(captured(Tied())) == {
-        "a": shared_parameter("weight", "b.weight"),
-        "b": shared_parameter("weight", "a.weight"),
-        "c": None,
-    }
-
-
-def test_a_weight_read_beside_its_layer_is_left_alone():
-    reason = replaceable(captured(Read()))["a"]
-    assert reason.code == "read-directly"
-
-
-def test_a_layer_inside_a_module_called_whole_is_left_alone():
-    root = nn.Module()
-    root.a = nn.Sequential(nn.Linear(6, 6))
-    g = fx.Graph()
-    x = g.placeholder("x")
-    g.output(g.call_module("a", (g.call_module("a.0", (x,)),)))
-    gm = fx.GraphModule(root, g)
-    assert replaceable(gm)["a.0"].code == "container-called"
-
-
-def test_reasons_are_one_line():
-    for model in (Tied(), with_hook("register_forward_hook"), nn.Sequential(Scaled(6, 6))):
-        assert not any("\n" in str(reason) for reason in replaceable(captured(model)).values())
-
-
-class Initialised(nn.Conv2d):
-    """A layer that is only made in a way of its own."""
-
-    __constants__ = ("stride",)
-    own: int
-
-    def __init__(self, channels):
-        super().__init__(channels, channels, 3, padding=1)
-        self.own = 3
-
-    def reset_parameters(self):
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def helper(self):
-        return self.own
-
-
-class Further(Initialised):
-    def _conv_forward(self, *args):
-        return super()._conv_forward(*args) + 1
-
-
-def test_a_subclass_that_is_only_made_otherwise_is_like_any():
-    model = nn.Sequential(Initialised(6), Further(6)).double()
-    gm = capture(model, torch.randn(1, 6, 5, 5).double())
-    assert replaceable(gm)["0"] is None
-    assert replaceable(gm)["1"].code == "subclass"
-
-
-def test_a_shared_module_is_no_tie():
-    assert replaceable(captured()) == {"stem": None, "body.0": None, "head": None}
 
 
 @pytest.mark.parametrize(

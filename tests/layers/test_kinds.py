@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxlrd.layers.kinds import BATCH_NORMS, CONVS, LAYERS, OPTIONS, TRANSPOSED, kernel_options, make, options
+from fxlrd.layers.kinds import BATCH_NORMS, CONVS, LAYERS, OPTIONS, TRANSPOSED, is_stock, kernel_options, make, options
 
 EXAMPLES = [
     nn.Linear(3, 5),
@@ -60,3 +60,35 @@ def test_the_kernels_options_are_all_that_no_channel_count_sets(kind):
     conv = kind(4, 6, 3, stride=2)
     rest = {"in_channels": 2, "out_channels": 3, "groups": 1, "bias": False}
     assert options(make(kind, kernel_options(conv) | rest)) == options(conv) | rest
+
+
+class Helper:
+    """A mixin without anything that layers have."""
+
+    def helper(self):
+        return 3
+
+
+@pytest.mark.parametrize(
+    ("attributes", "stock"),
+    [
+        ({"__init__": lambda self: None, "reset_parameters": lambda self: None}, True),
+        ({"__constants__": ["in_features"], "__doc__": "A layer.", "own": 3, "helper": lambda self: 3}, True),
+        ({"forward": lambda self, x: x}, False),
+        ({"__getattr__": lambda self, name: None}, False),
+        ({"train": lambda self, mode: self}, False),
+        ({"__call__": property(lambda self: None)}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mixin", [(), (Helper,)], ids=["", "mixin"])
+def test_a_subclass_is_stock_unless_it_redefines_a_method(attributes, stock, mixin):
+    kind = type("Own", (*mixin, nn.Linear), attributes)
+    assert is_stock(kind.__new__(kind)) is stock
+    further = type("Further", (kind,), {})
+    assert is_stock(further.__new__(further)) is stock
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_stock_types_are_stock(kind):
+    assert is_stock(kind.__new__(kind))
