@@ -31,10 +31,11 @@ from fxlrd.errors import Reason
 from fxlrd.graph.channels import Group
 from fxlrd.graph.facts import provenance, retained_channels, statistics
 from fxlrd.graph.guards import replaceable
+from fxlrd.graph.layer import origin
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.compose import fold_inputs, keep_channels, keep_outputs
 from fxlrd.layers.kinds import depthwise
-from fxlrd.passes._merging import Targets, original_name, original_shape, put_merged
+from fxlrd.passes._merging import Targets, original_shape, put_merged
 from fxlrd.passes.contract import UNNAMED, Site, Skip
 from fxlrd.passes.driver import Run
 from fxlrd.ranks import tucker2_rank
@@ -90,7 +91,7 @@ class Interpolate(Targets):
         done.update(cut.group.producers)
         consumers = ", ".join(str(consumer.node.target) for consumer in cut.group.consumers)
         count = f"{cut.rank} of {cut.group.channels} channels kept"
-        return Site(original_name(node), False, f"{count}, the others interpolated in {consumers} (error {error:.2g})")
+        return Site(origin(node), False, f"{count}, the others interpolated in {consumers} (error {error:.2g})")
 
     def _cut(self, gm: fx.GraphModule, node: fx.Node, guards: Mapping[str, Reason | None]) -> Cut | Reason:
         """Return the cut of the channels that a layer makes, or why it is left alone."""
@@ -135,8 +136,8 @@ class Interpolate(Targets):
 
 def _cut_with_its_producer(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is a depthwise conv whose channels went with those of the layer that feeds it."""
-    origin = provenance(node)
-    return origin is not None and origin.role == "merged" and depthwise(gm.get_submodule(str(node.target)))
+    recorded = provenance(node)
+    return recorded is not None and recorded.role == "merged" and depthwise(gm.get_submodule(str(node.target)))
 
 
 def _apply(gm: fx.GraphModule, cut: Cut) -> float:

@@ -11,6 +11,7 @@ from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.captured import captured
 from fxlrd.graph.facts import FACTORS, Provenance, provenance
 from fxlrd.graph.guards import check_names, matches, skip_reason
+from fxlrd.graph.layer import origin
 from fxlrd.graph.surgery import calls
 from fxlrd.layers.kinds import as_layer
 from fxlrd.passes.contract import UNNAMED, Skip
@@ -57,21 +58,15 @@ class Targets:
         name = str(node.target)
         if isinstance(self.ranks, Mapping) and name in self.ranks:
             raise FxlrdError(f"merge: {name} cannot be merged: {reason}")
-        return Skip(original_name(node), reason)
-
-
-def original_name(node: fx.Node) -> str:
-    """Return the name of a node's layer in the captured model."""
-    origin = provenance(node)
-    return origin.name if origin is not None else str(node.target)
+        return Skip(origin(node), reason)
 
 
 def original_shape(gm: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:
     """Return the shape of a layer's weight before any merging, also by an earlier compress: α refers to that."""
-    capture, origin = captured(gm), provenance(node)
-    if capture is not None and (shape := capture.weight_shapes.get(original_name(node))) is not None:
+    capture, recorded = captured(gm), provenance(node)
+    if capture is not None and (shape := capture.weight_shapes.get(origin(node))) is not None:
         return shape
-    original = origin.original if origin is not None else None
+    original = recorded.original if recorded is not None else None
     return tuple(as_layer(original or gm.get_submodule(str(node.target))).weight.shape)
 
 
@@ -94,10 +89,10 @@ def put_merged(
     """
     target = str(node.target)
     gm.set_submodule(target, module)
-    origin = provenance(node) or Provenance(target)
-    earlier = origin.ranks if origin.role == "merged" and len(origin.ranks) == 2 else (None, None)
+    recorded = provenance(node) or Provenance(target)
+    earlier = recorded.ranks if recorded.role == "merged" and len(recorded.ranks) == 2 else (None, None)
     merged = tuple(new if new is not None else old for new, old in zip(ranks, earlier, strict=True))
-    if origin.role in FACTORS:
-        merged = origin.ranks
-    largest = max((e for e in (error, origin.error) if e is not None), default=None)
-    provenance.record(node, replace(origin, role="merged", ranks=merged, error=largest))
+    if recorded.role in FACTORS:
+        merged = recorded.ranks
+    largest = max((e for e in (error, recorded.error) if e is not None), default=None)
+    provenance.record(node, replace(recorded, role="merged", ranks=merged, error=largest))

@@ -13,7 +13,7 @@ function even at full rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,26 +21,20 @@ from torch import Tensor, fx, nn
 
 from fxlrd.errors import Reason
 from fxlrd.factor.tucker import tucker2
-from fxlrd.graph.channels import ELEMENTWISE_MODULES, MERGED
+from fxlrd.graph.channels import MERGED
 from fxlrd.graph.guards import matches, replaceable
-from fxlrd.graph.surgery import calls, layers, source
+from fxlrd.graph.layer import origin
+from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.build import resized
 from fxlrd.layers.compose import affine, unit_norm
 from fxlrd.layers.kinds import ConvOrLinear, as_layer, channels_per_group, kernel_area
-from fxlrd.passes._merging import UNMERGED, Targets, is_shared, original_name, original_shape, put_merged
+from fxlrd.passes._merging import UNMERGED, Targets, is_shared, original_shape, put_merged
+from fxlrd.passes._patterns import Side, following, previous, side
 from fxlrd.passes.contract import Site, Skip
 from fxlrd.passes.driver import Run
 from fxlrd.ranks import tucker2_rank
 
 NOT_BETWEEN = Reason("not-between", "no 1×1 conv with only BatchNorm, then activation between on both sides")
-
-
-@dataclass(frozen=True)
-class Side:
-    """A plain 1×1 conv beside a k×k conv, and the BatchNorms, then activations between them, in graph order."""
-
-    conv: fx.Node
-    between: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ class Relocate(Targets):
             return skip if kernel_area(gm.get_submodule(str(node.target))) > 1 else None
         error = _move_into_rank_space(gm, place)
         note = f"BN and activation moved into rank space {place.rank}: not the same function, fine-tune it"
-        return Site(original_name(node), False, f"{note} (weight error {error:.2g})")
+        return Site(origin(node), False, f"{note} (weight error {error:.2g})")
 
     def _bottleneck(
         self, gm: fx.GraphModule, node: fx.Node, guards: Mapping[str, Reason | None]
@@ -82,7 +76,7 @@ class Relocate(Targets):
             return reason
         if (reason := _why_no_core(gm.get_submodule(name))) is not None:
             return reason
-        before, after = _side(gm, node, _previous), _side(gm, node, _next)
+        before, after = side(gm, node, previous), side(gm, node, following)
         if before is None or after is None:
             return NOT_BETWEEN
         for member in (before.conv, after.conv):
@@ -117,40 +111,6 @@ def _why_no_core(module: nn.Module) -> Reason | None:
     if groups > 1:
         return Reason("grouped", f"groups={groups}: only groups=1 has a Tucker form")
     return Reason("no-kernel", "it is no k×k conv") if kernel_area(module) == 1 else None
-
-
-def _previous(node: fx.Node) -> fx.Node | None:
-    """Return the node that this one reads, if no other does."""
-    read = source(node)
-    return read if read is not None and len(read.users) == 1 else None
-
-
-def _next(node: fx.Node) -> fx.Node | None:
-    """Return the node that reads this one, if it is the only one."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _side(gm: fx.GraphModule, node: fx.Node, step: Callable[[fx.Node], fx.Node | None]) -> Side | None:
-    """Return the side of a k×k conv that ``step`` leads to, or None where it is anything else."""
-    between: list[fx.Node] = []
-    current = step(node)
-    while current is not None and current.op == "call_module":
-        module = gm.get_submodule(str(current.target))
-        if isinstance(module, nn.Conv2d):
-            plain = kernel_area(module) == 1 and module.groups == 1 and module.padding in ((0, 0), "valid")
-            ordered = between if step is _next else between[::-1]
-            return Side(current, tuple(ordered)) if plain and _norms_come_first(gm, ordered) else None
-        between.append(current)
-        current = step(current)
-    return None
-
-
-def _norms_come_first(gm: fx.GraphModule, between: list[fx.Node]) -> bool:
-    """Whether there are BatchNorms of fixed statistics, then activations, and nothing else."""
-    modules = [gm.get_submodule(str(n.target)) for n in between]
-    while modules and type(modules[0]) is nn.BatchNorm2d and modules[0].running_mean is not None:
-        modules.pop(0)
-    return all(type(m) in ELEMENTWISE_MODULES for m in modules)
 
 
 def _first_reason(gm: fx.GraphModule, nodes: Sequence[fx.Node], guards: Mapping[str, Reason | None]) -> Reason | None:
