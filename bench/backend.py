@@ -21,7 +21,9 @@ from tabulate import tabulate
 from torch import fx
 
 from bench.models import resnet50
-from fxlrd.backend import Compressed, Options, see
+from fxlrd.backend.compressed import Compressed
+from fxlrd.backend.factor_sets import fingerprint
+from fxlrd.backend.options import Options
 from fxlrd.capturing.dynamo import weights_of
 
 ROUNDS = 3
@@ -77,22 +79,22 @@ def call_costs() -> list[list[object]]:
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         # With an inner compiler that computes nothing, a call is the look at the weights and the passing on.
         options = Options.read({"ratio": 2.0, "verify": False, "inner": "eager"})
-        compressed = Compressed(gm, options.steps(), options)
+        compressed = Compressed(gm, options.pipeline(), options)
         compressed.start(inputs, weights_of(gm, inputs))
-        compressed.latest.run = lambda *args: None
+        compressed.sets.latest.run = lambda *args: None
         made.append((compressed, tuple(inputs)))
         return gm
 
     with torch.no_grad():
         torch.compile(model, backend=backend)(x[:, :, :32, :32])
     ((compressed, args),) = made
-    latest, watched = compressed.latest, compressed.weights(args)
+    latest, watched = compressed.sets.latest, compressed.watched(args)
     every = [a for a in args if a is not args[0] and isinstance(a, torch.Tensor)]
     calls: list[tuple[str, int, Callable[[], object]]] = [
         ("a call that computes nothing", len(args), lambda: compressed(*args)),
         ("the same without a look at the weights", len(args), lambda: latest.run(*args, *latest.factors)),
-        ("the look at the weights alone", len(watched), lambda: see(watched)),
-        ("at all weights, as where they freeze", len(every), lambda: see(every)),
+        ("the look at the weights alone", len(watched), lambda: fingerprint(watched)),
+        ("at all weights, as where they freeze", len(every), lambda: fingerprint(every)),
     ]
     rows: list[list[object]] = []
     for name, number, call in calls:

@@ -15,44 +15,21 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config
 
 import fxlrd
-from fxlrd.backend import KEPT, Compressed, Options
+from fxlrd.backend.compressed import Compressed
+from fxlrd.backend.factor_sets import LIMIT
+from fxlrd.backend.options import Options
 from tests.support.cases import cases
+from tests.support.models import ResidualNet
 
 EAGER = {"inner": "eager"}
 
 
-@pytest.fixture(autouse=True)
-def _reset(isolated):
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class Block(nn.Module):
-    def __init__(self, width=24):
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 1)
-
-    def forward(self, x):
-        return x + self.conv2(torch.relu(self.bn1(self.conv1(x))))
-
-
-class Net(nn.Module):
-    def __init__(self, width=24):
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.layer1 = nn.Sequential(Block(width), Block(width))
-        self.fc = nn.Linear(width, 32)
-
-    def forward(self, x):
-        return self.fc(self.layer1(self.stem(x)).mean((2, 3)))
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def net(seed=0, **changes):
     torch.manual_seed(seed)
-    model = Net().eval()
+    model = ResidualNet().eval()
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.uniform_(-1, 1)
@@ -106,12 +83,12 @@ def test_entry_point_without_importing_fxlrd():
     [
         {},
         {"ratio": 3.0},
-        {"skip": "layer1.0"},
-        {"skip": ("fc", "layer1.*.conv2")},
+        {"skip": "blocks.0"},
+        {"skip": ("head", "blocks.*.conv2")},
         {"preset": "branch"},
         {"preset": "freeze"},
         {"passes": "decompose{ranks=5}"},
-        {"passes": "decompose{ratio=3,skip=fc|layer1.1}"},
+        {"passes": "decompose{ratio=3,skip=head|blocks.1}"},
         {"passes": "merge{mode=exact,norms=true}"},
         {"passes": "decompose,merge{mode=exact,norms=true}"},
     ],
@@ -172,7 +149,7 @@ def test_channels_last_and_bfloat16():
 def test_factors_keep_channels_last():
     model, x = net(memory_format=torch.channels_last), images(memory_format=torch.channels_last)
     (served,) = serving(lambda: compiled(model)(x))
-    cores = [f for f in served.latest.factors if f.dim() == 4 and f.shape[2] == 3]
+    cores = [f for f in served.sets.latest.factors if f.dim() == 4 and f.shape[2] == 3]
     assert cores
     assert all(f.is_contiguous(memory_format=torch.channels_last) for f in cores)
 
@@ -211,8 +188,8 @@ def test_passes_that_read_data_are_refused(options):
 
 @torch.no_grad()
 def test_a_name_to_skip_that_fits_nothing_warns():
-    with pytest.warns(UserWarning, match=r"unknown layer to skip 'layr1\.0\.conv1'.*did you mean"):
-        compiled(net(), skip="layr1.0.conv1")(images())
+    with pytest.warns(UserWarning, match=r"unknown layer to skip 'bloks\.0\.conv1'.*did you mean"):
+        compiled(net(), skip="bloks.0.conv1")(images())
 
 
 @pytest.mark.slow
@@ -255,7 +232,7 @@ def test_graphs_without_layers_and_all_left_alone(recwarn):
     x = torch.randn(3, 5)
     assert torch.equal(compiled(lambda v: v.sin() + 1)(x), x.sin() + 1)
     model = net()
-    assert torch.equal(compiled(model, skip=("fc", "layer1"))(images()), model(images()))
+    assert torch.equal(compiled(model, skip=("head", "blocks"))(images()), model(images()))
 
 
 def test_training_is_refused():
@@ -298,11 +275,11 @@ def test_two_instances_take_turns(inner, monkeypatch):
 def test_few_sets_are_kept():
     x = images()
     f = torch.compile(lambda m, v: m(v), backend="fxlrd", options=EAGER)
-    models = [net(i) for i in range(KEPT + 2)]
+    models = [net(i) for i in range(LIMIT + 2)]
     (served,) = serving(lambda: f(models[0], x))
     for m in models:
         close(f(m, x), expected(m, x))
-    assert len(served.sets) == KEPT
+    assert len(served.sets.retained) == LIMIT
     close(f(models[0], x), expected(models[0], x))
 
 
@@ -318,17 +295,17 @@ def _step(model):
 
 
 def _replace(model):
-    model.fc.weight = nn.Parameter(torch.randn_like(model.fc.weight))
+    model.head.weight = nn.Parameter(torch.randn_like(model.head.weight))
 
 
 def _data(model):
-    model.layer1[0].conv1.weight.data = torch.randn_like(model.layer1[0].conv1.weight)
+    model.blocks[0].conv1.weight.data = torch.randn_like(model.blocks[0].conv1.weight)
 
 
 def _data_beside(model):
     """The old data live on elsewhere."""
-    model.kept = model.fc.weight.data
-    model.fc.weight.data = torch.randn_like(model.fc.weight)
+    model.kept = model.head.weight.data
+    model.head.weight.data = torch.randn_like(model.head.weight)
 
 
 def _in_place(model):
@@ -337,13 +314,13 @@ def _in_place(model):
 
 
 def _detached(model):
-    model.fc.bias.detach().add_(1)
-    model.layer1[1].conv2.weight.detach()[0, 0] = 3
+    model.head.bias.detach().add_(1)
+    model.blocks[1].conv2.weight.detach()[0, 0] = 3
 
 
 def _inference_mode(model):
     with torch.inference_mode():
-        model.fc.weight.add_(1)
+        model.head.weight.add_(1)
 
 
 CHANGES = [
@@ -375,13 +352,14 @@ def test_changed_weights_are_served(change):
 @torch.no_grad()
 def test_new_data_at_the_same_address():
     model, x = net(), images()
-    weight = model.fc.weight
+    weight = model.head.weight
+    weight_shape = weight.shape
     memory = bytearray(weight.numel() * weight.element_size())
 
     def place(value):
         weight.data = torch.empty(0)  # what was there before is gone
         torch.frombuffer(memory, dtype=torch.float32).fill_(value)
-        weight.data = torch.frombuffer(memory, dtype=torch.float32).view(32, 24)
+        weight.data = torch.frombuffer(memory, dtype=torch.float32).view(weight_shape)
         return weight._version, weight.data_ptr()
 
     f = compiled(model)
@@ -397,7 +375,7 @@ def test_writes_that_torch_does_not_count():
     model, x = net(), images()
     f = compiled(model)
     before = f(x)
-    model.fc.weight.data.mul_(0.5)
+    model.head.weight.data.mul_(0.5)
     assert torch.equal(f(x), before)
     torch.autograd.graph.increment_version(model.parameters())
     close(f(x), expected(model, x))
@@ -428,7 +406,7 @@ def test_frozen_instances_and_norms():
         f = torch.compile(lambda m, v: m(v), backend="fxlrd", options={"inner": "inductor"})
         for m in (a, b, a):
             close(f(m, x), expected(m, x))
-    a.layer1[0].bn1.running_mean.add_(1)  # no factor was made of it, but it is frozen
+    a.blocks[0].bn1.running_mean.add_(1)  # no factor was made of it, but it is frozen
     close(f(a, x), expected(a, x))
 
 
@@ -447,8 +425,8 @@ def test_factors_freeze():
     (gm,) = seen
     assert len(gm.graph.find_nodes(op="placeholder")) == 1
     assert {n for n, _ in gm.named_parameters() if n.startswith("fxlrd_")} >= {
-        "fxlrd_layer1_0_conv1_core_weight",
-        "fxlrd_fc_last_bias",
+        "fxlrd_blocks_0_conv1_core_weight",
+        "fxlrd_head_last_bias",
     }
 
 
@@ -458,7 +436,7 @@ def test_factors_are_static_and_untouched_layers_as_they_were():
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Options, "compile", lambda self, gm, inputs: seen.append((gm, inputs)) or gm)
-        compiled(model, skip="layer1.1")(x)
+        compiled(model, skip="blocks.1")(x)
     gm, inputs = seen[0]
     placeholders = gm.graph.find_nodes(op="placeholder")
     assert len(placeholders) == len(inputs)
@@ -468,9 +446,9 @@ def test_factors_are_static_and_untouched_layers_as_they_were():
         if "_parameters_" in n.name or n.name.startswith("fxlrd_")
     )
     given = {id(t) for t in inputs}
-    assert id(model.layer1[1].conv1.weight) in given
+    assert id(model.blocks[1].conv1.weight) in given
     assert id(model.stem.bias) in given
-    assert any(n.target is torch.conv2d and "layer1_modules_1" in str(n.args[1]) for n in gm.graph.nodes)
+    assert any(n.target is torch.conv2d and "blocks_modules_1" in str(n.args[1]) for n in gm.graph.nodes)
     metadata = torch._functorch._aot_autograd.frontend_utils._try_get_metadata_from_dynamo
     given_too = [[]][: len(inspect.signature(metadata).parameters) - 3]  # newer versions of torch take one more
     _, static = metadata(gm, {}.keys(), len(placeholders), *given_too)
@@ -483,11 +461,11 @@ def test_no_weight_is_kept_alive():
     models, x = [net()], images()
     f = torch.compile(lambda m, v: m(v), backend="fxlrd", options=EAGER)
     (served,) = serving(lambda: f(models[0], x))
-    assert len(served.sets) == 1
+    assert len(served.sets.retained) == 1
     models.clear()
     gc.collect()
-    assert served.sets == []
-    assert served.latest.factors == ()
+    assert served.sets.retained == []
+    assert served.sets.latest.factors == ()
 
 
 @pytest.mark.slow
@@ -530,13 +508,13 @@ def test_dynamic_shapes(inner):
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch.no_grad()
-def test_new_weights_that_call_for_another_graph(dynamic, monkeypatch):
+def test_new_weights_that_call_for_another_graph(dynamic):
     """As where a pass chooses other ranks for other weights."""
     model = net()
     f = torch.compile(model, backend="fxlrd", dynamic=dynamic, options={"inner": "aot_eager"})
-    f(images(2))
+    (served,) = serving(lambda: f(images(2)))
     model.load_state_dict(net(3).state_dict())
-    monkeypatch.setattr("fxlrd.backend._code", lambda lowered: object())
+    served.code = ()  # that of another graph
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for n in (2, 3) if dynamic else (2,):
@@ -569,13 +547,13 @@ def test_automatic_dynamic_shapes():
         close(f(images(n)), expected(model, images(n)))
 
 
-class Broken(Net):
+class Broken(ResidualNet):
     def forward(self, x):
-        x = self.layer1[0](self.stem(x))
+        x = self.blocks[0](self.stem(x))
         torch._dynamo.graph_break()
-        x = self.layer1[1](x)
+        x = self.blocks[1](x)
         torch._dynamo.graph_break()
-        return self.fc(x.mean((2, 3)))
+        return self.head(x.mean((2, 3)))
 
 
 @pytest.mark.slow
@@ -583,13 +561,13 @@ class Broken(Net):
 def test_graph_breaks():
     torch.manual_seed(0)
     model, x = Broken().eval(), images()
-    whole = Net().eval()
-    whole.load_state_dict(model.state_dict())
-    made = serving(lambda: close(compiled(model)(x), expected(whole, x)))
+    unbroken = ResidualNet().eval()
+    unbroken.load_state_dict(model.state_dict())
+    made = serving(lambda: close(compiled(model)(x), expected(unbroken, x)))
     assert len(made) == 3
     torch._dynamo.reset()
     with pytest.warns(UserWarning, match="in this graph"):
-        close(compiled(model, skip="layer1.1")(x), expected(whole, x, skip="layer1.1"))
+        close(compiled(model, skip="blocks.1")(x), expected(unbroken, x, skip="blocks.1"))
     with pytest.raises(torch._dynamo.exc.Unsupported):
         compiled(model, fullgraph=True)(x)
 
@@ -624,14 +602,14 @@ def test_autocast(inner):
         got, want = f(x), small(x)
     assert got.dtype == want.dtype == torch.bfloat16
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
-    factors = {f for s in made for f in s.latest.factors}
+    factors = {f for s in made for f in s.sets.latest.factors}
     exact = dict(small.named_parameters())
-    assert any(torch.equal(f, exact["fc.first.weight"]) for f in factors)  # factors are made in full precision
+    assert any(torch.equal(f, exact["head.first.weight"]) for f in factors)  # factors are made in full precision
 
 
 @torch.no_grad()
 def test_autocast_inside():
-    class Inside(Net):
+    class Inside(ResidualNet):
         def forward(self, x):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 return super().forward(x)
@@ -650,10 +628,10 @@ def test_autocast_inside():
 
 @torch.no_grad()
 def test_a_graph_that_does_not_run_on_its_own():
-    class Casting(Net):
+    class Casting(ResidualNet):
         def forward(self, x):
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                return self.fc(self.layer1(self.stem(x)).mean((2, 3)).bfloat16())
+                return self.head(self.blocks(self.stem(x)).mean((2, 3)).bfloat16())
 
     plain, x = net(), images()
     model = Casting().eval()
@@ -676,21 +654,21 @@ def test_the_random_state_is_left_alone():
 @pytest.mark.slow
 @torch.no_grad()
 def test_buffers_are_not_written_while_verifying():
-    class Counting(Net):
+    class Counting(ResidualNet):
         def __init__(self):
             super().__init__()
-            self.register_buffer("seen", torch.zeros(()))
+            self.register_buffer("runs", torch.zeros(()))
 
         def forward(self, x):
-            self.seen.add_(1)
+            self.runs.add_(1)
             return super().forward(x)
 
     model, x = Counting().eval(), images()
     compiled(model)(x)
-    assert model.seen == 1
+    assert model.runs == 1
     model = net().train()
     compiled(model)(x)
-    assert model.layer1[0].bn1.num_batches_tracked == 1
+    assert model.blocks[0].bn1.num_batches_tracked == 1
 
 
 @pytest.mark.slow

@@ -1,0 +1,142 @@
+"""A compressed graph that is called with the factors of whatever weights the caller has."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxlrd.backend.factor_sets import FactorSet, FactorSets, Fingerprint, fingerprint
+from fxlrd.backend.options import Options
+from fxlrd.backend.rewrite import rewrite
+from fxlrd.capturing.dynamo import Lowered, weights_of
+from fxlrd.errors import FxlrdError
+from fxlrd.pipeline import Pipeline
+
+
+class Compressed:
+    """A Dynamo graph, compressed: a callable with the arguments of Dynamo's graph.
+
+    While Inductor freezes weights into its code (torch._inductor.config.freezing, set during the first call), factors
+    are frozen with them (``frozen``). Then all weights are watched, and a change compiles the rewritten graph again.
+    Otherwise factors are arguments, and only the weights that they are computed from are watched.
+    """
+
+    def __init__(self, gm: fx.GraphModule, pipeline: Pipeline, options: Options) -> None:
+        self.gm = gm
+        self.pipeline = pipeline
+        self.options = options
+        self.sets = FactorSets()
+        self.lock = threading.Lock()
+        self.frozen = False
+        self.symbolic = False
+        self.code: tuple[Any, ...] = ()
+        self.watched: Callable[[tuple[Any, ...]], Sequence[Tensor]] = tuple
+        self.run: Callable[..., Any] | None = None
+
+    def start(self, inputs: Sequence[Any], weights: Mapping[str, Tensor]) -> bool:
+        """Compress and compile the graph for these inputs; False if no pass rewrote anything."""
+        self.frozen = bool(self.gm.graph.find_nodes(op="get_attr")) and not _has_weight_arguments(self.gm, inputs)
+        self.symbolic = any(isinstance(v, torch.SymInt) for v in inputs)
+        _refuse_inference_tensors(weights)
+        # Before the passes run: a weight that changes meanwhile is then noticed by the next call.
+        marks = dict(zip(weights, zip(*fingerprint([*weights.values()]), strict=True), strict=True))
+        lowered = self._lowered(inputs, weights, first=True)
+        if not lowered.sources:
+            return False
+        names = tuple(weights) if self.frozen else lowered.sources
+        self.watched = _from_arguments(self.gm, names, [*weights.values()] if self.frozen else None)
+        self.run = self._compile_in_dynamo(lowered, inputs)
+        mark = tuple(zip(*(marks[name] for name in names), strict=True))
+        self.sets.add(FactorSet(mark, self._arguments(lowered), self.run), [weights[name] for name in names])
+        return True
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the compressed graph with the factors of the weights in ``args``."""
+        weights = self.watched(args)
+        mark = fingerprint(weights)
+        current = self.sets.latest
+        if current.fingerprint != mark:
+            current = self._factors_of(weights, mark, args)
+        return current.run(*args, *current.factors)
+
+    def _factors_of(self, weights: Sequence[Tensor], mark: Fingerprint, args: tuple[Any, ...]) -> FactorSet:
+        """Return the retained factors of these weights, or compute them."""
+        with self.lock:
+            retained = self.sets.find(mark)
+            if retained is not None:
+                return retained
+            lowered = self._lowered(args, weights_of(self.gm, args), first=False)
+            run = self.run
+            if run is None or self.frozen or _compiled_for(lowered) != self.code:
+                run = self._compile_again(lowered, args)
+            return self.sets.add(FactorSet(mark, self._arguments(lowered), run), weights)
+
+    def _lowered(self, values: Sequence[Any], weights: Mapping[str, Tensor], first: bool) -> Lowered:
+        verify = self.options.verify and first
+        return rewrite(self.gm, self.pipeline, values, weights, verify=verify, warn=first, frozen=self.frozen)
+
+    def _arguments(self, lowered: Lowered) -> tuple[Tensor, ...]:
+        """Return the factors that are arguments of the lowered graph."""
+        return () if self.frozen else tuple(lowered.factors.values())
+
+    def _compile_in_dynamo(self, lowered: Lowered, inputs: Sequence[Any]) -> Callable[..., Any]:
+        context = torch._guards.TracingContext.try_get()
+        mode = context.fake_mode if context is not None else None
+        # The sizes of factors are static even where others are dynamic. The mode reuses these fakes while they live.
+        fakes = [mode.from_tensor(f, static_shapes=True) for f in lowered.factors.values()] if mode is not None else []
+        self.code = _compiled_for(lowered)
+        run = self.options.compile(lowered.graph_module, [*inputs, *self._arguments(lowered)])
+        del fakes
+        return run
+
+    def _compile_again(self, lowered: Lowered, args: Sequence[Any]) -> Callable[..., Any]:
+        """Compile for other weights, during a call: outside of Dynamo, without guards on sizes."""
+        if self.symbolic:
+            warnings.warn(
+                "backend fxlrd: new weights, and sizes that are dynamic: this graph runs uncompiled from here on; "
+                "torch._dynamo.reset() compiles it again",
+                stacklevel=2,
+            )
+            return lowered.graph_module
+        from torch._inductor import config
+
+        with config.patch(freezing=self.frozen):
+            return self.options.compile(lowered.graph_module, [*args, *self._arguments(lowered)])
+
+
+def _compiled_for(lowered: Lowered) -> tuple[Any, ...]:
+    """Return what compiled code depends on: the graph, and the memory layout of factors."""
+    return lowered.graph_module.code, [
+        (t.shape, t.stride(), t.dtype, t.device, t.layout) for t in lowered.factors.values()
+    ]
+
+
+def _from_arguments(
+    gm: fx.GraphModule, names: Sequence[str], fixed: Sequence[Tensor] | None
+) -> Callable[[tuple[Any, ...]], Sequence[Tensor]]:
+    """Return a function from a call's arguments to the weights of these names; ``fixed`` weights are no arguments."""
+    if fixed is not None:
+        return lambda args: fixed
+    order = [n.name for n in gm.graph.find_nodes(op="placeholder")]
+    positions = [order.index(name) for name in names]
+    return itemgetter(*positions) if len(positions) > 1 else lambda args: tuple(args[i] for i in positions)
+
+
+def _refuse_inference_tensors(weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if weight.is_inference():
+            raise FxlrdError(
+                f"{name}: made under torch.inference_mode(), which does not count changes; "
+                "make or load the model outside of it"
+            )
+
+
+def _has_weight_arguments(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    names = {n.name for n in gm.graph.find_nodes(op="placeholder")}
+    return any(name in names for name in weights_of(gm, inputs))
