@@ -1,4 +1,4 @@
-"""A compressed model is a module as any other: copied, pickled, traced, exported, compiled, compressed again."""
+"""A compressed model is copied, pickled, traced, exported, compiled and compressed again as any module is."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torchvision.models import VisionTransformer
 import fxlrd
 from fxlrd import FxlrdError
 from tests.support.cases import cases
+from tests.support.models import BottleneckNet, randomise_norms
 
 FORMS: dict[str, tuple[dict[str, Any], str]] = {
     "lrd": ({}, "svd"),
@@ -25,53 +26,15 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {
     "exact": ({"pipeline": "decompose,merge{mode=exact,norms=true}"}, "merged"),
     "merge": ({"pipeline": "calibrate{holdout=true},merge{ratio=2},refit,recalibrate"}, "merged"),
 }
-"""What compress is asked for, and a decision that a layer then has at least."""
+"""Options of compress, and a decision that at least one layer then has."""
 CASES = [*(f"cnn-{form}" for form in FORMS), "vit-lrd", "vit-merge", "bert-lrd", "hf_vit-lrd"]
 ANY = torch.export.Dim.DYNAMIC
 
 Inputs = dict[str, Tensor]
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.reduce = nn.Conv2d(32, 24, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(24)
-        self.conv = nn.Conv2d(24, 24, 3, stride=2, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(24)
-        self.mix = nn.Conv2d(24, 24, 3, padding=1, groups=4)
-        self.expand = nn.Conv2d(24, 32, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(32)
-        self.down = nn.Conv2d(32, 32, 1, stride=2)
-        self.act = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        y = self.act(self.bn1(self.reduce(x)))
-        y = self.act(self.bn2(self.conv(y)))
-        return self.act(self.bn3(self.expand(self.mix(y))) + self.down(x))
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 32, 3, padding=1)
-        self.block = Block()
-        self.drop = nn.Dropout(0.1)
-        self.fc = nn.Linear(32, 32)
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x):
-        x = self.block(self.stem(x)).mean((2, 3))
-        return self.head(self.drop(self.fc(x)))
-
-
 def cnn() -> tuple[nn.Module, Inputs]:
-    model = Net()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    return model, {"x": torch.randn(4, 3, 16, 16)}
+    return randomise_norms(BottleneckNet(stride=2)), {"x": torch.randn(4, 3, 16, 16)}
 
 
 def vit() -> tuple[nn.Module, Inputs]:
@@ -99,8 +62,8 @@ def hf_vit() -> tuple[nn.Module, Inputs]:
 
 
 @pytest.fixture(autouse=True)
-def plainly():
-    """No gradients, and attention not through the kernel that eager alone takes: outputs can be equal bit for bit."""
+def without_fast_attention():
+    """No gradients, and no attention kernel that only eager mode has, so that outputs are equal bit for bit."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     with torch.no_grad():
@@ -110,7 +73,7 @@ def plainly():
 
 @dataclass
 class Case:
-    """A model that was compressed to a form, and inputs; ``make`` makes the architecture."""
+    """A model that was compressed to a form, and its inputs; ``make`` makes the original."""
 
     make: Callable[[], tuple[nn.Module, Inputs]]
     form: str
@@ -148,10 +111,10 @@ def few(x: Inputs) -> Inputs:
     return {name: tensor[:3] for name, tensor in x.items()}
 
 
-def outputs(given: Any) -> list[Tensor]:
-    if isinstance(given, Tensor):
-        return [given]
-    return [v for v in (given.values() if hasattr(given, "values") else given) if isinstance(v, Tensor)]
+def outputs(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [v for v in (result.values() if hasattr(result, "values") else result) if isinstance(v, Tensor)]
 
 
 def same(a: Any, b: Any) -> bool:
@@ -162,7 +125,7 @@ def batches(x: Inputs) -> dict[str, dict[int, Any]]:
     return {name: {0: ANY} for name in x}
 
 
-def test_copies_are_the_same_and_apart(case):
+def test_copies_are_equal_and_independent(case):
     model, x = case.model, case.x
     before = model(**x)
     trains = [(n, p.requires_grad) for n, p in model.named_parameters()]
@@ -175,8 +138,8 @@ def test_copies_are_the_same_and_apart(case):
     assert same(model(**x), before)
 
 
-class Elsewhere(pickle.Unpickler):
-    """Unpickles as where there is no fxlrd."""
+class WithoutFxlrd(pickle.Unpickler):
+    """Unpickles as in an environment without fxlrd."""
 
     def find_class(self, module: str, name: str) -> Any:
         assert not module.startswith("fxlrd")
@@ -184,7 +147,7 @@ class Elsewhere(pickle.Unpickler):
 
 
 def test_unpickled_without_fxlrd(case):
-    other = Elsewhere(io.BytesIO(pickle.dumps(case.model))).load()
+    other = WithoutFxlrd(io.BytesIO(pickle.dumps(case.model))).load()
     assert same(other(**case.x), case.model(**case.x))
 
 
@@ -253,8 +216,8 @@ def test_compressing_again_changes_nothing(case, tmp_path):
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
         result = again(other, x, case.form)
         assert [record["sites"] for record in result.report.passes] == [[]] * len(result.report.passes)
-        known = "it is merged already" if case.form == "merge" else "it is a low-rank factor already"
-        assert any(row["reason"].startswith(known) for row in result.report.layers)
+        reason = "it is merged already" if case.form == "merge" else "it is a low-rank factor already"
+        assert any(row["reason"].startswith(reason) for row in result.report.layers)
         assert result.report.before == result.report.after
         assert same(result.model(**x), before)
         assert result.model.state_dict().keys() == model.state_dict().keys()
@@ -263,7 +226,7 @@ def test_compressing_again_changes_nothing(case, tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["freeze", "branch"])
-def test_what_stands_decomposed_can_be_frozen_and_branched_later(preset):
+def test_decomposed_layers_can_be_frozen_and_branched_later(preset):
     case = compressed(cnn)
     result = again(case.model, case.x, preset)
     assert {row["decision"] for row in result.report.layers} == {"skipped"}
@@ -275,7 +238,7 @@ def test_what_stands_decomposed_can_be_frozen_and_branched_later(preset):
         assert same(result.model(**case.x), case.model(**case.x))
 
 
-def test_a_ratio_of_merging_is_that_to_the_first_model():
+def test_the_ratio_of_a_later_merge_refers_to_the_original_model():
     case = compressed(cnn, "merge")
     assert case.model.get_submodule("fc").out_features == 16
     more = again(case.model, case.x, "merge", pipeline="calibrate,merge{ratio=4}").model
