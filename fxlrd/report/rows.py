@@ -14,7 +14,7 @@ from fxlrd.graph import cost, facts
 from fxlrd.graph.captured import Unreached, captured_or_bare
 from fxlrd.graph.facts import FACTORS, Provenance, provenance
 from fxlrd.graph.guards import NEVER_CALLED
-from fxlrd.graph.surgery import calls, layers
+from fxlrd.graph.layer import Layer, layers_of
 from fxlrd.layers.forms import form, ranks_text
 from fxlrd.layers.kinds import as_layer, op
 from fxlrd.pipeline import Record
@@ -78,19 +78,17 @@ class LayerRow:
     timings: dict[str, TimingRow]
 
     @classmethod
-    def of(
-        cls, name: str, module: nn.Module, before: fx.GraphModule, after: Successors, history: LayerHistory
-    ) -> LayerRow:
-        """Return the row of the layer ``name`` of ``before``, of which ``after`` has what took its place."""
+    def of(cls, layer: Layer, after: Successors, history: LayerHistory) -> LayerRow:
+        """Return the row of a layer of the original graph, ``after`` being what took its place."""
         origin = after.provenances[0] if after.provenances else None
         factored = origin is not None and origin.role != "original"
-        decision = _decision(module, after.provenances, history.rewritten)
+        decision = _decision(layer.module, after.provenances, history.rewritten)
         seconds = _seconds(origin, decision, history.timings)
         original = history.timings.get(ORIGINAL)
         return cls(
-            name=name,
-            op=op(module),
-            shape=list(as_layer(module).weight.shape),
+            name=layer.name,
+            op=op(layer.module),
+            shape=list(as_layer(layer.module).weight.shape),
             decision=decision,
             ranks=list(origin.ranks) if factored and origin is not None else None,
             params=after.params,
@@ -98,8 +96,8 @@ class LayerRow:
             latency_ms=None if seconds is None else seconds * 1e3,
             error=origin.error if factored and origin is not None else 0.0,
             reason=history.note or (FOLDED if decision == "merged" else history.skip_reason),
-            params_before=cost.params(module),
-            flops_before=sum(facts.flops(node) for node in calls(before, name)),
+            params_before=cost.params(layer.module),
+            flops_before=sum(facts.flops(node) for node in layer.calls),
             latency_ms_before=None if original is None else original.seconds * 1e3,
             timings={ranks: TimingRow.of(timing) for ranks, timing in history.timings.items()},
         )
@@ -241,8 +239,8 @@ def layer_rows(
     """
     by_name, history = successors(after), histories(ledger)
     rows = [
-        LayerRow.of(name, module, before, by_name.get(name, Successors()), history.get(name, LayerHistory()))
-        for name, module in layers(before).items()
+        LayerRow.of(layer, by_name.get(layer.name, Successors()), history.get(layer.name, LayerHistory()))
+        for layer in layers_of(before)
     ]
     for name, unreached in captured_or_bare(before).unreached.items():
         rows.append(LayerRow.unreached(name, unreached, dropped and unreached.reason.code == NEVER_CALLED.code))
