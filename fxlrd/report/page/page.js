@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
 
-  // -- making elements
+  // Making elements.
 
   const fill = (node, attributes, children) => {
     for (const [name, value] of Object.entries(attributes)) {
@@ -55,9 +55,9 @@
     build();
   };
 
-  // -- numbers and scales
+  // Numbers and scales.
 
-  const known = (v) => v !== null && v !== undefined;
+  const present = (v) => v !== null && v !== undefined;
   const grouped = (v) => v.toLocaleString("en-US");
   const short = (v) => {
     for (const [unit, size] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]]) {
@@ -65,19 +65,19 @@
     }
     return `${Number(v.toPrecision(3))}`;
   };
-  const digits = (v) => (known(v) ? `${Number(v.toPrecision(3))}` : "");
+  const digits = (v) => (present(v) ? `${Number(v.toPrecision(3))}` : "");
   /** Round steps that cover low…high. */
   const ticks = (low, high, count) => {
     const raw = (high - low) / count || 1;
     const size = 10 ** Math.floor(Math.log10(raw));
     const step = size * [1, 2, 2.5, 5, 10].find((s) => s * size >= raw * 0.999);
-    const found = [];
-    for (let i = Math.floor(low / step + 1e-9); i <= Math.ceil(high / step - 1e-9); i++) found.push(Number((i * step).toPrecision(12)));
-    return found;
+    const marks = [];
+    for (let i = Math.floor(low / step + 1e-9); i <= Math.ceil(high / step - 1e-9); i++) marks.push(Number((i * step).toPrecision(12)));
+    return marks;
   };
   const ranksText = (ranks) => ranks.replaceAll("x", "×");
 
-  // -- tables: sorting
+  // Tables: sorting.
 
   const key = (row, column, kind) => {
     const cell = row.cells[column];
@@ -112,7 +112,7 @@
     }
   }
 
-  // -- the layer table: filtering
+  // The layer table: filtering.
 
   const layerTable = document.getElementById("layer-table");
   if (layerTable) {
@@ -138,7 +138,7 @@
     apply();
   }
 
-  // -- chart: figures by layer, one panel over the other
+  // Chart: figures by layer, one panel over the other.
 
   const PANELS = [
     { key: "latency", title: "Latency, ms", text: (v) => `${digits(v)} ms` },
@@ -150,18 +150,18 @@
   /** Neighbours of one block or, where those are more than there is room for, of one part of the model. */
   const blocks = (layers, most) => {
     const runs = (start) => {
-      const found = [];
+      const segments = [];
       layers.forEach((l, i) => {
         const name = start(l);
-        if (found.length && found.at(-1).name === name) found.at(-1).end = i + 1;
-        else found.push({ name, label: name.split(".").slice(-2).join("."), begin: i, end: i + 1 });
+        if (segments.length && segments.at(-1).name === name) segments.at(-1).end = i + 1;
+        else segments.push({ name, label: name.split(".").slice(-2).join("."), begin: i, end: i + 1 });
       });
-      return found;
+      return segments;
     };
     const deepest = Math.max(1, ...layers.map((l) => l.block.split(".").length));
     for (let depth = deepest; depth > 1; depth--) {
-      const found = runs((l) => l.block.split(".").slice(0, depth).join("."));
-      if (found.length <= most) return found;
+      const segments = runs((l) => l.block.split(".").slice(0, depth).join("."));
+      if (segments.length <= most) return segments;
     }
     return runs((l) => l.block.split(".")[0]);
   };
@@ -172,7 +172,7 @@
     const readout = html("p", { class: "readout", "aria-live": "polite" });
     target.after(readout);
     const panels = PANELS.filter(({ key: k }) =>
-      layers.some((l) => (Array.isArray(l[k]) ? known(l[k][0]) : known(l[k]))));
+      layers.some((l) => (Array.isArray(l[k]) ? present(l[k][0]) : present(l[k]))));
     let at = -1;
     let show = () => {};
     const say = (i) => {
@@ -184,9 +184,9 @@
       const what = l.ranks ? `${l.decision} at ${ranksText(l.ranks)}` : l.decision;
       const figures = panels.map(({ key: k, title, text }) => {
         const name = title.replace(/,.*/, "");
-        if (!Array.isArray(l[k])) return known(l[k]) ? `${name} ${text(l[k])}` : "";
+        if (!Array.isArray(l[k])) return present(l[k]) ? `${name} ${text(l[k])}` : "";
         const [a, b] = l[k];
-        return known(a) ? `${name} ${text(a)}${known(b) ? ` → ${text(b)}` : ""}` : "";
+        return present(a) ? `${name} ${text(a)}${present(b) ? ` → ${text(b)}` : ""}` : "";
       });
       readout.replaceChildren(html("b", {}, l.name), ` ${l.op}, ${what}`,
         ...figures.filter(Boolean).map((f) => html("span", { class: "muted" }, f)));
@@ -214,7 +214,7 @@
       panels.forEach(({ key: k, title }, p) => {
         const base = top + p * (tall + gap) + tall;
         const values = layers.map((l) => (Array.isArray(l[k]) ? l[k] : [null, l[k]]));
-        const high = Math.max(0, ...values.flat().filter(known)) || 1;
+        const high = Math.max(0, ...values.flat().filter(present)) || 1;
         const marks = ticks(0, high, 2);
         const y = (v) => base - (v / marks.at(-1)) * tall;
         for (const mark of marks) {
@@ -222,7 +222,7 @@
           node.append(svg("text", { x: left - 8, y: y(mark) + 4, "text-anchor": "end" }, short(mark)));
         }
         const bars = (side, wide) => values.map((pair, i) => {
-          if (!known(pair[side])) return "";
+          if (!present(pair[side])) return "";
           const start = x(i) + (step - wide) / 2;
           return `M${start.toFixed(2)} ${base}V${y(pair[side]).toFixed(2)}h${wide.toFixed(2)}V${base}z`;
         }).join("");
@@ -259,40 +259,40 @@
     const head = ["layer", ...panels.flatMap(({ key: k, title }) => (k === "error" ? ["error"] : [`${title} before`, `${title} after`]))];
     dataTable(root, "Figures by layer", head, () => layers.map((l) => [
       l.name,
-      ...panels.flatMap(({ key: k }) => (Array.isArray(l[k]) ? l[k] : [l[k]]).map((v) => (!known(v) ? "" : k === "latency" || k === "error" ? digits(v) : grouped(v)))),
+      ...panels.flatMap(({ key: k }) => (Array.isArray(l[k]) ? l[k] : [l[k]]).map((v) => (!present(v) ? "" : k === "latency" || k === "error" ? digits(v) : grouped(v)))),
     ]));
     return draw;
   };
 
-  // -- chart: rank against time of one layer
+  // Chart: rank against time of one layer.
 
   const curve = (root) => {
     const target = root.querySelector(".drawing");
     const select = root.querySelector("select");
     const layers = data.layers.filter((l) => l.timings.length > 1);
     // First the layer with the most to see.
-    const gain = (l) => l.timings.length + (known(l.latency[0]) && known(l.latency[1]) ? 1 - l.latency[1] / l.latency[0] : 0);
+    const gain = (l) => l.timings.length + (present(l.latency[0]) && present(l.latency[1]) ? 1 - l.latency[1] / l.latency[0] : 0);
     for (const l of layers) select.append(html("option", { value: l.name }, l.name));
     select.value = layers.reduce((a, b) => (gain(b) > gain(a) ? b : a)).name;
     const readout = html("p", { class: "readout", "aria-live": "polite" });
     target.after(readout);
     const draw = () => {
       const layer = layers.find((l) => l.name === select.value);
-      const points = layer.timings.filter((t) => known(t[1])).map(([ranks, rank, ms, ratio, spread]) =>
+      const points = layer.timings.filter((t) => present(t[1])).map(([ranks, rank, ms, ratio, spread]) =>
         ({ ranks, rank, ms, ratio, spread, chosen: ranks === layer.chosen })).sort((a, b) => a.rank - b.rank);
       const original = layer.timings.find((t) => t[0] === "original");
-      const kept = layer.chosen === "original";
+      const unchanged = layer.chosen === "original";
       const taken = points.find((p) => p.chosen);
       const width = Math.max(240, Math.min(target.clientWidth, 820)), height = 310;
       const left = 52, right = 20, top = 44, base = height - 44;
       const node = drawing(width, height, `Rank against time of ${layer.name}`,
-        `${points.length} ranks; ${taken ? `taken: ${ranksText(taken.ranks)} at ${taken.ratio.toFixed(2)} of the original's time` : kept ? "the original layer was kept" : "another form was taken"}. The table below has the figures.`);
+        `${points.length} ranks; ${taken ? `taken: ${ranksText(taken.ranks)} at ${taken.ratio.toFixed(2)} of the original's time` : unchanged ? "the original layer was kept" : "another form was taken"}. The table below has the figures.`);
       const high = Math.max(1, ...points.map((p) => p.ratio + p.spread));
       const marks = ticks(0, high, 4);
       const y = (v) => base - (v / marks.at(-1)) * (base - top);
       const lowest = points[0].rank, highest = points.at(-1).rank;
-      const around = Math.max((highest - lowest) * 0.12, highest * 0.02, 0.5);
-      const x = (r) => left + ((r - lowest + around) / (highest - lowest + 2 * around)) * (width - left - right);
+      const margin = Math.max((highest - lowest) * 0.12, highest * 0.02, 0.5);
+      const x = (r) => left + ((r - lowest + margin) / (highest - lowest + 2 * margin)) * (width - left - right);
       for (const mark of marks) {
         node.append(svg("path", { class: mark ? "grid" : "axis", d: `M${left} ${y(mark)}H${width - right}` }));
         node.append(svg("text", { x: left - 8, y: y(mark) + 4, "text-anchor": "end" }, digits(mark)));
@@ -301,7 +301,7 @@
       node.append(svg("text", { x: width - right, y: height - 6, "text-anchor": "end" }, points.some((p) => p.ranks.includes("x")) ? "first rank" : "rank"));
       node.append(svg("path", { class: "dash", d: `M${left} ${y(1)}H${width - right}` }));
       node.append(svg("text", { class: "name", x: width - right, y: y(1) - 6, "text-anchor": "end" },
-        `original layer, ${digits(original[2])} ms${kept ? ": kept" : ""}`));
+        `original layer, ${digits(original[2])} ms${unchanged ? ": kept" : ""}`));
       node.append(svg("path", { class: "trace", d: points.map((p, i) => `${i ? "L" : "M"}${x(p.rank)} ${y(p.ratio)}`).join("") }));
       let written = -Infinity;
       for (const p of points) {
@@ -324,7 +324,7 @@
       target.replaceChildren(node);
       readout.replaceChildren(html("b", {}, layer.name), ` ${layer.op}, `, taken
         ? `${layer.decision} at ${ranksText(taken.ranks)}: ${digits(taken.ms)} ms instead of ${digits(original[2])} ms`
-        : kept ? `stays as it was, at ${digits(original[2])} ms` : `became ${layer.decision}, which was not timed by rank`);
+        : unchanged ? `stays as it was, at ${digits(original[2])} ms` : `became ${layer.decision}, which was not timed by rank`);
       dataTable(root, `Rank against time of ${layer.name}`, ["ranks", "ms", "of the original’s time", "±", ""], () =>
         layer.timings.map(([ranks, , ms, ratio, spread]) => [ranksText(ranks), digits(ms), ratio.toFixed(3), spread.toFixed(3), ranks === layer.chosen ? "taken" : ""]));
     };
@@ -340,7 +340,7 @@
     return { draw, pick: (name) => { if (layers.some((l) => l.name === name)) { select.value = name; draw(); } } };
   };
 
-  // -- chart: accuracy against speed or parameters
+  // Chart: accuracy against speed or parameters.
 
   const SHAPES = [
     (x, y) => `M${x - 6} ${y}a6 6 0 1 0 12 0a6 6 0 1 0 -12 0z`,
@@ -405,7 +405,7 @@
     return draw;
   };
 
-  // -- the graph: counterparts, and the keyboard
+  // The graph: counterparts, and the keyboard.
 
   const graph = document.querySelector(".blocks");
   if (graph) {
@@ -427,11 +427,11 @@
       if (!node || !event.key.startsWith("Arrow")) return;
       const side = node.closest("td").cellIndex;
       const nodes = [...node.closest(".blocks > details").querySelectorAll(".node")];
-      const here = nodes.filter((n) => n.closest("td").cellIndex === side);
+      const column = nodes.filter((n) => n.closest("td").cellIndex === side);
       const across = nodes.filter((n) => n.closest("td").cellIndex !== side && n.closest("tbody") === node.closest("tbody"));
       const next = {
-        ArrowDown: here[here.indexOf(node) + 1],
-        ArrowUp: here[here.indexOf(node) - 1],
+        ArrowDown: column[column.indexOf(node) + 1],
+        ArrowUp: column[column.indexOf(node) - 1],
         [side ? "ArrowLeft" : "ArrowRight"]: across.find((n) => n.dataset.pair === node.dataset.pair) ?? across[0],
       }[event.key];
       event.preventDefault();
@@ -446,7 +446,7 @@
     }
   }
 
-  // -- putting it together
+  // Putting it together.
 
   const redraw = [];
   const charts = (kind) => document.querySelector(`[data-chart=${kind}]`);
