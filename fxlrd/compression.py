@@ -22,7 +22,7 @@ from fxlrd.progress import bar, quiet
 from fxlrd.report.report import Report
 from fxlrd.report.table import summary
 from fxlrd.request import check_context, check_model, pipeline_for
-from fxlrd.saving.architecture import shapes_before
+from fxlrd.saving.architecture import original_shapes
 from fxlrd.timing.clock import Timing, compare
 from fxlrd.timing.inductor import compiled
 
@@ -116,7 +116,7 @@ def compress(
         calibration=calibration,
         compile=compile,
     )
-    original = capture_any(model, Inputs.of(example_inputs), shapes_before(model))
+    original = capture_any(model, Inputs.of(example_inputs), original_shapes(model))
     run = passes(original, verify=verify, progress=bar if progress else quiet)
     timings = _timed(model, original, run.graph_module, compile) if measure else {}
     installed = install(original, run.graph_module, model, inplace=inplace, verify=verify)

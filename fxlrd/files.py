@@ -1,4 +1,4 @@
-"""Writing files so that they appear whole or not at all."""
+"""Atomic writes: a file is complete, or it is not there."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import uuid
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a scratch name beside it and put it in place at once; folders are made."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under a temporary name beside it, then rename it; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     try:
@@ -23,8 +23,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_out(path: Path, text: str) -> None:
-    """Write to what the user names: a file as `write_whole` does, that behind a link, and into a device or pipe."""
+    """Write to a path that a user chose: atomically to a file, or the one behind a link; also to a device or pipe."""
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
     else:
-        write_whole(path.resolve(), text)
+        write_atomically(path.resolve(), text)

@@ -22,7 +22,7 @@ from fxlrd.graph.facts import forget
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import independent_copy, structural_copy, undo
 from fxlrd.graph.run import counted, seeded
-from fxlrd.saving.architecture import lay_out, lay_out_graph, remember
+from fxlrd.saving.architecture import origin_of, origin_of_graph, remember
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def install(
     if inplace or capture.user_forward:
         return _inside(capture, cost.params(original), gm, model, inplace, verify)
     result = _independent(gm, model)
-    remember(result, lay_out_graph(model, original, gm))
+    remember(result, origin_of_graph(model, original, gm))
     return Installed(result, complete=False)
 
 
@@ -102,7 +102,7 @@ def _inside(
         remedy = "name what reads them in skip=" if capture.user_forward else "use inplace=False"
         raise VerificationError(f"the model does not use its layers as its graph does ({error}); {remedy}") from error
     result = target if inplace else independent_copy(target)
-    remember(result, lay_out(target, model, replaced))
+    remember(result, origin_of(target, model, replaced))
     output_error = _output_error(outputs, reference) if capture.user_forward and verify else None
     return Installed(result, True, outside, flops, output_error)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxlrd.errors import FxlrdError, one_line, unknown
 from fxlrd.saving.load import load
-from fxlrd.saving.schema import read_plan
+from fxlrd.saving.storage import read_plan
 
 DTYPES = {
     "float32": torch.float32,
@@ -60,9 +60,7 @@ def source_of(name: str, weights: str | None = None) -> str | None:
     Returns None if no name leads to the architecture.
     """
     if os.path.isdir(name):
-        source = read_plan(Path(name))["architecture"]["source"]
-        assert source is None or isinstance(source, str)
-        return source
+        return read_plan(Path(name)).architecture.source
     source, _, folder = name.rpartition("@")
     if source and os.path.isdir(folder):
         return source

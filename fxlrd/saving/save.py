@@ -1,35 +1,29 @@
-"""save and load: a compressed model as a directory that holds no code.
+"""save: a compressed model as a directory that holds no code.
 
-    plan.json                        what became of each module of the original (`fxlrd.saving.architecture`)
-    weights-<hash>.safetensors       every parameter and buffer, under its name in the model
-
-Loading makes a copy of the user's own architecture without weights, puts empty layers into it where the plan says so,
-and gives it the tensors. Nothing is decomposed, timed or unpickled; a plan names only classes in
-`fxlrd.layers.kinds.OPTIONS`. All is checked before the model is handed out, against the plan and the architecture; the
-plan holds a checksum of the weights and of itself.
-
-Saving is atomic: the weights are written under the name of their own hash, and with the plan, which is replaced last
-and at once, they take effect. Whoever is killed before leaves the old checkpoint, and after, the new one.
+A plan says what takes the place of which module of the original, and a safetensors file holds every parameter and
+buffer under its name in the model: see `fxlrd.saving.schema` and `fxlrd.saving.storage`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxlrd.errors import FxlrdError, one_line
-from fxlrd.graph.facts import FACTORS
-from fxlrd.graph.surgery import chained
-from fxlrd.layers.kinds import OPTIONS, options
-from fxlrd.saving.architecture import Layout, config, recall
-from fxlrd.saving.parts import _around, _dense, _join, _made, _plain, _slots, _strides
-from fxlrd.saving.schema import _FORMAT, VERSION
-from fxlrd.saving.storage import _write
+from fxlrd.saving.architecture import recall
+from fxlrd.saving.descriptions import description
+from fxlrd.saving.schema import Architecture, Factors, LayerSpec, Plan, TensorTable, Weights
+from fxlrd.saving.specs import spec_of
+from fxlrd.saving.storage import write
+from fxlrd.saving.tensors import attributes, contiguous_strides, is_dense, joined, parents, slots
 
 
 class HasModel(Protocol):
@@ -42,115 +36,105 @@ class HasModel(Protocol):
 
 
 def save(result: HasModel | nn.Module, path: str | os.PathLike[str], *, source: str | None = None) -> None:
-    """Write a compressed model to the directory ``path``, in the place of the checkpoint that is there.
+    """Write a compressed model to the directory ``path``, in place of the checkpoint that is there.
 
     Args:
         result: what `compress` returned, or its model, or one from `load`; also after fine-tuning.
-        path: the directory; it is made, with those around it. Of other files in it none is touched.
+        path: the directory; it is made, with its parents. Other files in it are not touched.
         source: how the command line names the architecture, such as torchvision:resnet50, if it should open the
             checkpoint.
 
     Raises:
-        FxlrdError: for a model that no layout is known of, that holds what is no tensor, and for a failed write.
+        FxlrdError: for a model that `compress` or `load` did not make, for one with state that is no tensor, and for
+            a failed write. The checkpoint that is there stays as it is.
     """
     model = result if isinstance(result, nn.Module) else getattr(result, "model", None)
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
         raise FxlrdError(f"save: a {type(result).__name__} is no result of compress")
-    layout = recall(model)
-    if layout is None:
-        raise FxlrdError("save: it is not known what this model was made from: give the result of fxlrd.compress")
-    if layout["refused"] is not None:
-        raise FxlrdError(f"save: {layout['refused']}")
-    if source is not None:
-        layout = layout | {"source": source}
-    layers = _rewritten(model, layout)
-    tensors, details = _tensors(model, layout, layers)
-    plan = {
-        "format": _FORMAT,
-        "version": VERSION,
-        "made_with": {"torch": torch.__version__.split("+")[0]},
-        "architecture": {key: layout[key] for key in ("modules", "gone", "arguments", "source")},
-        "layers": layers,
-        "tensors": details,
-        "training": _modes(model),
-    }
+    tensors, plan_for = contents(model, source)
     try:
-        _write(Path(path), plan, tensors)
+        write(Path(path), tensors, plan_for)
     except FxlrdError:
         raise
     except Exception as error:
         raise FxlrdError(f"save: {path}: nothing was changed there: {one_line(error)}") from error
 
 
-def _rewritten(model: nn.Module, layout: Layout) -> dict[str, Any]:
-    """Return what stands in the place of a module of the architecture, where that is another one."""
+def contents(model: nn.Module, source: str | None = None) -> tuple[dict[str, Tensor], Callable[[Weights], Plan]]:
+    """Return what a checkpoint of the model holds: its tensors by name, and its plan for a file that they are in."""
+    origin = recall(model)
+    if origin is None:
+        raise FxlrdError("save: it is not known what this model was made from: give the result of fxlrd.compress")
+    if origin.refused is not None:
+        raise FxlrdError(f"save: {origin.refused}")
+    architecture = origin.architecture if source is None else replace(origin.architecture, source=source)
+    layers = _replacements(model, architecture)
+    tensors, table = _tensors(model, architecture, layers)
+    made_with = {"torch": torch.__version__.split("+")[0]}
+    return tensors, partial(Plan, made_with, architecture, layers, table, _modes(model))
+
+
+def _replacements(model: nn.Module, architecture: Architecture) -> dict[str, LayerSpec | Factors]:
+    """Return what has taken the place of modules of the architecture, by their names."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, Any] = {name: _spec(name, nn.Identity()) for name in layout["gone"]}
-    holders = {around for name in layout["modules"] for around in _around(name)}
-    for name, was in layout["modules"].items():
+    specs = {name: spec_of(name, nn.Identity()) for name in architecture.gone}
+    containers = {parent for name in architecture.modules for parent in parents(name)}
+    for name, was in architecture.modules.items():
         module = modules.get(name)
-        if not name or module is None or name in found or config(module) == was:
+        if not name or module is None or name in specs or description(module) == was:
             continue
-        # What a graph has in the place of a module of the user's, or of a layer whose weight is read, is bare as well.
-        if type(module) is nn.Module and (name in holders or not module._modules):
+        # torch.fx makes bare modules: for containers, and for a module of which it reads only a tensor.
+        if type(module) is nn.Module and (name in containers or not module._modules):
             continue
-        found[name] = _spec(name, module)
-    return found
+        specs[name] = spec_of(name, module)
+    return specs
 
 
-def _spec(name: str, module: nn.Module) -> dict[str, Any]:
-    """Return class and options of a module, or those of the factors that it holds."""
-    module = chained(module)
-    if type(module) is nn.Sequential and set(module._modules) <= set(FACTORS):
-        if beside := config(module)[1]["shapes"]:
-            raise FxlrdError(f"save: {name}: {', '.join(beside)} beside its factors: load makes no layer with that")
-        return {"parts": [[role, _spec(f"{name}.{role}", part)] for role, part in module.named_children()]}
-    if type(module) not in OPTIONS:
-        raise FxlrdError(f"save: {name}: a {type(module).__name__} has taken the place of what was compressed")
-    spec = {
-        "kind": type(module).__name__,
-        "options": {n: list(v) if isinstance(v, tuple) else v for n, v in options(module).items()},
-    }
-    if config(_made(name, spec)) != config(module):
-        raise FxlrdError(f"save: {name}: this {type(module).__name__} is no longer what its options say")
-    return spec
-
-
-def _tensors(model: nn.Module, layout: Layout, layers: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _tensors(
+    model: nn.Module, architecture: Architecture, layers: Collection[str]
+) -> tuple[dict[str, Tensor], TensorTable]:
     """Return the model's tensors by name, and what safetensors cannot hold of them."""
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise FxlrdError(f"save: {name} ({type(module).__name__}) has a state that is no tensor (get_extra_state)")
-    slots = dict(_slots(model))
-    wanted = [_join(name, t) for name, (_, options) in layout["modules"].items() for t in options["shapes"]]
-    if layout["arguments"] is None:
-        for name in wanted:
-            if name not in slots and not any(around in layers for around in _around(name)):
+    registered = slots(model)
+    names = (joined(name, key) for name, module in architecture.modules.items() for key in module.shapes)
+    listed = dict.fromkeys(names)
+    if architecture.arguments is None:
+        for name in listed:
+            if name not in registered and not _in_layer(name, layers):
                 raise FxlrdError(f"save: {name} is not in the model: did passes run on it after compress?")
-    plain = {_join(name, k): t for name, m in model.named_modules() for k, t in _plain(m) if not t.is_meta}
-    # What the architecture does not register: constants of a graph, and tensors that are mere attributes of modules.
-    known = set(wanted)
-    beside = [n for n in slots if n not in known and not any(around in layers for around in _around(n))]
-    first: dict[int, str] = {}
+    unregistered = {name: tensor for name, tensor in attributes(model) if not tensor.is_meta}
+    # What the architecture does not register: constants of a graph, and tensors that are attributes of modules.
+    optional = {name for name in registered if name not in listed and not _in_layer(name, layers)}
+    return _table({**unregistered, **registered}, sorted({*unregistered, *optional}))
+
+
+def _in_layer(name: str, layers: Collection[str]) -> bool:
+    return any(parent in layers for parent in parents(name))
+
+
+def _table(named: Mapping[str, Tensor], optional: list[str]) -> tuple[dict[str, Tensor], TensorTable]:
+    """Return each tensor once, under its first name, and the rest that is to be known of them."""
+    first_names: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
-    details: dict[str, Any] = {"same": {}, "strides": {}, "frozen": [], "attributes": sorted({*plain, *beside})}
-    for name, tensor in (plain | slots).items():
-        if (canonical := first.setdefault(id(tensor), name)) != name:
-            details["same"][name] = canonical
+    same: dict[str, str] = {}
+    strides: dict[str, tuple[int, ...]] = {}
+    for name, tensor in named.items():
+        if (first := first_names.setdefault(id(tensor), name)) != name:
+            same[name] = first
             continue
-        if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        if is_lazy(tensor) or tensor.is_meta:
             raise FxlrdError(f"save: {name} has no values: it is not initialised, or on the meta device")
         tensors[name] = tensor.detach()
-        shape, strides = list(tensor.shape), list(tensor.stride())
-        if strides != _strides(shape) and _dense(shape, strides):
-            details["strides"][name] = strides
-        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
-            details["frozen"].append(name)
-    return tensors, details
+        if tensor.stride() != contiguous_strides(tensor.shape) and is_dense(tensor.shape, tensor.stride()):
+            strides[name] = tensor.stride()
+    frozen = tuple(n for n in tensors if isinstance(named[n], nn.Parameter) and not named[n].requires_grad)
+    return tensors, TensorTable(same, strides, frozen, tuple(optional))
 
 
 def _modes(model: nn.Module) -> dict[str, bool]:
-    """Return the mode of the model and of each module that is in another than the one around it."""
-    modes = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
+    """Return the mode of the model, and of each module that is in another mode than the one that holds it."""
+    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     return {name: mode for name, mode in modes.items() if not name or modes[name.rpartition(".")[0]] != mode}

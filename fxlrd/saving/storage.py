@@ -1,4 +1,11 @@
-"""Files of a checkpoint: written whole or not at all."""
+"""A checkpoint's files: written completely or not at all, and checked when read.
+
+    plan.json                        see `fxlrd.saving.schema`
+    weights-<hash>.safetensors       the tensors, under a name that their own hash sets
+
+A save writes the tensors first. They take effect with the plan that names them, which is replaced last and atomically:
+a save that is killed before leaves the old checkpoint, one that is killed after leaves the new one.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +15,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,51 +27,97 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxlrd.errors import FxlrdError, one_line
-from fxlrd.files import write_whole
-from fxlrd.saving.schema import _LARGEST_PLAN, PLAN, _check, _checksum, _regular
+from fxlrd.files import write_atomically
+from fxlrd.saving.schema import FORMAT, VERSION, Plan, Weights
 
+PLAN = "plan.json"
+_LARGEST_PLAN = 32 * 2**20
+"""Bytes; the plan of ResNet-152 has a quarter of a MiB."""
 _OURS = re.compile(r"\.weights-[0-9a-f]{16}|weights-[0-9a-f]{16}\.safetensors|\.plan\.json\.\d+\.[0-9a-f]{8}")
 _CHUNK = 2**22
 
 
-def _write(folder: Path, plan: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+class Disk:
+    """What a save does to the disk, an operation a method: a test replaces one to fail or to end the process there."""
+
+    def write_tensors(self, file: Path, tensors: dict[str, Tensor]) -> None:
+        """Write a safetensors file, readable for those whom the user's umask lets read."""
+        file.touch()
+        mode = file.stat().st_mode  # safetensors writes for the owner alone
+        save_file(tensors, file)
+        file.chmod(mode)
+
+    def write_text(self, file: Path, text: str) -> None:
+        """Write a text file atomically."""
+        write_atomically(file, text)
+
+    def rename(self, file: Path, target: Path) -> None:
+        """Move a file, over another one if there is one."""
+        file.replace(target)
+
+    def sync(self, path: Path) -> None:
+        """Wait until a file, or the names in a directory, are on the disk."""
+        with contextlib.suppress(PermissionError):  # Windows opens no directories
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, or a directory that a save has made, with its files."""
+        shutil.rmtree(path) if path.name.startswith(".weights-") and path.is_dir() else path.unlink()
+
+
+def write(
+    folder: Path, tensors: Mapping[str, Tensor], plan_for: Callable[[Weights], Plan], disk: Disk | None = None
+) -> None:
+    """Write a checkpoint into a directory, in place of the one that is there; other files in it stay.
+
+    ``plan_for`` returns the plan of the checkpoint whose tensors are in a file. Raises FxlrdError for a plan that
+    could not be loaded again; nothing is changed then.
+    """
     if folder.exists() and not folder.is_dir():
         raise FxlrdError(f"save: {folder} is a file; name a directory")
+    disk = disk or Disk()
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        # In a folder of its own, as safetensors has files of its own beside the one that it writes.
+        # In a directory of its own, since safetensors writes a temporary file beside its file.
         scratch = folder / f".weights-{uuid.uuid4().hex[:16]}"
         file = scratch / "weights.safetensors"
         try:
             scratch.mkdir()
-            file.touch()
-            readers = file.stat().st_mode  # as the user's umask says; safetensors writes for the owner alone
-            save_file(_apart(tensors), file)
-            file.chmod(readers)
-            digest, size = _hashed(file)
-            plan["weights"] = {"sha256": digest, "bytes": size}
-            text = json.dumps({"checksum": _checksum(plan), **plan}, indent=1) + "\n"
-            try:
-                _check(json.loads(text))
-            except FxlrdError as error:
-                raise FxlrdError(f"save: {folder}: nothing was changed there: load would refuse {error}") from error
-            if len(text.encode()) > _LARGEST_PLAN:
-                raise FxlrdError(f"save: {folder}: the plan takes {len(text):,} bytes, more than a plan may have")
-            file.replace(folder / _weights(digest))
-            _synced(folder)
-            write_whole(folder / PLAN, text)
-            _synced(folder)
+            disk.write_tensors(file, _separate(tensors))
+            disk.sync(file)
+            weights = Weights(*hashed(file))
+            text = _plan_text(folder, plan_for(weights))
+            disk.rename(file, weights_file(folder, weights))
+            disk.sync(folder)
+            disk.write_text(folder / PLAN, text)
+            disk.sync(folder)
         finally:
-            _discard(scratch)
-        for left in folder.iterdir():  # of the checkpoint before, or of someone who was killed
-            if _OURS.fullmatch(left.name) and left.name != _weights(digest):
-                _discard(left)
+            _discard(scratch, disk)
+        for path in folder.iterdir():  # files of the checkpoint before, or of a save that was killed
+            if _OURS.fullmatch(path.name) and path != weights_file(folder, weights):
+                _discard(path, disk)
 
 
-def _discard(path: Path) -> None:
-    """Take away what is not needed any more, if that may be done: what was written is in effect without it."""
+def _plan_text(folder: Path, plan: Plan) -> str:
+    text = json.dumps(plan.to_json(), indent=1) + "\n"
+    try:
+        Plan.from_json(json.loads(text))
+    except FxlrdError as error:
+        raise FxlrdError(f"save: {folder}: nothing was changed there: load would refuse {error}") from error
+    if (size := len(text.encode())) > _LARGEST_PLAN:
+        raise FxlrdError(f"save: {folder}: the plan has {size:,} bytes, and load takes {_LARGEST_PLAN:,} at most")
+    return text
+
+
+def _discard(path: Path, disk: Disk) -> None:
+    """Remove what is not needed any more, if that is possible: the checkpoint is complete without."""
     with contextlib.suppress(OSError):
-        shutil.rmtree(path) if path.name.startswith(".weights-") and path.is_dir() else path.unlink()
+        if path.exists():
+            disk.remove(path)
 
 
 @contextmanager
@@ -83,54 +137,86 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _synced(path: Path) -> None:
-    """Have what was written reach the disk, in a directory the names."""
-    with contextlib.suppress(PermissionError):  # Windows opens no directories
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors contiguous, on the CPU and on storages of their own, as safetensors takes them."""
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors contiguous, on the CPU and each on a storage of its own, as safetensors takes them."""
     taken: set[int] = set()
-    found = {}
+    separate = {}
     for name, tensor in tensors.items():
         value = tensor.cpu().contiguous()
-        place = value.untyped_storage().data_ptr()
-        if place in taken or value.untyped_storage().nbytes() != value.nbytes:
+        storage = value.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() != value.nbytes:
             value = value.clone(memory_format=torch.contiguous_format)
         taken.add(value.untyped_storage().data_ptr())
-        found[name] = value
-    return found
+        separate[name] = value
+    return separate
 
 
-def _hashed(path: Path) -> tuple[str, int]:
-    """Return the SHA-256 of a file that is on the disk by then, and its size."""
-    _synced(path)
-    found, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
+def hashed(file: Path) -> tuple[str, int]:
+    """Return the SHA-256 of a file, in hexadecimal digits, and its size in bytes."""
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb") as opened:
+        while chunk := opened.read(_CHUNK):
+            digest.update(chunk)
             size += len(chunk)
-    return found.hexdigest(), size
+    return digest.hexdigest(), size
 
 
-def _weights(digest: str) -> str:
-    return f"weights-{digest[:16]}.safetensors"
+def weights_file(folder: Path, weights: Weights) -> Path:
+    """Return where the tensors of a checkpoint are."""
+    return folder / f"weights-{weights.sha256[:16]}.safetensors"
 
 
-def _check_file(file: Path, weights: dict[str, Any]) -> None:
+def read_plan(folder: Path) -> Plan:
+    """Return the plan of a checkpoint. Raises FxlrdError for anything that can be wrong without regard to a model."""
+    file = folder / PLAN
     try:
-        size = _regular(file)
-        if size != weights["bytes"]:
-            raise FxlrdError(f"load: {file} has {size:,} bytes and should have {weights['bytes']:,}: copy it again")
-        digest, _ = _hashed(file)
+        size = _regular_size(file)
+        if size > _LARGEST_PLAN:
+            raise FxlrdError(f"load: {file} has {size:,} bytes: no plan is as large as that")
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FxlrdError(f"load: {folder} holds no checkpoint: there is no {PLAN} in it") from None
+    except FxlrdError:
+        raise
+    except Exception as error:  # not UTF-8, not JSON, nested too deeply, not to be read
+        raise FxlrdError(f"load: {file} cannot be read: {one_line(error)}") from error
+    _check_version(file, data)
+    try:
+        return Plan.from_json(data)
+    except Exception as error:
+        why = str(error) if isinstance(error, FxlrdError) else one_line(error)
+        raise FxlrdError(f"load: {file}: {why}: the plan is damaged; save the model again") from None
+
+
+def _check_version(file: Path, data: Any) -> None:
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise FxlrdError(f"load: {file} is not a plan of fxlrd")
+    version = data.get("version")
+    if type(version) is not int or version != VERSION:
+        shown = str(version)[:20]
+        raise FxlrdError(f"load: {file} has version {shown!r}, this fxlrd reads {VERSION}: another fxlrd wrote it")
+
+
+def _regular_size(file: Path) -> int:
+    """Return a file's size. Raises FxlrdError if it is no regular file: reading that might never end."""
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FxlrdError(f"load: {file} is no file")
+    return status.st_size
+
+
+def check_weights(folder: Path, weights: Weights) -> Path:
+    """Return the file of a checkpoint's tensors. Raises FxlrdError if it is missing, or not the plan's."""
+    file = weights_file(folder, weights)
+    try:
+        size = _regular_size(file)
+        if size != weights.bytes:
+            raise FxlrdError(f"load: {file} has {size:,} bytes and should have {weights.bytes:,}: copy it again")
+        digest, _ = hashed(file)
     except FileNotFoundError:
         raise FxlrdError(f"load: {file} is missing") from None
     except OSError as error:
         raise FxlrdError(f"load: {file} cannot be read: {one_line(error)}") from error
-    if digest != weights["sha256"]:
+    if digest != weights.sha256:
         raise FxlrdError(f"load: {file} is damaged: its checksum is not that of the plan; copy it again")
+    return file

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from fxlrd.files import write_whole
+from fxlrd.files import write_atomically
 from fxlrd.timing.clock import Timing
 
 
@@ -94,7 +94,7 @@ class Cache:
         entries = {name: asdict(t) for name, t in timings.items()}
         content = {"format": _FORMAT, "key": _key(setting, signature), "timings": entries}
         try:
-            write_whole(path, json.dumps(content, indent=1))
+            write_atomically(path, json.dumps(content, indent=1))
         except OSError as error:
             warnings.warn(f"timing cache: {path} cannot be written ({error}); going on without", stacklevel=2)
 

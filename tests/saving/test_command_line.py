@@ -8,7 +8,7 @@ from fxlrd.app.models import load_model
 from fxlrd.cli import main
 from fxlrd.saving.load import load
 from fxlrd.saving.save import save
-from fxlrd.saving.schema import read_plan
+from fxlrd.saving.storage import read_plan
 from tests.saving.nets import Net, compressed, empty
 
 
@@ -23,7 +23,7 @@ def test_the_command_line_opens_what_it_saved(tmp_path, capsys, monkeypatch):
     assert main(["compress", "saved", "--input", "64"]) == 2
     assert "if you trust it, write net_for_save:net@saved" in capsys.readouterr().err
     plan = read_plan(tmp_path / "saved")
-    assert plan["architecture"]["source"] == "net_for_save:net"
+    assert plan.architecture.source == "net_for_save:net"
     from net_for_save import net
 
     assert load("saved", empty(net))[0].first.out_features == 16

@@ -17,10 +17,10 @@ from torch import nn
 
 from fxlrd.errors import FxlrdError
 from fxlrd.passes import Decompose
-from fxlrd.saving import storage as checkpoint
 from fxlrd.saving.load import load
 from fxlrd.saving.save import save
-from fxlrd.saving.schema import PLAN, read_plan
+from fxlrd.saving.schema import Weights, checksum
+from fxlrd.saving.storage import PLAN, hashed, read_plan, weights_file
 from tests.saving.nets import Loop, Net, compressed
 
 # -- wrong architectures
@@ -99,7 +99,7 @@ def edit(path, change, sign=True):
     plan = json.loads((path / PLAN).read_text())
     change(plan)
     if sign:
-        plan["checksum"] = checkpoint._checksum(plan)
+        plan["checksum"] = checksum(plan)
     (path / PLAN).write_text(json.dumps(plan))
 
 
@@ -131,6 +131,7 @@ def put(*keys, value):
     return change
 
 
+IDENTITY = {"kind": "Identity", "options": {}}
 SECOND = ("layers", "a", "parts", 1, 1)
 
 
@@ -139,48 +140,87 @@ SECOND = ("layers", "a", "parts", 1, 1)
     [
         (put("version", value=2), "has version '2', this fxlrd reads 1"),
         (put("version", value=True), "has version"),
-        (put("format", value="pickle"), "no plan of fxlrd's"),
-        (put("weights", "sha256", value="../../../../etc/passwd"), "weights: sha256"),
-        (put("weights", "sha256", value=int("1" * 64)), "weights: sha256"),
+        (put("format", value="pickle"), "not a plan of fxlrd"),
+        (put("weights", "sha256", value="../../../../etc/passwd"), "weights.sha256: expected 64 hexadecimal digits"),
+        (put("weights", "sha256", value=int("1" * 64)), "weights.sha256: expected 64 hexadecimal digits, found 1{60}"),
         (put("weights", "sha256", value="0" * 64), "is missing"),
         (put("weights", "bytes", value=7), "and should have 7"),
-        (put("layers", "../a", value={"kind": "Identity", "options": {}}), "not in the architecture"),
+        (put("weights", "bytes", value=7.0), r"weights.bytes: expected an integer, found 7\.0"),
+        (put("weights", value={"bytes": 7}), "weights.sha256: expected 64 hexadecimal digits, found nothing"),
+        (put("weights", "md5", value=7), r"weights\['md5'\]: expected nothing, found 7"),
+        (put("layers", "../a", value=IDENTITY), r"layers\['../a'\]: not in the architecture"),
         (put("architecture", "gone", value=["../a"]), None),
-        (put("layers", "x", value={"kind": "Identity", "options": {}}), "not in the architecture"),
-        (put("layers", "", value={"kind": "Identity", "options": {}}), "layers"),
-        (put(*SECOND, "kind", value="os.system"), "its class is none of Linear"),
-        (put(*SECOND, "kind", value=["Linear"]), "its class is none of"),
+        (put("architecture", "gone", value=["c", "b", "d", 7]), r"architecture.gone\[3\]: expected a string, found 7"),
+        (
+            put("architecture", "source", value=["x"]),
+            "architecture.source: expected a string or null, found a list of 1",
+        ),
+        (put("layers", "x", value=IDENTITY), r"layers\['x'\]: not in the architecture"),
+        (put("layers", "", value=IDENTITY), r"layers\[''\]: not in the architecture"),
+        (
+            put(*SECOND, "kind", value="os.system"),
+            r'parts\[1\]\[1\].kind: expected one of Linear, .* found "os.system"',
+        ),
+        (put(*SECOND, "kind", value=["Linear"]), "kind: expected one of Linear, .* found a list of 1"),
         (put(*SECOND, "options", "out_features", value=17), "has shape .* the model takes"),
-        (put(*SECOND, "options", "out_features", value=10**30), "out_features"),
-        (put(*SECOND, "options", "out_features", value=-1), "out_features"),
+        (put(*SECOND, "options", "out_features", value=10**30), "out_features: expected an integer from 0 to"),
+        (put(*SECOND, "options", "out_features", value=-1), "out_features: expected .* found -1"),
         (put(*SECOND, "options", "bias", value=False), "no place for 'a.last.bias'"),
-        (put(*SECOND, "options", "bias", value="no"), "bias: the plan is damaged"),
-        (put(*SECOND, "options", "device", value="cuda"), "options: the plan is damaged"),
-        (put("layers", "a", "parts", 0, 0, value="forward"), "layers: 'a'"),
-        (put("layers", "a", "parts", 0, 0, value="last"), "layers: 'a'"),
-        (put(*SECOND, value={"parts": []}), "layers: 'a'"),
-        (put("layers", "a", value={"kind": "Identity", "options": {}}), "no place for 'a"),
+        (put(*SECOND, "options", "bias", value="no"), 'bias: expected true or false, found "no": the plan is damaged'),
+        (put(*SECOND, "options", "device", value="cuda"), r"options\['device'\]: expected nothing, found \"cuda\""),
+        (put("layers", "a", "parts", 0, 0, value="forward"), r"layers\['a'\].parts\[0\]\[0\]: expected one of first, "),
+        (
+            put("layers", "a", "parts", 0, 0, value="last"),
+            r"layers\['a'\].parts: expected .* different roles, found a list",
+        ),
+        (put("layers", "a", "parts", 0, value=["first"]), r"parts\[0\]: expected a list of 2, found a list of 1"),
+        (put(*SECOND, value={"parts": []}), r"parts\[1\]\[1\].kind: expected one of .* found nothing"),
+        (put("layers", "a", value={}), r"layers\['a'\]: expected .* kind, options or .* parts, found an empty object"),
+        (put("layers", "a", value=IDENTITY), "no place for 'a"),
         (put("layers", "c", "parts", 1, 1, "options", "groups", value=3), "cannot be made"),
-        (put("layers", "c", "parts", 1, 1, "options", "stride", value=[1] * 4), "stride"),
-        (put("layers", "c", "parts", 1, 1, "options", "padding_mode", value="eval"), "padding_mode"),
+        (
+            put("layers", "c", "parts", 1, 1, "options", "stride", value=[1] * 4),
+            "stride: expected a list of one to three",
+        ),
+        (
+            put("layers", "c", "parts", 1, 1, "options", "padding", value="all"),
+            'padding: expected "same" or "valid" or ',
+        ),
+        (
+            put("layers", "c", "parts", 1, 1, "options", "padding_mode", value="eval"),
+            'padding_mode: expected "zeros" or',
+        ),
         (put("tensors", "strides", "a.last.weight", value=[0, 0]), "fit no tensor"),
         (put("tensors", "strides", "a.last.weight", value=[1]), "fit no tensor"),
-        (put("tensors", "strides", "a.last.weight", value=[2**70, 1]), "strides"),
+        (put("tensors", "strides", "a.last.weight", value=[2**70, 1]), r"strides\['a.last.weight'\]\[0\]: expected"),
         (put("tensors", "same", "a.first.weight", value="d.weight"), "are one tensor"),
-        (put("tensors", "frozen", value=None), "tensors"),
-        (put("training", value={}), "training"),
+        (put("tensors", "frozen", value=None), "tensors.frozen: expected a list, found null"),
+        (put("training", value={}), "training: expected an object with the model's own mode"),
+        (put("training", "a", value=1), r"training\['a'\]: expected true or false, found 1"),
         (put("architecture", "arguments", value={"self": 1}), "takes no 'self'"),
-        (put("architecture", "arguments", value={"input": [1]}), "arguments"),
+        (
+            put("architecture", "arguments", value={"input": [1]}),
+            r"architecture.arguments\['input'\]: expected true or fa",
+        ),
+        (put("architecture", "modules", "a", value=["Linear"]), r"architecture.modules\['a'\]: expected a list of 2"),
+        (
+            put("architecture", "modules", "a", 1, value={}),
+            r"modules\['a'\]\[1\].shapes: expected an object, found null",
+        ),
         (put("architecture", "modules", "a", 0, value="x\n\ud800"), "was a"),
         (put("architecture", "modules", "a", 1, "shapes", "x\n\ud800", value=[1]), "the shape of"),
-        (put("architecture", value=[]), "architecture"),
-        (put("layers", value=[]), "layers"),
+        (
+            put("architecture", "modules", "a", 1, "shapes", "x\n\ud800", value=1),
+            r"shapes\['x\\n.ud800'\]: expected a list",
+        ),
+        (put("architecture", value=[]), "architecture: expected an object of modules, gone, .* found a list of 0"),
+        (put("layers", value=[]), "layers: expected an object, found a list of 0"),
         (put("checksum", value="x"), None),
     ],
 )
 def test_a_forged_plan_is_one_line(bad, change, message):
     edit(bad, change, sign=message is not None)
-    refused(bad, message or "checksum: it is not of this plan")
+    refused(bad, message or 'checksum: expected that of this plan, found "[x0-9a-f]+": the plan is damaged')
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"' * 9, "[" * 10**5, '{"version": ' + "9" * 5000 + "}", "\0"])
@@ -205,8 +245,7 @@ def test_a_plan_of_ten_million_layers_is_refused_at_once(bad):
 
 
 def test_many_layers_that_fit_into_a_plan_are_refused_too(bad):
-    spec = {"kind": "Identity", "options": {}}
-    edit(bad, lambda plan: plan["layers"].update({f"l{i}": spec for i in range(10**4)}))
+    edit(bad, lambda plan: plan["layers"].update({f"l{i}": IDENTITY for i in range(10**4)}))
     refused(bad, "not in the architecture")
     edit(bad, lambda plan: plan["architecture"]["gone"].extend(f"l{i}" for i in range(10**4)))
     refused(bad, "no module 'l0'")
@@ -216,7 +255,7 @@ def test_files_that_are_none(bad, tmp_path):
     refused(tmp_path / "none", "holds no checkpoint")
     weights(bad).unlink()
     refused(bad, "is missing")
-    os.mkfifo(bad / checkpoint._weights(read_plan(bad)["weights"]["sha256"]))
+    os.mkfifo(weights_file(bad, read_plan(bad).weights))
     refused(bad, "is no file")
     (bad / PLAN).unlink()
     (bad / PLAN).mkdir()
@@ -243,17 +282,20 @@ def test_other_tensors_under_a_right_checksum(bad, change, message):
 def resigned(path, found):
     weights(path).unlink()
     save_file(found, path / "new")
-    digest, size = checkpoint._hashed(path / "new")
-    (path / "new").rename(path / checkpoint._weights(digest))
-    edit(path, put("weights", value={"sha256": digest, "bytes": size}))
+    adopt(path, path / "new")
+
+
+def adopt(path, file):
+    """Make a file the one that the plan names."""
+    new = Weights(*hashed(file))
+    file.rename(weights_file(path, new))
+    edit(path, put("weights", value=new.to_json()))
 
 
 def test_a_header_that_lies(bad):
     file = weights(bad)
     file.write_bytes((2**40).to_bytes(8, "little") + file.read_bytes()[8:])
-    digest, size = checkpoint._hashed(file)
-    file.rename(bad / checkpoint._weights(digest))
-    edit(bad, put("weights", value={"sha256": digest, "bytes": size}))
+    adopt(bad, file)
     refused(bad, "is no safetensors file")
 
 

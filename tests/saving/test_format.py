@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fxlrd.saving.load import load
 from fxlrd.saving.save import save
-from fxlrd.saving.schema import PLAN
+from fxlrd.saving.storage import PLAN
 from tests.saving.mixed import CHANNELS, Mixed, Switched, compressed_mixed, compressed_switched, images
 
 DATA = Path(__file__).parent / "data"

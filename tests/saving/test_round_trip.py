@@ -19,11 +19,11 @@ from fxlrd.errors import FxlrdError
 from fxlrd.graph.surgery import annotate, fork, restore
 from fxlrd.passes import Decompose, Merge
 from fxlrd.passes.contract import PassResult, Site
-from fxlrd.saving import architecture as layout
-from fxlrd.saving import storage as checkpoint
+from fxlrd.saving.architecture import recall
 from fxlrd.saving.load import load
 from fxlrd.saving.save import save
-from fxlrd.saving.schema import PLAN, read_plan
+from fxlrd.saving.schema import Origin
+from fxlrd.saving.storage import PLAN, read_plan, weights_file
 from tests.saving.nets import Loop, Net, X, compressed, empty, equal, trained
 
 
@@ -306,8 +306,8 @@ def test_what_only_the_graph_computes_comes_back_as_a_graph(tmp_path):
     assert equal(model, load(tmp_path, empty(Asks)), x)
     assert equal(pickle.loads(pickle.dumps(loaded)), model, x)
     plan = read_plan(tmp_path)
-    assert plan["architecture"]["arguments"] == {"double": True}
-    assert not any("aux" in name for name in load_file(tmp_path / checkpoint._weights(plan["weights"]["sha256"])))
+    assert plan.architecture.arguments == {"double": True}
+    assert not any("aux" in name for name in load_file(weights_file(tmp_path, plan.weights)))
 
 
 @dataclass(frozen=True)
@@ -386,12 +386,19 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_what_could_not_be_loaded_does_not_take_the_place_of_what_can(tmp_path):
     result = compressed(Net().eval())
     save(result, tmp_path)
-    with pytest.raises(FxlrdError, match=r"nothing was changed there: load would refuse source$"):
+    with pytest.raises(
+        FxlrdError,
+        match=r"nothing was changed there: load would refuse architecture.source: expected a string or null, found 3",
+    ):
         save(result, tmp_path, source=3)
     assert equal(result.model, load(tmp_path, Net()), X)
 
 
-def test_the_layout_on_a_model_is_plain_data():
+def test_what_a_model_carries_is_plain_data():
     model = compressed(Net()).model
-    assert json.loads(json.dumps(layout.recall(model))) == layout.recall(model)
-    assert b"fxlrd.layout" not in pickle.dumps(model)
+    data = vars(model)["_fxlrd"]
+    assert json.loads(json.dumps(data)) == data == model.meta["_fxlrd"]
+    assert set(data) == {"modules", "gone", "arguments", "source", "refused"}
+    assert b"fxlrd.saving" not in pickle.dumps(model)
+    assert Origin.from_json(data) == recall(model)
+    assert Origin.from_json(data).to_json() == data
