@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from fxlrd.backend.factor_sets import FactorSet, FactorSets, Fingerprint, fingerprint
 from fxlrd.backend.options import Options
 from fxlrd.backend.rewrite import rewrite
-from fxlrd.capturing.dynamo import Lowered, weights_of
+from fxlrd.capturing.dynamo import weights_of
+from fxlrd.capturing.lowering import Lowered
 from fxlrd.errors import FxlrdError
 from fxlrd.pipeline import Pipeline
 

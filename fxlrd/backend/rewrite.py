@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import is_fake
 
-from fxlrd.capturing.dynamo import Lowered, lower_graph, raise_graph
+from fxlrd.capturing.dynamo import raise_graph
+from fxlrd.capturing.lowering import Lowered, lower_graph
 from fxlrd.capturing.whole import check_weights
 from fxlrd.errors import FxlrdError, one_line, unknown
 from fxlrd.graph.captured import Whole, captured

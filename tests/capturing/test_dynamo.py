@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxlrd.capturing.dynamo import has_layers, lower_graph, raise_graph, weights_of
+from fxlrd.capturing.dynamo import has_layers, raise_graph, weights_of
+from fxlrd.capturing.lowering import lower_graph
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.guards import replaceable
 from fxlrd.graph.surgery import layers

@@ -1,0 +1,153 @@
+"""Functions of a Dynamo graph as calls of stock modules: the function and arguments of each module's forward."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx.node import has_side_effect
+
+from fxlrd.layers.kinds import BATCH_NORMS, CONVS, LAYERS, OPTIONS, TRANSPOSED, make
+
+# The arguments of torch's functions in order, and their defaults: inspect cannot read the signatures.
+TENSORS = {"input": None, "weight": None, "bias": None}
+_DEFAULTS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
+_CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")
+_TRANSPOSED_ARGUMENTS = ("stride", "padding", "output_padding", "groups", "dilation")
+_NORM_ARGUMENTS = {
+    **{"input": None, "running_mean": None, "running_var": None, "weight": None, "bias": None},
+    **{"training": False, "momentum": 0.1, "eps": 1e-5},
+}
+_CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED_FUNCTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def _arguments_after_tensors(names: Sequence[str]) -> dict[str, Any]:
+    return {**TENSORS, **{name: _DEFAULTS[name] for name in names}}
+
+
+CALLS: dict[Any, tuple[type[nn.Module], dict[str, Any]]] = {
+    F.linear: (nn.Linear, TENSORS),
+    **{
+        function: (kind, _arguments_after_tensors(_CONV_ARGUMENTS))
+        for function, kind in zip(_CONV_FUNCTIONS, CONVS, strict=True)
+    },
+    **{
+        function: (kind, _arguments_after_tensors(_TRANSPOSED_ARGUMENTS))
+        for function, kind in zip(_TRANSPOSED_FUNCTIONS, TRANSPOSED, strict=True)
+    },
+}
+"""By function: the module whose forward calls it, and the function's arguments with their defaults, in order."""
+FUNCTIONS = {kind: function for function, (kind, _) in CALLS.items()}
+STATIC = "_dynamo_static_input_type"
+"""The mark that Dynamo puts on the placeholders of weights."""
+
+
+@has_side_effect
+def _enter(*_: Any) -> None:
+    """Stand for the start of an autocast region in a raised graph, which runs in the dtype of its weights."""
+
+
+@has_side_effect
+def _exit(*_: Any) -> None:
+    """Stand for the end of an autocast region."""
+
+
+AUTOCAST: dict[Any, Any] = {_enter_autocast: _enter, _exit_autocast: _exit}
+AUTOCAST_INVERSE = {stand_in: function for function, stand_in in AUTOCAST.items()}
+
+
+class Path(NamedTuple):
+    """Where a node is: the variable that holds the model, the name in it, and the module's class and identity."""
+
+    root: str
+    name: str
+    cls: type
+    key: str
+
+
+def path_of(node: fx.Node) -> Path:
+    """Return which module's forward called the function, as Dynamo recorded it."""
+    stack = list((node.meta.get("nn_module_stack") or {}).items())
+    if not stack:
+        return Path("", "", object, "")
+    key, (text, cls) = stack[-1]
+    match = re.match(r"[LG]\['([^']+)'\](.*)$", text)
+    root, rest = match.groups() if match else ("", text)
+    parts = [p for p in re.split(r"\W+", re.sub(r"@\d+", "", rest)) if p not in ("", "_modules", "_orig_mod")]
+    return Path(root, ".".join(parts), cls if isinstance(cls, type) else object, str(key).partition("@")[0])
+
+
+def layer_class(node: fx.Node) -> type[nn.Module] | None:
+    """Return the stock layer whose call the function is; None where other code calls it, such as a subclass."""
+    cls = CALLS[node.target][0] if node.target in CALLS else None
+    return cls if cls in LAYERS and cls is path_of(node).cls else None
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Return a call's arguments by name, with defaults filled in."""
+    names = _NORM_ARGUMENTS if node.target is F.batch_norm else CALLS[node.target][1]
+    return {**names, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def module_of(node: fx.Node, weights: dict[str, Tensor]) -> nn.Module | None:
+    """Return the stock module whose call a function is, around the very same weights, or None."""
+    if node.target is not F.batch_norm and layer_class(node) is None:
+        return None
+    tensors: dict[str, Tensor | None] = {"weight": None, "bias": None}
+    settings: dict[str, Any] = {}
+    for key, value in arguments(node).items():
+        if key == "input":
+            if not isinstance(value, fx.Node):
+                return None
+        elif isinstance(value, fx.Node):
+            tensor = weights.get(value.name)
+            plain = type(tensor) is nn.Parameter or (key.startswith("running_") and type(tensor) is Tensor)
+            if tensor is None or not plain or not tensor.is_floating_point():
+                return None  # computed, as where it is parametrized, or quantized
+            tensors[key] = tensor
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, fx.Node) for v in value):
+            return None
+        elif key not in tensors:
+            settings[key] = tuple(value) if isinstance(value, list) else value
+    return _norm(node, settings, tensors) if node.target is F.batch_norm else _stock(node, settings, tensors)
+
+
+def _stock(node: fx.Node, settings: dict[str, Any], tensors: dict[str, Tensor | None]) -> nn.Module | None:
+    cls, weight = CALLS[node.target][0], tensors["weight"]
+    if weight is None or (cls is nn.Linear and weight.dim() != 2):
+        return None
+    outer, inner = weight.shape[:2]
+    settings["bias"] = tensors["bias"] is not None
+    if cls is nn.Linear:
+        settings |= {"in_features": inner, "out_features": outer}
+    else:
+        inner *= settings["groups"]
+        sizes = (outer, inner) if cls in TRANSPOSED else (inner, outer)
+        settings |= {"in_channels": sizes[0], "out_channels": sizes[1], "kernel_size": tuple(weight.shape[2:])}
+        settings["padding_mode"] = "zeros"
+    return _with_tensors(make(cls, {name: settings[name] for name in OPTIONS[cls]}), tensors)
+
+
+def _norm(node: fx.Node, settings: dict[str, Any], tensors: dict[str, Tensor | None]) -> nn.Module | None:
+    cls = next((c for c in BATCH_NORMS if c is path_of(node).cls), None)
+    mean = tensors.get("running_mean")
+    if cls is None or settings.get("training") or mean is None or tensors.get("running_var") is None:
+        return None
+    affine = tensors["weight"] is not None
+    if affine != (tensors["bias"] is not None):
+        return None
+    settings |= {"num_features": len(mean), "affine": affine, "bias": affine, "track_running_stats": True}
+    norm = _with_tensors(make(cls, {name: settings[name] for name in OPTIONS[cls]}), tensors)
+    norm._buffers["num_batches_tracked"] = None
+    return norm
+
+
+def _with_tensors(module: nn.Module, tensors: dict[str, Tensor | None]) -> nn.Module:
+    for key, tensor in tensors.items():
+        (module._buffers if key.startswith("running_") else module._parameters)[key] = tensor  # type: ignore[assignment]
+    return module
