@@ -19,6 +19,8 @@ from fxlrd.passes import Allocate, Calibrate, Decompose, Merge
 from fxlrd.passes import allocate as module_under_test
 from fxlrd.timing import layers as layer_latency
 from fxlrd.timing.clock import Timing
+from tests.support.results import reasons
+from tests.support.tensors import images
 
 
 def conv(c_in: int, c_out: int, k: int = 3, **options) -> nn.Conv2d:
@@ -37,10 +39,6 @@ def network() -> nn.Sequential:
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.uniform_(-0.3, 0.3), m.running_var.uniform_(0.05, 0.3)
     return model.double().eval()
-
-
-def images(batch: int = 24) -> torch.Tensor:
-    return torch.randn(batch, 3, 12, 12).double()
 
 
 def calibrated(model: nn.Module, x: torch.Tensor, **options):
@@ -73,16 +71,12 @@ def carried_out(gm):
     return Pipeline([Merge(), Decompose()])(gm).graph_module
 
 
-def reasons(result) -> dict[str, str]:
-    return {skip.name: skip.reason.code for skip in result.skipped}
-
-
 # -- the predicted error
 
 
 @pytest.mark.slow
 def test_the_predicted_error_orders_changes_of_single_layers_as_the_measured_one():
-    model, x, unseen = network(), images(128), images(128)
+    model, x, unseen = network(), images(128, size=12), images(128, size=12)
     gm = calibrated(model, x)
     predicted, measured = [], []
     for name, errors in curves(gm).items():
@@ -97,7 +91,7 @@ def test_the_predicted_error_orders_changes_of_single_layers_as_the_measured_one
 
 
 def test_the_predicted_error_of_a_merge_is_in_the_same_unit():
-    model, x, unseen = network(), images(128), images(128)
+    model, x, unseen = network(), images(128, size=12), images(128, size=12)
     gm = calibrated(model, x)
     problem = module_under_test.Problem()
     allocate = Allocate(params=0.5)
@@ -116,7 +110,7 @@ def test_the_predicted_error_of_a_merge_is_in_the_same_unit():
 
 @pytest.mark.slow
 def test_the_predicted_error_orders_whole_plans_as_the_measured_one():
-    model, x, unseen = network(), images(128), images(128)
+    model, x, unseen = network(), images(128, size=12), images(128, size=12)
     gm = calibrated(model, x)
     predicted, measured = [], []
     for merge in (False, True):
@@ -134,7 +128,7 @@ def test_the_predicted_error_orders_whole_plans_as_the_measured_one():
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("asked", [0.4, 0.6, 0.8])
 def test_the_budget_is_met(measure, merge, asked):
-    gm = calibrated(network(), images())
+    gm = calibrated(network(), images(24, size=12))
     result = Allocate(**{measure: asked}, merge=merge)(gm)
     assert share(carried_out(result.graph_module), gm, measure) == pytest.approx(asked, rel=0.02)
     assert f" of {measure}; predicted output error" in result.note
@@ -142,7 +136,7 @@ def test_the_budget_is_met(measure, merge, asked):
 
 @pytest.mark.parametrize("ratio", [1.5, 2.0, 3.0, 5.0])
 def test_never_worse_than_the_uniform_ratio_at_its_cost(ratio):
-    gm = calibrated(network(), images())
+    gm = calibrated(network(), images(24, size=12))
     errors = curves(gm)
     uniform = {name: ranks_by_ratio(layers(gm)[name], ratio) for name in errors}
     at = share(Decompose(ranks=uniform)(gm).graph_module, gm, "params")
@@ -159,7 +153,7 @@ def test_never_worse_than_the_uniform_ratio_at_its_cost(ratio):
 
 @pytest.mark.parametrize("measure", ["params", "flops"])
 def test_a_budget_out_of_reach_says_what_is_within(measure):
-    gm = calibrated(network(), images())
+    gm = calibrated(network(), images(24, size=12))
     with pytest.raises(FxlrdError, match=rf"^allocate: {measure}=0.001 is out of reach: .* leave 0\.\d\d\d") as error:
         Allocate(**{measure: 0.001})(gm)
     assert "\n" not in str(error.value)
@@ -169,10 +163,10 @@ def test_a_budget_out_of_reach_says_what_is_within(measure):
 
 @pytest.mark.parametrize("measure", ["params", "flops", "latency"])
 def test_a_model_in_which_nothing_can_be_cheaper(measure):
-    gm = capture(nn.Sequential(nn.ReLU(), nn.Flatten()), images(2))
+    gm = capture(nn.Sequential(nn.ReLU(), nn.Flatten()), images(2, size=12))
     with pytest.raises(FxlrdError, match="nothing in it can be made cheaper"):
         Allocate(**{measure: 0.5})(gm)
-    gm = capture(nn.Sequential(conv(3, 8), nn.ReLU()), images(2).float())
+    gm = capture(nn.Sequential(conv(3, 8), nn.ReLU()), images(2, size=12).float())
     if measure != "latency":
         with pytest.raises(FxlrdError, match="nothing in it can be made cheaper"):
             Allocate(**{measure: 0.5})(gm)
@@ -209,7 +203,7 @@ def clock(monkeypatch):
 @pytest.mark.parametrize("asked", [0.4, 0.6, 0.8])
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_latency_budget_is_met_by_the_whole_model(clock, asked, merge):
-    gm = calibrated(network(), images())
+    gm = calibrated(network(), images(24, size=12))
     result = Allocate(latency=asked, merge=merge)(gm)
     after = carried_out(result.graph_module)
     assert clock(after) / clock(gm) == pytest.approx(asked, rel=0.02)
@@ -218,7 +212,7 @@ def test_a_latency_budget_is_met_by_the_whole_model(clock, asked, merge):
 
 def test_a_latency_budget_is_met_although_the_whole_takes_longer_than_its_layers(clock, monkeypatch):
     """The budget for the layers is moved until the whole model, as it is measured, meets it."""
-    gm = calibrated(network(), images())
+    gm = calibrated(network(), images(24, size=12))
     monkeypatch.setattr(
         module_under_test, "_ratio", lambda gm, new, *_: (clock(new) / clock(gm)) ** 0.7
     )  # a form that is cheaper by itself saves less in the whole
@@ -228,7 +222,7 @@ def test_a_latency_budget_is_met_although_the_whole_takes_longer_than_its_layers
 
 
 def test_a_latency_out_of_reach_says_what_is_within(clock):
-    gm = calibrated(network(), images())
+    gm = calibrated(network(), images(24, size=12))
     with pytest.raises(FxlrdError, match=r"^allocate: latency=0.01 is out of reach: the fastest forms take ") as error:
         Allocate(latency=0.01)(gm)
     within = float(str(error.value).partition("take ")[2].split()[0])
@@ -239,7 +233,7 @@ def test_a_latency_out_of_reach_says_what_is_within(clock):
 def test_a_device_on_which_nothing_is_faster(clock, monkeypatch):
     monkeypatch.setattr(module_under_test, "_ratio", lambda *_: 1.1)
     with pytest.raises(FxlrdError, match="no form of its layers is faster here"):
-        Allocate(latency=0.5)(calibrated(network(), images()))
+        Allocate(latency=0.5)(calibrated(network(), images(24, size=12)))
 
 
 # -- what is left alone
@@ -250,7 +244,7 @@ def test_layers_that_are_left_alone_say_why():
         *(conv(3, 32), nn.ReLU(), conv(32, 32, groups=32), nn.ReLU(), conv(32, 32, 1), nn.ReLU()),
         *(conv(32, 32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 16)),
     )
-    gm = calibrated(model.double().eval(), images())
+    gm = calibrated(model.double().eval(), images(24, size=12))
     result = Allocate(params=0.95, skip=("6",))(gm)
     assert not result.modified
     assert result.graph_module.code == gm.code
@@ -264,7 +258,7 @@ def test_layers_that_are_left_alone_say_why():
 
 
 def test_what_stands_decomposed_already_is_left_alone():
-    gm = Decompose(ranks={"3": 4})(calibrated(network(), images())).graph_module
+    gm = Decompose(ranks={"3": 4})(calibrated(network(), images(24, size=12))).graph_module
     result = Allocate(params=0.8)(gm)
     assert {v for k, v in reasons(result).items() if k.startswith("3.")} == {"factor"}
 
@@ -287,7 +281,7 @@ def test_a_layer_that_is_called_twice_costs_its_flops_twice():
 
 
 def test_without_calibration_the_weights_are_judged():
-    gm = capture(network(), images())
+    gm = capture(network(), images(24, size=12))
     result = Allocate(params=0.6)(gm)
     assert planned(result.graph_module).kept == {}
     after = carried_out(result.graph_module)

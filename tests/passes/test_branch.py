@@ -17,6 +17,9 @@ from fxlrd.graph.surgery import calls
 from fxlrd.passes import Branch, Decompose
 from fxlrd.passes import branch as module_under_test
 from fxlrd.timing.clock import Timing
+from tests.support.models import CalledTwice
+from tests.support.results import reasons
+from tests.support.tensors import images
 
 
 def small() -> nn.Sequential:
@@ -33,14 +36,6 @@ def decomposed(model: nn.Module, x: torch.Tensor, ranks=(8, 16)):
     return Decompose(ranks={"2": ranks})(capture(model.double().eval(), x)).graph_module
 
 
-def images(batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, 11, 11).double()
-
-
-def reasons(result) -> dict[str, str]:
-    return {skip.name: skip.reason.code for skip in result.skipped}
-
-
 def kernel(form: nn.Module) -> torch.Tensor:
     """Return the weight of the one conv that a branched form stands for."""
     n = form.core.groups
@@ -51,7 +46,7 @@ def kernel(form: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("groups", [2, 4, 8])
 def test_the_grouped_conv_is_a_sum_of_branches(groups):
-    x = images()
+    x = images(size=11)
     gm = decomposed(small(), x)
     result = Branch(groups=groups)(gm)
     assert [s.name for s in result.sites] == ["2"]
@@ -79,7 +74,7 @@ def test_the_grouped_conv_is_a_sum_of_branches(groups):
 
 @pytest.mark.parametrize("groups", [2, 4, 8])
 def test_hidden_branches_of_an_orthonormal_form_are_found(groups):
-    x = images()
+    x = images(size=11)
     for seed in range(3):
         torch.manual_seed(seed)
         model = small().double()
@@ -100,7 +95,7 @@ def test_hidden_branches_of_an_orthonormal_form_are_found(groups):
 @pytest.mark.parametrize("rotate", [True, False])
 @pytest.mark.parametrize(("groups", "ranks"), [(2, (8, 16)), (4, (10, 15)), (4, (8, 16)), (8, (9, 17)), (3, (8, 16))])
 def test_the_recorded_error_is_the_weights(groups, ranks, rotate):
-    model, x = small().double(), images()
+    model, x = small().double(), images(size=11)
     result = Branch(groups=groups, rotate=rotate)(decomposed(model, x, ranks))
     form = result.graph_module.get_submodule("2")
     error = ((kernel(form) - model[2].weight).norm() / model[2].weight.norm()).item()
@@ -118,7 +113,7 @@ def energies(note: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("groups", [2, 4, 8])
 def test_rotation_keeps_more_and_says_so(groups):
-    gm = decomposed(small(), images())
+    gm = decomposed(small(), images(size=11))
     rotated, cut = Branch(groups=groups)(gm), Branch(groups=groups, rotate=False)(gm)
     kept, plain = energies(rotated.sites[0].note)
     assert kept > plain
@@ -131,7 +126,7 @@ def test_rotation_keeps_more_and_says_so(groups):
 
 def test_trained_factors_are_measured_by_the_kernel_that_they_make():
     """Training leaves the outer factors anything but orthonormal: the same kernel gives the same branches."""
-    x = images()
+    x = images(size=11)
     gm = decomposed(small(), x)
     expected = kernel(Branch(groups=4)(gm).graph_module.get_submodule("2"))
     form = gm.get_submodule("2")
@@ -144,7 +139,7 @@ def test_trained_factors_are_measured_by_the_kernel_that_they_make():
 
 
 def test_what_is_left_alone_says_why():
-    x = images()
+    x = images(size=11)
     gm = Decompose(ranks={"2": (8, 16), "4": 6})(capture(small().double().eval(), x)).graph_module
     result = Branch(groups=2)(gm)
     assert reasons(result) == {"4": "no-core"}
@@ -162,7 +157,7 @@ def test_what_is_left_alone_says_why():
 
 
 def test_nothing_to_do_modifies_nothing():
-    x = images()
+    x = images(size=11)
     gm = capture(small().double().eval(), x)
     result = Branch()(gm)
     assert not result.modified
@@ -171,7 +166,7 @@ def test_nothing_to_do_modifies_nothing():
 
 
 def test_a_factor_with_a_bias_of_its_own_is_left_alone():
-    x = images()
+    x = images(size=11)
     gm = decomposed(small(), x)
     gm.get_submodule("2").first.bias = nn.Parameter(torch.zeros(8).double())
     assert reasons(Branch(groups=2)(gm))["2"] == "biased-core"
@@ -185,20 +180,12 @@ def test_numbers_of_branches_that_are_none(groups):
 
 def test_names_that_fit_no_layer():
     with pytest.raises(FxlrdError, match="unknown layer '9'"):
-        Branch(skip=("9",))(decomposed(small(), images()))
+        Branch(skip=("9",))(decomposed(small(), images(size=11)))
 
 
 def test_a_shared_layer_is_branched_once_for_all_its_calls():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Conv2d(12, 12, 3, padding=1)
-
-        def forward(self, x):
-            return self.a(self.a(x).relu())
-
     x = torch.randn(2, 12, 6, 6).double()
-    gm = Decompose(ranks=(8, 8))(capture(Twice().double().eval(), x)).graph_module
+    gm = Decompose(ranks=(8, 8))(capture(CalledTwice(nn.Conv2d(12, 12, 3, padding=1)).double().eval(), x)).graph_module
     result = Branch(groups=2)(gm)
     assert [s.name for s in result.sites] == ["a"]
     form = result.graph_module.get_submodule("a")
@@ -207,7 +194,7 @@ def test_a_shared_layer_is_branched_once_for_all_its_calls():
 
 
 def test_the_input_graph_stays_and_copies_train():
-    x = images()
+    x = images(size=11)
     gm = decomposed(small(), x)
     reference = gm(x)
     result = Branch(groups=4)(gm).graph_module
@@ -225,7 +212,7 @@ def test_the_input_graph_stays_and_copies_train():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtype_and_memory_format_are_kept(dtype):
     model = small().to(dtype).to(memory_format=torch.channels_last).eval()
-    x = images().to(dtype).contiguous(memory_format=torch.channels_last)
+    x = images(size=11).to(dtype).contiguous(memory_format=torch.channels_last)
     gm = Branch(groups=4)(Decompose(ranks={"2": (8, 16)})(capture(model, x)).graph_module).graph_module
     assert {p.dtype for p in gm.parameters()} == {dtype}
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in gm.parameters() if p.dim() == 4)
@@ -233,7 +220,7 @@ def test_dtype_and_memory_format_are_kept(dtype):
 
 
 def test_the_timed_number_is_the_smallest_that_none_beats(monkeypatch):
-    gm = decomposed(small(), images())
+    gm = decomposed(small(), images(size=11))
     seen = {}
 
     def compare(variants, device):
@@ -248,7 +235,7 @@ def test_the_timed_number_is_the_smallest_that_none_beats(monkeypatch):
 
 
 def test_through_compress_inplace_and_the_text_form():
-    model, x = small().double().eval(), images()
+    model, x = small().double().eval(), images(size=11)
     given = "decompose{ranks=8},branch{groups=4,skip=4}"
     assert str(Pipeline.parse(given)) == "decompose{ranks=8},branch{skip=4}"
     apart = fxlrd.compress(model, x, pipeline=given, measure=False)
@@ -260,7 +247,7 @@ def test_through_compress_inplace_and_the_text_form():
 
 
 def test_the_pass_manager_runs_it():
-    x = images()
+    x = images(size=11)
     result = PassManager(passes=[Decompose(ranks=8, skip=("0",)), Branch(groups=2)])(
         capture(small().double().eval(), x)
     )

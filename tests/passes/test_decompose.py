@@ -13,6 +13,8 @@ from fxlrd.graph.facts import provenance
 from fxlrd.graph.inputs import Inputs
 from fxlrd.layers.kinds import LAYERS
 from fxlrd.passes import Calibrate, Decompose
+from tests.support.models import CalledTwice
+from tests.support.results import reasons, roles
 
 
 def small() -> nn.Sequential:
@@ -30,18 +32,6 @@ def small() -> nn.Sequential:
 
 def image(size: int = 17) -> torch.Tensor:
     return torch.randn(2, 3, size, size)
-
-
-def reasons(result) -> dict[str, str]:
-    return {skip.name: skip.reason.code for skip in result.skipped}
-
-
-def roles(gm) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for node in gm.graph.nodes:
-        if (p := provenance(node)) is not None:
-            found.setdefault(p.name, []).append(p.role)
-    return found
 
 
 def test_each_layer_becomes_its_form():
@@ -88,15 +78,7 @@ def test_the_input_graph_and_its_model_stay_as_they_are():
 
 
 def test_a_shared_module_is_replaced_once_for_all_its_calls():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(32, 32)
-
-        def forward(self, x):
-            return self.a(self.a(x).relu())
-
-    model, x = Twice().double().eval(), torch.randn(3, 32).double()
+    model, x = CalledTwice(nn.Linear(32, 32)).double().eval(), torch.randn(3, 32).double()
     result = Decompose(ranks=32)(capture(model, x))
     assert [s.name for s in result.sites] == ["a"]
     assert roles(result.graph_module)["a"] == ["first", "last"] * 2

@@ -8,6 +8,7 @@ from torch import nn
 
 from fxlrd import FxlrdError, Pipeline, capture
 from fxlrd.passes import Calibrate, Decompose, Recalibrate
+from tests.support.tensors import images
 
 
 def model() -> nn.Sequential:
@@ -17,8 +18,8 @@ def model() -> nn.Sequential:
     ).double()
 
 
-def images(batch: int = 20) -> torch.Tensor:
-    return torch.randn(batch, 3, 9, 9).double() + 0.5
+def shifted(batch: int = 20) -> torch.Tensor:
+    return images(batch) + 0.5
 
 
 def trained() -> nn.Sequential:
@@ -29,7 +30,7 @@ def trained() -> nn.Sequential:
             m.momentum = None  # the mean over batches
     with torch.no_grad():
         for _ in range(10):
-            net(images(100))
+            net(shifted(100))
     return net.eval()
 
 
@@ -38,7 +39,7 @@ def statistics(gm) -> dict[str, torch.Tensor]:
 
 
 def test_statistics_are_those_of_the_inputs():
-    net, x = model().eval(), images()
+    net, x = model().eval(), shifted()
     result = Recalibrate([x], guard=False)(capture(net, x))
     gm = result.graph_module
     assert [(s.name, s.exact) for s in result.sites] == [("1", False), ("4", False), ("9", False)]
@@ -52,22 +53,22 @@ def test_statistics_are_those_of_the_inputs():
 
 
 def test_batches_count_alike():
-    net, batches = model().eval(), [images(), 3 * images(), images()[:10], images(), images(), images() / 7]
-    gm = Recalibrate(batches, guard=False)(capture(net, images())).graph_module
+    net, batches = model().eval(), [shifted(), 3 * shifted(), shifted()[:10], shifted(), shifted(), shifted() / 7]
+    gm = Recalibrate(batches, guard=False)(capture(net, shifted())).graph_module
     means = [net[0](x).movedim(1, -1).flatten(0, -2).mean(0) for x in batches[:4] + batches[5:]]  # the fifth is out
     torch.testing.assert_close(gm.get_submodule("1").running_mean, torch.stack(means).mean(0), rtol=1e-12, atol=1e-12)
 
 
 def test_twice_is_once():
-    batches = [images() for _ in range(7)]
-    once = Recalibrate(batches)(capture(model().eval(), images())).graph_module
+    batches = [shifted() for _ in range(7)]
+    once = Recalibrate(batches)(capture(model().eval(), shifted())).graph_module
     twice = Recalibrate(batches)(once).graph_module
     for name, value in statistics(once).items():
         torch.testing.assert_close(twice.state_dict()[name], value, rtol=1e-12, atol=1e-12)
 
 
 def test_only_copies_change_and_modes_momentum_and_counters_stay():
-    net, x = model().train(), images()
+    net, x = model().train(), shifted()
     net[4].eval()
     before = copy.deepcopy(net.state_dict())
     gm = capture(net, x)
@@ -91,7 +92,7 @@ def test_a_norm_that_is_called_twice_sees_both():
         def forward(self, x):
             return self.n(self.a(self.n(x)))
 
-    x = images(4)
+    x = shifted(4)
     result = Recalibrate(x, guard=False)(capture(Twice().double().eval(), x))
     assert [s.name for s in result.sites] == ["n"]
     assert result.graph_module.get_submodule("n").num_batches_tracked == 0
@@ -100,9 +101,9 @@ def test_a_norm_that_is_called_twice_sees_both():
 @pytest.mark.parametrize("guard", [True, False])
 def test_it_is_kept_only_where_held_out_inputs_gain(guard):
     """Inputs of another scale than those held out make it worse."""
-    net, x = trained(), images(60)
+    net, x = trained(), shifted(60)
     gm = Decompose(ranks=12)(Calibrate(x, holdout=True)(capture(net, x)).graph_module).graph_module
-    result = Recalibrate(9 * images(60), guard=guard)(gm)
+    result = Recalibrate(9 * shifted(60), guard=guard)(gm)
     assert result.modified != guard
     if guard:
         assert result.note.endswith(": not kept")
@@ -113,7 +114,7 @@ def test_it_is_kept_only_where_held_out_inputs_gain(guard):
 
 
 def test_it_is_kept_where_it_brings_the_original_back():
-    net, x = trained(), images(200)
+    net, x = trained(), shifted(200)
     gm = Calibrate(x, holdout=True)(capture(net, x)).graph_module
     off = copy.deepcopy(net[4])
     off.running_mean += 0.1  # as if a layer before had been approximated badly
@@ -128,7 +129,7 @@ def test_it_is_kept_where_it_brings_the_original_back():
 
 
 def test_batches_of_one_input_say_nothing_of_the_variance():
-    net, x = model().eval(), images(1)
+    net, x = model().eval(), shifted(1)
     gm = capture(net, x)
     result = Recalibrate([x, x])(gm)
     assert not result.modified
@@ -141,14 +142,14 @@ def test_what_is_left_alone():
     hooked = nn.BatchNorm2d(8)
     hooked.register_forward_hook(lambda *_: None)
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, track_running_stats=False), hooked).double().eval()
-    result = Recalibrate(images())(capture(net, images()))
+    result = Recalibrate(shifted())(capture(net, shifted()))
     assert not result.modified
     assert [(s.name, s.reason.code) for s in result.skipped] == [("2", "hooks")]
-    assert not Recalibrate(images())(capture(nn.Linear(9, 9).double(), images())).modified
+    assert not Recalibrate(shifted())(capture(nn.Linear(9, 9).double(), shifted())).modified
 
 
 def test_requests_that_cannot_be_met():
-    net, x = model().eval(), images(4)
+    net, x = model().eval(), shifted(4)
     for data, message in [
         (None, r"^recalibrate: no calibration inputs; give calibration="),
         ([], r"^calibration: there are no inputs"),

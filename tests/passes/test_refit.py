@@ -11,6 +11,8 @@ from fxlrd.graph.facts import provenance, retained_channels
 from fxlrd.graph.surgery import calls
 from fxlrd.passes import Calibrate, Decompose, Merge, Refit
 from fxlrd.passes.refit import RIDGE
+from tests.support.results import reasons
+from tests.support.tensors import images
 
 
 def model() -> nn.Sequential:
@@ -20,16 +22,8 @@ def model() -> nn.Sequential:
     ).double()
 
 
-def images(batch: int = 32) -> torch.Tensor:
-    return torch.randn(batch, 3, 9, 9).double()
-
-
 def decomposed(net: nn.Module, x, ranks=3, **options):
     return Decompose(ranks=ranks)(Calibrate(x, **options)(capture(net, x)).graph_module).graph_module
-
-
-def reasons(result) -> dict[str, str]:
-    return {skip.name: skip.reason.code for skip in result.skipped}
 
 
 def test_the_last_factor_is_the_least_squares_fit_on_what_reaches_it():
@@ -52,7 +46,7 @@ def test_the_last_factor_is_the_least_squares_fit_on_what_reaches_it():
 
 
 def test_only_the_last_factors_change_and_only_in_a_copy():
-    net, x = model().train(), images()
+    net, x = model().train(), images(32)
     gm = decomposed(net, x)
     before, own = copy.deepcopy(gm.state_dict()), copy.deepcopy(net.state_dict())
     after = Refit(x)(gm).graph_module
@@ -86,7 +80,7 @@ def test_merged_convs_of_any_configuration_are_refitted(kind):
         "1x1": {"stride": 2, "padding": 1},
     }[kind]
     last = nn.Conv2d(12, 8, 1 if kind == "1x1" else 3, **options)
-    net, x = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), last).double().eval(), images()
+    net, x = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), last).double().eval(), images(32)
     gm = Merge(ranks={"0": 6})(Calibrate(x)(capture(net, x)).graph_module).graph_module
     result = Refit(x)(gm)
     assert [s.name for s in result.sites] == ["2"]
@@ -124,14 +118,14 @@ def test_what_cannot_be_refitted_says_why():
         def forward(self, x):
             return self.b(self.b(self.g(self.a(x).relu()).relu()).relu())
 
-    net, x = Two().double().eval(), images()
+    net, x = Two().double().eval(), images(32)
     result = Refit(x)(decomposed(net, x, ranks={"g": 4, "b": 3}))
     assert not result.modified
     assert reasons(result) == {"b": "called-again", "g": "grouped"}
 
 
 def test_nothing_to_refit():
-    net, x = model().eval(), images()
+    net, x = model().eval(), images(32)
     result = Refit(x)(Calibrate(x)(capture(net, x)).graph_module)
     assert not result.modified
     assert torch.equal(result.graph_module(x), net(x))
@@ -173,7 +167,7 @@ def test_only_so_many_inputs_are_used():
 
 
 def test_provenance_stays():
-    net, x = model().eval(), images()
+    net, x = model().eval(), images(32)
     after = Refit(x)(decomposed(net, x)).graph_module
     assert {p.role for n in after.graph.nodes if (p := provenance(n)) is not None and p.name == "3"} == {
         *("first", "core", "last")
@@ -196,4 +190,4 @@ def test_requests_that_cannot_be_met():
 
 def test_text_form():
     assert str(Pipeline.parse("refit{inputs=64,guard=false}")) == "refit{inputs=64,guard=false}"
-    assert str(Pipeline([Refit(images())])) == "refit"
+    assert str(Pipeline([Refit(images(32))])) == "refit"
