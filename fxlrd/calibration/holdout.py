@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from fxlrd.calibration.batches import EVERY
+from fxlrd.calibration.batches import HOLDOUT_PERIOD
 from fxlrd.errors import Reason, VerificationError
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.compare import difference
@@ -48,7 +48,7 @@ class TooFew:
     reason: ClassVar[Reason] = Reason(
         "too-few-inputs",
         "too few calibration inputs to hold some out, to judge it by",
-        f"give {EVERY} batches, or {EVERY} inputs in one",
+        f"give {HOLDOUT_PERIOD} batches, or {HOLDOUT_PERIOD} inputs in one",
     )
 
 

@@ -4,9 +4,9 @@ For the tensor x that a layer reads, and the one it makes, over every position o
 
     second = E[x·xᵀ]  (C×C),   mean = E[x]  (C)
 
-With ``patches``, also those of what the kernel of a small conv sees; with ``effects``, how much each layer's output
-matters to the model's (fxlrd/calibration/importance.py). Exact: the graph is not changed, so nothing counts as
-modified. Later passes read what is on the nodes.
+With ``patches``, also those of the patches that the kernel of a small conv reads; with ``effects``, how much each
+layer's output matters to the model's (fxlrd/calibration/importance.py). Exact: the graph is not changed, so nothing
+counts as modified. Later passes read what is recorded on the nodes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from fxlrd.calibration.batches import as_batches, as_inputs, split
+from fxlrd.calibration.batches import as_batches, as_inputs, to_fit
 from fxlrd.calibration.holdout import Disabled, held_out_of, record_calibrated
 from fxlrd.calibration.moments import sweep
 from fxlrd.graph.inputs import Inputs
@@ -29,13 +29,13 @@ from fxlrd.progress import Progress, quiet
 class Calibrate:
     """Measure the second moments of every layer's input and output.
 
-    ``calibration`` is a tensor (one batch), or an iterable of batches: tensors, (x, y) pairs of which x is
-    taken, tuples of positional arguments, or dicts. It is read once. ``outputs=False`` leaves the layers' outputs
-    out. ``patches`` is the largest number of inputs to a kernel (channels × positions) for which moments are taken
-    of whole patches. ``effects`` is the number of inputs on which the layers' effects on the model's output are
-    measured, by two backward passes. ``holdout`` keeps every fifth batch from the fit, with the model's outputs
-    for it, so that later passes can check what they do. Raises FxlrdError for data that is empty, does not fit
-    the model or is not finite.
+    ``calibration`` is a tensor (one batch), or an iterable of batches: tensors, (x, y) pairs of which x is taken,
+    tuples of positional arguments, or dicts. It is read once. ``outputs=False`` leaves out what layers make.
+    ``patches`` is the largest number of inputs to a kernel (channels × positions) for which moments of patches are
+    measured. ``effects`` is the number of inputs on which the layers' effects on the model's output are measured, by
+    two backward passes. ``holdout`` holds every fifth batch out of the fit, with the model's outputs for it, so that
+    later passes can check what they do. Raises FxlrdError for data that is empty, does not fit the model or is not
+    finite.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("calibration",)
@@ -51,8 +51,7 @@ class Calibrate:
         """Return a copy of ``gm`` with moments on its nodes."""
         run = start(self, gm, progress)
         batches = as_inputs(run.gm, progress(as_batches(self.calibration), run.label))
-        aside: list[Inputs] = []
-        fitted = split(batches, aside) if self.holdout else batches
-        sweep(run.gm, fitted, self.outputs, self.patches, self.effects)
-        record_calibrated(run.gm, held_out_of(run.gm, aside) if self.holdout else Disabled())
+        rest: list[Inputs] = []
+        sweep(run.gm, to_fit(batches, rest) if self.holdout else batches, self.outputs, self.patches, self.effects)
+        record_calibrated(run.gm, held_out_of(run.gm, rest) if self.holdout else Disabled())
         return run.result()

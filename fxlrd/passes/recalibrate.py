@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from fxlrd.calibration.batches import NOTHING, as_batches, as_inputs, failed, split
+from fxlrd.calibration.batches import NO_INPUTS, as_batches, as_inputs, failure, to_fit
 from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.captured import feed
@@ -86,16 +86,16 @@ def _estimate(gm: fx.GraphModule, norms: list[nn.Module], batches: Iterable[Any]
     with evaluating(gm), torch.no_grad(), ExitStack() as stack:
         for norm in norms:
             stack.enter_context(_averaging(norm))
-        for i, inputs in enumerate(split(as_inputs(gm, batches), [])):
+        for i, inputs in enumerate(to_fit(as_inputs(gm, batches))):
             try:
                 gm(*feed(gm, inputs))
             except _OneValueError:
                 raise
             except Exception as error:
-                raise failed(i, inputs, error) from error
+                raise failure(i, inputs, error) from error
             count += 1
     if not count:
-        raise FxlrdError(NOTHING)
+        raise FxlrdError(NO_INPUTS)
     if not all(bool(norm.running_var.isfinite().all()) for norm in norms):  # type: ignore[operator]
         raise FxlrdError("recalibrate: the calibration inputs give NaN or Inf; is their scale right?")
 

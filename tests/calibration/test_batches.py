@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxlrd import FxlrdError, capture
-from fxlrd.calibration.batches import EVERY, as_batches, as_inputs, failed, split
+from fxlrd.calibration.batches import HOLDOUT_PERIOD, as_batches, as_inputs, failure, to_fit
 from fxlrd.graph.inputs import Inputs
 
 X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12)
@@ -83,9 +83,9 @@ def test_whole_numbers_are_not_looked_at_for_nan():
 
 def test_a_failure_names_the_batch_in_one_line():
     inputs = Inputs((X,))
-    error = failed(3, inputs, RuntimeError("first line\nsecond"))
+    error = failure(3, inputs, RuntimeError("first line\nsecond"))
     assert str(error) == "calibration: the model fails on batch 3 (float32[12, 6] on cpu): RuntimeError: first line"
-    assert str(failed(0, inputs, FxlrdError("no"))).endswith(": no")
+    assert str(failure(0, inputs, FxlrdError("no"))).endswith(": no")
 
 
 # -- what is held out
@@ -99,21 +99,21 @@ def numbered(*sizes):
 
 def divided(batches):
     """The numbers of the rows to fit to, and of those held out."""
-    aside: list[Inputs] = []
-    fit = list(split(batches, aside))
-    return tuple([int(v) for each in part for v in each.args[0].flatten()] for part in (fit, aside))
+    held_out: list[Inputs] = []
+    fit = list(to_fit(batches, held_out))
+    return tuple([int(v) for each in part for v in each.args[0].flatten()] for part in (fit, held_out))
 
 
 @given(st.lists(st.integers(1, 12), max_size=23))
 def test_a_split_is_disjoint_covers_everything_and_stays_in_order(sizes):
-    fit, aside = divided(numbered(*sizes))
-    assert sorted(fit + aside) == list(range(sum(sizes)))
+    fit, held_out = divided(numbered(*sizes))
+    assert sorted(fit + held_out) == list(range(sum(sizes)))
     assert fit == sorted(fit)
-    assert aside == sorted(aside)
-    assert divided(numbered(*sizes)) == (fit, aside)
-    if len(sizes) >= EVERY or any(size >= EVERY for size in sizes):
+    assert held_out == sorted(held_out)
+    assert divided(numbered(*sizes)) == (fit, held_out)
+    if len(sizes) >= HOLDOUT_PERIOD or any(size >= HOLDOUT_PERIOD for size in sizes):
         assert fit
-        assert aside
+        assert held_out
 
 
 def test_every_fifth_batch_is_held_out():
@@ -130,9 +130,9 @@ def test_of_few_batches_the_last_rows_are_held_out():
 
 
 def test_all_arguments_are_cut_alike():
-    aside: list[Inputs] = []
-    (fit,) = split([Inputs((X, [Y, "text"]), {"z": (X + 1,), "scale": 2.0})], aside)
-    for part, where in ((fit, slice(10)), (aside[0], slice(10, None))):
+    held_out: list[Inputs] = []
+    (fit,) = to_fit([Inputs((X, [Y, "text"]), {"z": (X + 1,), "scale": 2.0})], held_out)
+    for part, where in ((fit, slice(10)), (held_out[0], slice(10, None))):
         assert torch.equal(part.args[0], X[where])
         assert torch.equal(part.args[1][0], Y[where])
         assert torch.equal(part.kwargs["z"][0], X[where] + 1)
@@ -143,10 +143,10 @@ def test_all_arguments_are_cut_alike():
     "other", [torch.tensor(1.0), torch.randn(6), torch.randn(1, 6)], ids=["number", "vector", "broadcast"]
 )
 def test_arguments_without_a_common_batch_are_not_cut(other):
-    aside: list[Inputs] = []
-    (fit,) = split([Inputs((X, other))], aside)
+    held_out: list[Inputs] = []
+    (fit,) = to_fit([Inputs((X, other))], held_out)
     assert torch.equal(fit.args[0], X)
-    assert not aside
+    assert not held_out
 
 
 def test_a_stream_is_not_read_ahead_of_more_than_it_must():
@@ -157,9 +157,9 @@ def test_a_stream_is_not_read_ahead_of_more_than_it_must():
             read.append(i)
             yield Inputs((X,))
 
-    found = split(stream(), [])
+    found = to_fit(stream(), [])
     next(found)
-    assert len(read) == EVERY
-    for _ in range(EVERY - 1):
+    assert len(read) == HOLDOUT_PERIOD
+    for _ in range(HOLDOUT_PERIOD - 1):
         next(found)
-    assert len(read) == EVERY + 1, "the fifth is held out, the sixth handed on at once"
+    assert len(read) == HOLDOUT_PERIOD + 1, "the fifth is held out, the sixth handed on at once"

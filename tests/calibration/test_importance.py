@@ -9,7 +9,7 @@ from torch import nn
 
 from fxlrd import capture
 from fxlrd.calibration.batches import as_inputs
-from fxlrd.calibration.importance import PROBES, Effect, Samples
+from fxlrd.calibration.importance import PROBES, Importance, Samples
 from fxlrd.calibration.moments import sweep
 from fxlrd.graph.facts import statistics
 from fxlrd.graph.inputs import Inputs
@@ -32,24 +32,24 @@ def hadamard(size):
     return rows
 
 
-class Exhaustive(Effect):
+class Exhaustive(Importance):
     """Takes orthogonal signs for all ``size`` numbers put out, each in turn: their mean is the exact expectation."""
 
     def __init__(self, gm, size):
         super().__init__(gm)
         self.stream = itertools.cycle(hadamard(size).flatten().tolist())
 
-    def _signs(self, output):
+    def start(self, output):
         mine = torch.tensor([next(self.stream) for _ in range(output.numel())]).view(output.shape)
-        return super()._signs(output).abs() * mine
+        return super().start(output).abs() * mine
 
 
 def exact(gm, x, size):
     """Return the Γ by node that all probes together give."""
-    effect = Exhaustive(gm, size)
+    importance = Exhaustive(gm, size)
     for _ in range(size // PROBES):
-        effect.add(Inputs((x,)))
-    return effect.gamma
+        importance.add(Inputs((x,)))
+    return importance.gamma
 
 
 def test_of_a_linear_model_it_is_the_square_of_the_jacobian():
@@ -104,12 +104,12 @@ def test_of_a_conv_it_is_summed_over_positions(inplace):
 def test_over_batches_it_is_the_mean():
     net, parts = Convs().double(), [randn(2, 3, 4, 5), 2 * randn(2, 3, 4, 5)]
     gm = capture(net, parts[0])
-    effect = Exhaustive(gm, 8)
+    importance = Exhaustive(gm, 8)
     for part in parts:
         for _ in range(8 // PROBES):
-            effect.add(Inputs((part,)))
+            importance.add(Inputs((part,)))
     mean = (exact(gm, parts[0], 8)(node(gm, "b")) + exact(gm, parts[1], 8)(node(gm, "b"))) / 2
-    torch.testing.assert_close(effect.gamma(node(gm, "b")), mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(importance.gamma(node(gm, "b")), mean, rtol=1e-12, atol=0)
 
 
 # Not b: what it reads has a mean of its own in each image, and a pool adds up errors that go the same way.
@@ -138,13 +138,13 @@ def test_the_prediction_is_near_the_error_that_a_conv_net_makes(name):
 def test_signs_are_fair_and_the_same_each_time():
     gm = capture(nn.Sequential(nn.Linear(3, 2)), torch.randn(4, 3))
     output = randn(64, 64)
-    first, again = (Effect(gm)._signs(output) for _ in "ab")
+    first, again = (Importance(gm).start(output) for _ in "ab")
     assert torch.equal(first, again)
     signs = first * output.norm()
     torch.testing.assert_close(signs.abs(), torch.ones(64, 64).double(), rtol=1e-12, atol=0)
     assert signs.mean().abs() < 4 / 64, "four standard deviations"
     state = torch.get_rng_state()
-    Effect(gm).add(Inputs((torch.randn(4, 3, generator=torch.Generator().manual_seed(1)),)))
+    Importance(gm).add(Inputs((torch.randn(4, 3, generator=torch.Generator().manual_seed(1)),)))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -159,17 +159,17 @@ def test_parameters_are_left_alone(frozen, training):
     net.fc.weight.grad = torch.ones(4, 4)
     gm = capture(net, x).train(training)
     before = {name: (p.clone(), p.requires_grad, p._version) for name, p in gm.named_parameters()}
-    effect = Effect(gm)
+    importance = Importance(gm)
     with torch.no_grad():
-        effect.add(Inputs((x,)))
+        importance.add(Inputs((x,)))
     for name, p in gm.named_parameters():
         assert torch.equal(p, before[name][0])
         assert (p.requires_grad, p._version) == before[name][1:]
         assert p.grad is None or (name == "fc.weight" and torch.equal(p.grad, torch.ones(4, 4)))
     assert gm.training == training
     assert not x.requires_grad
-    assert all(effect.gamma(node(gm, name)) is not None for name in layers(gm))
-    assert not any(s.total.requires_grad for s in effect.sums.values())
+    assert all(importance.gamma(node(gm, name)) is not None for name in layers(gm))
+    assert not any(s.total.requires_grad for s in importance.sums.values())
 
 
 def test_frozen_parameters_do_not_change_it():
@@ -177,9 +177,9 @@ def test_frozen_parameters_do_not_change_it():
     found = []
     for frozen in (False, True):
         gm = capture(net.requires_grad_(not frozen), x)
-        effect = Effect(gm)
-        effect.add(Inputs((x,)))
-        found.append([effect.gamma(node(gm, name)) for name in ("a", "b", "fc")])
+        importance = Importance(gm)
+        importance.add(Inputs((x,)))
+        found.append([importance.gamma(node(gm, name)) for name in ("a", "b", "fc")])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -239,9 +239,9 @@ class Classes(nn.Module):
 @pytest.mark.parametrize("embed", [False, True])
 def test_no_gradient_comes_back_from_whole_numbers(embed):
     gm = capture(Classes(embed), torch.randn(3, 6))
-    effect = Effect(gm)
-    effect.add(Inputs((torch.randn(3, 6),)))
-    assert effect.gamma(node(gm, "fc")) is None
+    importance = Importance(gm)
+    importance.add(Inputs((torch.randn(3, 6),)))
+    assert importance.gamma(node(gm, "fc")) is None
 
 
 class Dead(nn.Module):
@@ -257,49 +257,49 @@ class Dead(nn.Module):
 
 def test_what_does_not_matter():
     gm = capture(Dead(), torch.randn(3, 6))
-    effect = Effect(gm)
-    effect.add(Inputs((torch.randn(3, 6),)))
-    assert not effect.gamma(node(gm, "off")).any()
-    assert effect.gamma(node(gm, "lost")) is None
-    assert effect.gamma(node(gm, "on")).trace() > 0
+    importance = Importance(gm)
+    importance.add(Inputs((torch.randn(3, 6),)))
+    assert not importance.gamma(node(gm, "off")).any()
+    assert importance.gamma(node(gm, "lost")) is None
+    assert importance.gamma(node(gm, "on")).trace() > 0
 
 
 def test_nothing_is_known_before_the_first_batch_or_of_outputs_that_are_not_finite():
     gm = capture(nn.Sequential(nn.Linear(3, 2)), torch.randn(4, 3))
-    effect = Effect(gm)
-    assert effect.gamma(node(gm, "0")) is None
-    effect.add(Inputs((torch.full((4, 3), float("inf")),)))
-    assert effect.gamma(node(gm, "0")) is None
+    importance = Importance(gm)
+    assert importance.gamma(node(gm, "0")) is None
+    importance.add(Inputs((torch.full((4, 3), float("inf")),)))
+    assert importance.gamma(node(gm, "0")) is None
 
 
 def test_outputs_of_nothing_but_zeros_are_no_division_by_zero():
     net = nn.Sequential(nn.Linear(3, 2, bias=False)).double()
     gm = capture(net, randn(4, 3))
-    effect = Effect(gm)
-    effect.add(Inputs((torch.zeros(4, 3, dtype=torch.float64),)))
-    assert effect.gamma(node(gm, "0")).isfinite().all()
+    importance = Importance(gm)
+    importance.add(Inputs((torch.zeros(4, 3, dtype=torch.float64),)))
+    assert importance.gamma(node(gm, "0")).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 5, 6), (6,)])
 def test_channels_are_those_of_the_last_axis_of_a_linear(shape):
     net, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(shape)
     gm = capture(net, x)
-    effect = Effect(gm)
+    importance = Importance(gm)
     (inputs,) = as_inputs(gm, [x])
-    effect.add(inputs)
-    assert effect.gamma(node(gm, "0")).shape == (4, 4)
+    importance.add(inputs)
+    assert importance.gamma(node(gm, "0")).shape == (4, 4)
     count = x.numel() // 6
     wanted = count / net(x).detach().double().square().sum()
-    torch.testing.assert_close(effect.gamma(node(gm, "0")).diagonal(), wanted.expand(4), rtol=1e-5, atol=0)
+    torch.testing.assert_close(importance.gamma(node(gm, "0")).diagonal(), wanted.expand(4), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_it_is_kept_in_float64(dtype):
     gm = capture(Convs().to(dtype), torch.randn(2, 3, 4, 5, dtype=dtype))
-    effect = Effect(gm)
-    effect.add(Inputs((torch.randn(2, 3, 4, 5, dtype=dtype),)))
-    assert effect.gamma(node(gm, "a")).dtype == torch.float64
-    assert torch.linalg.eigvalsh(effect.gamma(node(gm, "a"))).min() > -1e-12
+    importance = Importance(gm)
+    importance.add(Inputs((torch.randn(2, 3, 4, 5, dtype=dtype),)))
+    assert importance.gamma(node(gm, "a")).dtype == torch.float64
+    assert torch.linalg.eigvalsh(importance.gamma(node(gm, "a"))).min() > -1e-12
 
 
 def test_an_estimate_from_few_samples_is_shrunk_towards_the_same_in_all_directions():
@@ -338,8 +338,8 @@ def test_positions_of_one_input_are_one_sample():
 def test_what_a_fit_goes_by_is_shrunk():
     net, x = nn.Sequential(nn.Linear(6, 30)).double(), randn(5, 6)
     gm = capture(net, x)
-    effect = Effect(gm)
-    effect.add(Inputs((x,)))
-    raw, shrunk = effect.gamma(node(gm, "0")), effect.estimate(node(gm, "0"))
+    importance = Importance(gm)
+    importance.add(Inputs((x,)))
+    raw, shrunk = importance.gamma(node(gm, "0")), importance.estimate(node(gm, "0"))
     assert torch.linalg.matrix_rank(raw) == 10
     assert torch.linalg.eigvalsh(shrunk).min() > 0.5 * shrunk.trace() / 30

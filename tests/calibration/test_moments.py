@@ -8,7 +8,7 @@ from torch import nn
 
 from fxlrd import FxlrdError, capture
 from fxlrd.calibration.batches import as_batches, as_inputs
-from fxlrd.calibration.importance import Effect
+from fxlrd.calibration.importance import Importance
 from fxlrd.calibration.moments import LARGEST, PATCHES, moments, sweep
 from fxlrd.calibration.patches import patches
 from fxlrd.graph.facts import output_moments, statistics
@@ -421,11 +421,11 @@ def test_effects_are_measured_on_so_many_inputs():
     model, batches = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), list(torch.randn(6, 2, 3, 5, 5))
     for count, used in ((0, 0), (1, 1), (2, 1), (3, 2), (100, 6)):
         gm = swept(model, batches, effects=count)
-        effect = Effect(gm)
+        importance = Importance(gm)
         for x in batches[:used]:
-            effect.add(Inputs((x,)))
+            importance.add(Inputs((x,)))
         for name in "02":
-            found, wanted = statistics(node(gm, name)).matters, effect.estimate(node(gm, name))
+            found, wanted = statistics(node(gm, name)).matters, importance.estimate(node(gm, name))
             assert found is wanted is None if used == 0 else torch.equal(found, wanted)
 
 
