@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxlrd.capturing.tracing import trace, train_path_differs
 from fxlrd.capturing.watch import (
     Observation,
     asked_for,
@@ -37,7 +38,7 @@ from fxlrd.capturing.watch import (
     stand_in,
     unreached,
 )
-from fxlrd.capturing.whole import check_weights, trace, train_path_differs
+from fxlrd.capturing.whole import check_weights
 from fxlrd.errors import CaptureError, Reason
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Regions, captured, propagate_values

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxlrd.capturing.whole import constants
+from fxlrd.capturing.tracing import constants
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.captured import captured
 from fxlrd.graph.compare import difference, rounding

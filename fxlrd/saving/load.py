@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fxlrd.capturing.whole import trace
+from fxlrd.capturing.tracing import trace
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.regions import set_modules, structural_copy
 from fxlrd.graph.run import evaluating

@@ -1,0 +1,204 @@
+"""Tracing of a module with torch.fx: modules without layers stay one call, in-place arithmetic stays in place.
+
+The module is traced in its present mode, as it is called with some arguments frozen. Modules of torch.nn are leaves. So
+is every module without a conv or linear inside (dropout, stochastic depth, activation blocks), so that train and eval
+mode keep working on the result. So is every module with hooks, which a trace would run once and then forget.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import os
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx._symbolic_trace import _assert_is_none
+
+from fxlrd.errors import CaptureError, FxlrdError, one_line
+from fxlrd.graph.guards import hooked
+from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.run import unmoved
+from fxlrd.graph.surgery import set_container_mode
+from fxlrd.layers.kinds import LAYERS
+
+_INTERNAL = (os.path.dirname(torch.__file__) + os.sep, os.path.abspath(__file__))
+"""Code that is not the user's: torch's, and this file."""
+
+
+def constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Return the arguments of forward to freeze, with their values: None, numbers and strings, defaults included.
+
+    Raises FxlrdError for inputs that do not fit forward.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        raise FxlrdError(f"example inputs do not fit forward{signature}: {error}") from error
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    values = {name: bound.arguments.get(name, p.default) for name, p in signature.parameters.items()}
+    return {
+        name: value
+        for name, value in values.items()
+        if (value is None or isinstance(value, (bool, int, float, str)))
+        and signature.parameters[name].kind not in variadic
+    }
+
+
+class _InPlaceProxy(fx.Proxy):
+    """A proxy that records ``y += x`` as the in-place addition it is; torch.fx would make a copy of it."""
+
+
+def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return record
+
+
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+for _operation in _IN_PLACE:
+    setattr(_InPlaceProxy, f"__{_operation.__name__}__", _in_place(_operation))
+
+
+class _Tracer(fx.Tracer):
+    """A tracer for which modules without layers and modules with hooks are leaves.
+
+    ``failed_in`` names the innermost module whose forward could not be traced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed_in: str | None = None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _InPlaceProxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            super().is_leaf_module(m, module_qualified_name)
+            or isinstance(m, LAYERS)
+            or not any(isinstance(child, LAYERS) for child in m.modules())
+            or hooked(m)
+        )
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed_in is None:
+                self.failed_in = f"{self.path_of_module(m)} ({type(m).__name__})"
+            raise
+
+
+def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, list[str]]:
+    """Return the trace of a module in its present mode with some arguments frozen, and warnings about it.
+
+    Raises CaptureError, naming the module and the line, where it cannot be traced.
+    """
+    tracer = _Tracer()
+    attributes = set(vars(model))
+    try:
+        with unmoved(model):
+            graph = tracer.trace(model, frozen or None)
+    except Exception as error:
+        _remove_constants(model, attributes)
+        where = tracer.failed_in or type(model).__name__
+        raise CaptureError(
+            f"{where} cannot be traced at {_line(error)}: {one_line(error).split('. ')[0]}; "
+            "rewrite that line without control flow on tensors, or compress its submodules one by one"
+        ) from error
+    _plain_checks(graph)
+    _restore_argument_names(model, graph, frozen)
+    graph._tracer_cls = None  # pickles of the graph then need plain torch.fx only
+    graph.eliminate_dead_code(partial(_is_impure, model))
+    gm = fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
+    _remove_constants(model, attributes)
+    set_container_mode(gm, training=False)
+    arguments = [f"{name}={value!r}" for name, value in frozen.items()]
+    warnings = [f"frozen arguments of forward: {', '.join(arguments)}"] if arguments else []
+    if hooked(model):
+        warnings.append("the model's own hooks are not carried over: register them on the result")
+    return gm, warnings
+
+
+def _remove_constants(model: nn.Module, attributes: set[str]) -> None:
+    """Remove the constants that torch.fx left on the model; a graph has its own."""
+    for name in set(vars(model)) - attributes:
+        if name.startswith("_tensor_constant"):
+            delattr(model, name)
+
+
+def _is_impure(model: nn.Module, node: fx.Node) -> bool:
+    """Whether the node must stay although nothing uses its value: an argument, the output, a check."""
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    name = getattr(node.target, "__name__", "")
+    writes = name.endswith("_") and not name.endswith("__")
+    in_place = node.target in _IN_PLACE or writes or "out" in node.kwargs or node.kwargs.get("inplace") is True
+    return node.op in ("placeholder", "output") or in_place or node.is_impure()
+
+
+def _plain_checks(graph: fx.Graph) -> None:
+    """Turn torch.fx's check for None into a plain comparison: unpickling the former breaks all later traces."""
+    for node in graph.find_nodes(op="call_function", target=_assert_is_none):
+        value, message = node.args
+        with graph.inserting_before(node):
+            graph.call_function(torch._assert, (graph.call_function(operator.eq, (value, None)), message))
+        graph.erase_node(node)
+
+
+def _restore_argument_names(model: nn.Module, graph: fx.Graph, frozen: dict[str, Any]) -> None:
+    """Undo the renaming of frozen arguments (mask → mask_1), and let them default to the frozen value."""
+    order = inspect.unwrap(type(model).forward).__code__.co_varnames[1:]
+    for node, name in zip(graph.find_nodes(op="placeholder"), order, strict=False):
+        if name in frozen:
+            node.target = name
+            node.args = (frozen[name],)
+
+
+def train_path_differs(model: nn.Module, frozen: dict[str, Any], gm: fx.GraphModule) -> bool:
+    """Whether the trace in training mode is another graph than ``gm``, the trace in eval mode."""
+    modes = [(m, m.training) for m in model.modules()]
+    attributes = set(vars(model))
+    model.train()
+    try:
+        with unmoved(model):
+            graph = _Tracer().trace(model, frozen or None)
+    except Exception:  # whatever stops the trace, training takes another path
+        return True
+    finally:
+        _remove_constants(model, attributes)
+        for m, training in modes:
+            m.training = training
+    _plain_checks(graph)
+    graph.eliminate_dead_code(partial(_is_impure, model))
+    return _structure(graph) != _structure(gm.graph)
+
+
+def _structure(graph: fx.Graph) -> list[tuple[str, ...]]:
+    """Return the graph as text, with numbers for the names of nodes."""
+    number = {n: f"%{i}" for i, n in enumerate(graph.nodes)}
+    return [
+        (n.op, str(n.target), str(fx.map_arg((n.args, n.kwargs), number.__getitem__)))
+        for n in graph.nodes
+        if n.op != "placeholder"
+    ]
+
+
+def _line(error: BaseException) -> str:
+    """Return file:line of the last frame in the user's code, or in a module of torch's own, or of any."""
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [f for f in frames if not f.filename.startswith(_INTERNAL)]
+    modules = [f for f in frames if f"{os.sep}nn{os.sep}modules{os.sep}" in f.filename]
+    last = (users or modules or frames)[-1]
+    return f"{os.path.basename(last.filename)}:{last.lineno}"
