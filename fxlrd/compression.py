@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from fxlrd.budget import Budget
 from fxlrd.capturing.model import capture_any
 from fxlrd.differences.compare import diff
 from fxlrd.graph.captured import captured_or_bare, runnable
-from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.run import evaluating, unmoved
+from fxlrd.graph.inputs import Inputs
 from fxlrd.installation import install
 from fxlrd.passes.contract import Pass
 from fxlrd.pipeline import Pipeline
@@ -23,8 +21,9 @@ from fxlrd.report.report import Report
 from fxlrd.report.table import summary
 from fxlrd.request import check_context, check_model, pipeline_for
 from fxlrd.saving.architecture import original_shapes
-from fxlrd.timing.clock import Timing, compare
-from fxlrd.timing.inductor import compiled
+from fxlrd.spec import options
+from fxlrd.timing.clock import Timer, Timing, compare
+from fxlrd.timing.models import device_of, time_models
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,6 +56,7 @@ def compress(
     verify: bool = True,
     inplace: bool = False,
     progress: bool = False,
+    timer: Timer = compare,
 ) -> Result:
     """Compress a model by low-rank decomposition, and verify the outputs after every pass.
 
@@ -98,6 +98,7 @@ def compress(
         inplace: put the new layers into ``model`` itself and return it. Otherwise the result shares nothing with
             ``model``, which stays as it is.
         progress: show progress bars while standard error is a terminal.
+        timer: what times layers and models: a stand-in for `fxlrd.timing.clock.compare`, for tests.
 
     Returns:
         The compressed model, each module in the mode (train or eval) that it had in the original, and the report.
@@ -116,9 +117,11 @@ def compress(
         calibration=calibration,
         compile=compile,
     )
+    if timer is not compare and any("timer" in options(step) for step in passes.passes):
+        passes = passes.with_options(timer=timer)
     original = capture_any(model, Inputs.of(example_inputs), original_shapes(model))
     run = passes(original, verify=verify, progress=bar if progress else quiet)
-    timings = _timed(model, original, run.graph_module, compile) if measure else {}
+    timings = _timed(model, original, run.graph_module, compile, timer) if measure else {}
     installed = install(original, run.graph_module, model, inplace=inplace, verify=verify)
     report = Report.of(
         original,
@@ -134,23 +137,10 @@ def compress(
     return Result(installed.model, report)
 
 
-def _timed(model: nn.Module, original: fx.GraphModule, gm: fx.GraphModule, under_inductor: bool) -> dict[str, Timing]:
+def _timed(
+    model: nn.Module, original: fx.GraphModule, gm: fx.GraphModule, under_inductor: bool, timer: Timer
+) -> dict[str, Timing]:
     """Time the model ``before`` and ``after``, side by side."""
-    inputs = captured_or_bare(original).inputs.fresh()
-    new = runnable(gm)
-    with torch.no_grad(), unmoved(model), evaluating(model), evaluating(new):
-        before, after = (compiled(runnable(original)), compiled(new)) if under_inductor else (model, new)
-        return compare(
-            {
-                "before": lambda: before(*inputs.args, **inputs.kwargs),
-                "after": lambda: after(*inputs.args, **inputs.kwargs),
-            },
-            device_of(model, inputs),
-            seconds=4.0,
-        )
-
-
-def device_of(model: nn.Module, inputs: Inputs) -> torch.device:
-    """Return the device of the model's first parameter or, if it has none, of its first input."""
-    parameter = next(model.parameters(), None)
-    return parameter.device if parameter is not None else tensors((inputs.args, inputs.kwargs))[0].device
+    models = {"before": runnable(original) if under_inductor else model, "after": runnable(gm)}
+    inputs = captured_or_bare(original).inputs
+    return time_models(models, inputs, under_inductor=under_inductor, seconds=4.0, timer=timer)

@@ -10,6 +10,7 @@ from fxlrd.allocation.choices import Choice
 from fxlrd.allocation.knapsack import spend
 from fxlrd.allocation.plan import Plan
 from fxlrd.graph.channels import Group
+from fxlrd.timing.cache import Stopwatch
 from fxlrd.timing.clock import Timing
 
 _LAMBDAS = 25
@@ -35,6 +36,7 @@ class Merging:
 class Problem:
     """The layers' forms and the groups that may be merged, and the times measured of the forms."""
 
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
     items: dict[str, list[Choice]] = field(default_factory=dict)
     groups: dict[str, Merging] = field(default_factory=dict)
     timings: dict[str, dict[str, Timing]] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from fxlrd.capturing.whole import capture
 from fxlrd.compression import compress
 from fxlrd.files import write_out
 from fxlrd.graph import cost
+from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import evaluating
 from fxlrd.passes import Calibrate, Decompose, Merge, Recalibrate, Refit
 from fxlrd.pipeline import Pipeline
@@ -25,7 +26,8 @@ from fxlrd.progress import Progress, bar, quiet
 from fxlrd.report.numbers import giga
 from fxlrd.report.report import Report
 from fxlrd.timing.cache import Setting
-from fxlrd.timing.clock import Timing, compare
+from fxlrd.timing.clock import Timer, Timing, compare
+from fxlrd.timing.models import time_models
 
 ABOUT = "A bottleneck ResNet trained on Fashion-MNIST, compressed without any training; 2,000 test images."
 SHARE = 0.5
@@ -68,7 +70,7 @@ class Comparison:
         write_out(Path(path), page(self.report.to_dict(), self.report.diff, variants, _lead(self.rows)))
 
 
-def run(share: float = SHARE, progress: bool = True) -> Comparison:
+def run(share: float = SHARE, progress: bool = True, timer: Timer = compare) -> Comparison:
     """Compress the embedded network in each way and compare what comes out."""
     show: Progress[Any] = bar if progress else quiet
     model = fashion.trained().to(memory_format=torch.channels_last)
@@ -81,17 +83,16 @@ def run(share: float = SHARE, progress: bool = True) -> Comparison:
     lrd = _ratio(share, lambda ratio: Decompose(ratio=ratio)(original).graph_module, original)
     merged = _ratio(share, lambda ratio: Merge(ratio=ratio)(calibrated).graph_module, original)
     merge = Pipeline([Merge(ratio=merged), Refit(batches), Recalibrate(batches)])
-    compressed = partial(compress, model, x, measure=False, progress=progress)
+    compressed = partial(compress, model, x, measure=False, progress=progress, timer=timer)
     models: dict[str, nn.Module] = {"original": model}
     models["lrd"] = compressed(pipeline=f"decompose{{ratio={lrd}}}").model
     models["ranks"] = compressed(pipeline=f"decompose{{ratio={lrd}}},snap").model
     models["merge"] = merge(calibrated, progress=show).graph_module
     result = compressed(budget=Budget(params=share), calibration=batches)
     models["auto"] = result.model
-    with torch.no_grad():
-        timings = compare({n: lambda m=m: m(x) for n, m in models.items()}, x.device, seconds=6.0)  # type: ignore[misc]
+    timings = time_models(models, Inputs.of(x), seconds=6.0, timer=timer)
     rows = tuple(_row(name, m, timings[name], x, batches, test) for name, m in models.items())
-    here = Setting.here(x.device, False)
+    here = Setting.current(x.device, False)
     setting = f"{here.device}, eager, channels_last, {here.threads} threads, torch {here.torch_version}"
     return Comparison(rows, setting, _measured(result.report, rows[0], rows[-1]))
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -39,6 +39,8 @@ from fxlrd.passes._merging import Targets, original_shape, put_merged
 from fxlrd.passes.contract import UNNAMED, Site, Skip
 from fxlrd.passes.driver import Run
 from fxlrd.ranks import tucker2_rank
+from fxlrd.timing.cache import Stopwatch
+from fxlrd.timing.clock import Timer
 from fxlrd.timing.groups import time_group
 from fxlrd.timing.search import best_share, grid
 
@@ -62,6 +64,7 @@ class Interpolate(Targets):
     floor: float
     compile: bool
     seconds: float
+    timer: Timer = field(repr=False)
 
     def rewrite(self, run: Run) -> None:
         """Cut every group of channels of the run's graph that the options do not leave alone."""
@@ -129,7 +132,8 @@ class Interpolate(Targets):
         candidates = grid((rank,), (math.ceil(self.floor * rank),), 1)
         if len(candidates) == 1:
             return rank
-        timings = time_group(gm, group, [r for (r,) in candidates if r], self.compile, self.seconds)
+        stopwatch = Stopwatch(self.compile, self.seconds, timer=self.timer)
+        timings = time_group(gm, group, [r for (r,) in candidates if r], stopwatch)
         (best,) = best_share(candidates, timings, lambda ranks: float(ranks[0] or 0), trade=0.5)
         return best or rank
 

@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from typing import ClassVar
 
-import torch
 from torch import fx, nn
 
 from fxlrd.allocation.choices import Choice, Curve, candidate_ranks, flops, pareto
@@ -37,16 +36,16 @@ from fxlrd.graph.captured import Captured, captured, captured_or_bare, runnable
 from fxlrd.graph.facts import FACTORS, provenance, statistics, times
 from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, replaceable, skip_reason, stem_reason
 from fxlrd.graph.layer import statistics_of
-from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import annotate, calls, fork, layers
 from fxlrd.layers.forms import depthwise_reason, parameters, ranks_text
 from fxlrd.layers.kinds import as_layer, channels_per_group
 from fxlrd.passes.contract import PassResult, Skip, names
 from fxlrd.progress import Progress, quiet
-from fxlrd.timing.clock import Timing, compare
+from fxlrd.timing.cache import Stopwatch
+from fxlrd.timing.clock import Timer, Timing, compare
 from fxlrd.timing.groups import time_group
-from fxlrd.timing.inductor import compiled
 from fxlrd.timing.layers import ORIGINAL, placed, time_ranks
+from fxlrd.timing.models import time_models
 
 WITHIN = 0.02
 """Share of a latency budget by which the measured latency may differ from it."""
@@ -75,6 +74,7 @@ class Allocate:
     compile: bool = False
     seconds: float = 1.0
     cache: bool = True
+    timer: Timer = field(default=compare, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", names(self.skip))
@@ -93,7 +93,7 @@ class Allocate:
         gm = fork(gm)
         annotate(gm)
         check_names(gm, self.skip)
-        problem = Problem()
+        problem = Problem(Stopwatch(self.compile, self.seconds, self.cache, self.timer))
         skipped = self._add_layers(gm, problem, progress)
         if self.merge:
             self._add_groups(gm, problem, progress)
@@ -111,11 +111,10 @@ class Allocate:
     def _add_layers(self, gm: fx.GraphModule, problem: Problem, progress: Progress) -> list[Skip]:
         skipped = []
         reasons = replaceable(gm)
-        known: dict[str, dict[str, Timing]] = {}
         for name, module in progress(list(layers(gm).items()), "allocate"):
             reason = self._left_alone(gm, name, module, reasons[name])
             if reason is None or reason.code == "stem":
-                found = self._item(gm, name, module, known, problem, alone=reason is not None)
+                found = self._item(gm, name, module, problem, alone=reason is not None)
                 if isinstance(found, Reason):
                     reason = found
                 else:
@@ -141,7 +140,6 @@ class Allocate:
         gm: fx.GraphModule,
         name: str,
         module: nn.Module,
-        known: dict[str, dict[str, Timing]],
         problem: Problem,
         alone: bool,
     ) -> list[Choice] | Reason:
@@ -171,10 +169,7 @@ class Allocate:
                 return where
             few = [changed(c, cost=parameters(module, c.ranks)) for c in priced if c.ranks]
             few = pareto(few, _TIMED)
-            shared = known.setdefault(where.signature, {})
-            timings = time_ranks(
-                where, [c.ranks for c in few if c.ranks], self.compile, self.seconds, self.cache, shared
-            )
+            timings = time_ranks(where, [c.ranks for c in few if c.ranks], problem.stopwatch)
             problem.timings[name] = timings
             whole = timings[ORIGINAL].seconds * sum(times(n) for n in nodes)
             original = changed(original, cost=whole)
@@ -203,7 +198,7 @@ class Allocate:
             shares = {r: r / whole.channels for r in kept}
             if self.latency:
                 ranks = [whole.channels, *kept]
-                timings = time_group(gm, whole, ranks, self.compile, self.seconds, self.cache)
+                timings = time_group(gm, whole, ranks, problem.stopwatch)
                 shares = {r: timings[str(r)].ratio / timings[str(whole.channels)].ratio for r in kept}
             options = {r: (error, shares[r]) for r, error in zip(kept, errors, strict=True)}
             problem.groups[name] = Merging(whole, options)
@@ -236,14 +231,14 @@ class Allocate:
             raise FxlrdError("allocate: a latency budget needs a captured model: fxlrd.capture(model, example_inputs)")
         groups = {name: merging.whole for name, merging in problem.groups.items()}
         share, least = self.latency, problem.least() * (1 + 1e-9)  # within reach whatever way it is summed up
-        whole = _seconds(gm, known, self.compile)
+        whole = self._timed({"model": gm}, known)["model"].seconds
         fixed = whole - problem.original()  # norms, activations, additions, and what caches do
         measured: list[tuple[float, float, Plan]] = []  # (budget for the layers, measured share, plan)
         target = share * whole - fixed
         for _ in progress(range(_ROUNDS), "allocate: timing the whole"):
             plan = problem.best(max(target, least))
             assert plan is not None
-            ratio = _ratio(gm, sketch(gm, plan, groups), known, self.compile)
+            ratio = self._timed({"before": gm, "after": sketch(gm, plan, groups)}, known)["after"].ratio
             measured.append((max(target, least), ratio, plan))
             if abs(ratio / share - 1) <= WITHIN / 2 or (target <= least and ratio > share):
                 break
@@ -262,6 +257,15 @@ class Allocate:
             )
         _, ratio, plan = max(fits, key=lambda m: m[1])
         return plan, f"{ratio:.3f} of latency, measured; {problem.note(plan)}"
+
+    def _timed(self, models: Mapping[str, fx.GraphModule], known: Captured) -> dict[str, Timing]:
+        return time_models(
+            {name: runnable(gm) for name, gm in models.items()},
+            known.inputs,
+            under_inductor=self.compile,
+            seconds=3.0,
+            timer=self.timer,
+        )
 
 
 _NOT_WORTH_IT = Reason("not-worth-it", "no cheaper form is worth its error")
@@ -295,21 +299,3 @@ def _next(measured: Sequence[tuple[float, float, Plan]], share: float, whole: fl
         return b0 + (b1 - b0) * (share - r0) / (r1 - r0) if r1 > r0 else (b0 + b1) / 2
     budget, ratio, _ = measured[-1]
     return budget + (share - ratio) * whole
-
-
-def _seconds(gm: fx.GraphModule, known: Captured, under_inductor: bool) -> float:
-    return _timed({"whole": gm}, known, under_inductor)["whole"].seconds
-
-
-def _ratio(gm: fx.GraphModule, new: fx.GraphModule, known: Captured, under_inductor: bool) -> float:
-    return _timed({"before": gm, "after": new}, known, under_inductor)["after"].ratio
-
-
-def _timed(models: Mapping[str, fx.GraphModule], known: Captured, under_inductor: bool) -> dict[str, Timing]:
-    inputs = known.inputs.fresh()
-    whole = {name: runnable(gm) for name, gm in models.items()}
-    with torch.no_grad(), evaluating(nn.ModuleList(whole.values())):
-        runs = {name: compiled(model) if under_inductor else model for name, model in whole.items()}
-        calls_ = {name: (lambda run=run: run(*inputs.args, **inputs.kwargs)) for name, run in runs.items()}
-        device = next(next(iter(models.values())).parameters()).device
-        return compare(calls_, device, seconds=3.0)

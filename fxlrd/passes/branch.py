@@ -14,28 +14,27 @@ without the rotation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.block_term import STEPS, Blocks, block_term
 from fxlrd.factor.tucker import tucker2
-from fxlrd.graph.facts import provenance, tensor_meta
+from fxlrd.graph.facts import provenance
 from fxlrd.graph.layer import Layer, decomposed_layers
-from fxlrd.graph.surgery import calls, infer_shape, source
+from fxlrd.graph.surgery import calls, infer_shape
 from fxlrd.layers.build import from_blocks, resized, weight_blocks
-from fxlrd.layers.kinds import Conv, as_layer, channel_axis, spatial_dims
+from fxlrd.layers.kinds import Conv, as_layer, spatial_dims
 from fxlrd.passes.contract import PassResult, Site, Skip, names
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
-from fxlrd.timing.cache import example, layout
-from fxlrd.timing.clock import compare
-from fxlrd.timing.inductor import compiled
+from fxlrd.timing.branches import time_branches
+from fxlrd.timing.cache import Stopwatch
+from fxlrd.timing.clock import Timer, compare
 
 GROUPS = (1, 2, 4, 8, 16)
 NO_CORE = Reason("no-core", "no Tucker-2 form with both outer factors: there is no core to split")
@@ -60,6 +59,7 @@ class Branch:
     skip: tuple[str, ...] = ()
     steps: int = STEPS
     compile: bool = False
+    timer: Timer = field(default=compare, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.groups, int) or self.groups < 1:
@@ -96,23 +96,10 @@ class Branch:
 
     def _fastest(self, gm: fx.GraphModule, name: str, core: Conv) -> int:
         """Return the number of branches at which the core alone runs fastest on this device."""
-        node = calls(gm, f"{name}.core")[0]
-        given = source(node)
-        meta = tensor_meta(given) if given is not None else None
-        if not isinstance(meta, TensorMetadata):
-            raise FxlrdError(f"branch: {name}: timed needs shapes; give example inputs")
-        whole, shape = weight_blocks(core)[0], list(meta.shape)
-        variants = {}
-        for n in GROUPS:
-            if n <= min(core.in_channels, core.out_channels):
-                shape[channel_axis(core, len(shape))] = core.in_channels // n * n
-                x = example(tuple(shape), meta.dtype, layout(meta), core.weight.device)
-                cut = whole[: len(whole) // n * n, : core.in_channels // n].unflatten(0, (n, -1))
-                module: nn.Module = nn.Sequential(resized(core, from_blocks(core, cut), None, groups=n)).eval()
-                called = compiled(module) if self.compile else module
-                variants[str(n)] = lambda f=called, t=x: f(t)
-        with torch.no_grad():
-            timings = compare(variants, core.weight.device)
+        groups = [n for n in GROUPS if n <= min(core.in_channels, core.out_channels)]
+        timings = time_branches(calls(gm, f"{name}.core")[0], core, groups, Stopwatch(self.compile, timer=self.timer))
+        if isinstance(timings, Reason):
+            raise FxlrdError(f"branch: {name}: {timings}")
         fastest = min(timings, key=lambda key: timings[key].ratio)
         return next(int(key) for key, t in timings.items() if key == fastest or not timings[fastest].faster(t))
 

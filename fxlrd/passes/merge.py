@@ -19,7 +19,7 @@ relocate (approximate, needs fine-tuning; fxlrd/passes/_relocate.py)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from torch import fx
@@ -33,6 +33,7 @@ from fxlrd.passes.contract import PassResult, names
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
+from fxlrd.timing.clock import Timer, compare
 
 Rewrite = Interpolate | Compose | Relocate
 MODES: dict[str, type[Rewrite]] = {"interpolative": Interpolate, "exact": Compose, "relocate": Relocate}
@@ -66,6 +67,7 @@ class Merge:
     floor: float = 0.75
     compile: bool = False
     seconds: float = 1.5
+    timer: Timer = field(default=compare, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -77,9 +79,8 @@ class Merge:
                 raise FxlrdError(f"merge: ranks={rank}: a rank is a whole number of at least 1")
         for option in fields(self):
             if option.name not in self.reads and getattr(self, option.name) != option.default:
-                raise FxlrdError(
-                    f"merge: mode {self.mode} does not read {option.name}; it reads {', '.join(self.reads[1:])}"
-                )
+                read = ", ".join(f.name for f in fields(self)[1:] if f.name in self.reads and f.repr)
+                raise FxlrdError(f"merge: mode {self.mode} does not read {option.name}; it reads {read}")
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from itertools import pairwise
 from typing import ClassVar
@@ -35,7 +35,8 @@ from fxlrd.layers.forms import Ranks, parameters, ranks_text
 from fxlrd.layers.kinds import channels_per_group
 from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
-from fxlrd.timing.clock import Timing
+from fxlrd.timing.cache import Stopwatch
+from fxlrd.timing.clock import Timer, Timing, compare
 from fxlrd.timing.layers import ORIGINAL, Place, placed, time_ranks
 from fxlrd.timing.search import best_share, grid, reaches
 
@@ -62,6 +63,7 @@ class Snap:
     compile: bool = False
     seconds: float = 1.5
     cache: bool = True
+    timer: Timer = field(default=compare, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.search not in SEARCHES:
@@ -78,15 +80,15 @@ class Snap:
         gm = fork(gm)
         sites: list[Site] = []
         skipped: list[Skip] = []
-        known: dict[str, dict[str, Timing]] = {}
+        stopwatch = self._stopwatch()
         measured: dict[str, dict[str, Timing]] = {}
         for name, place in progress(list(_places(gm).items()), "snap"):
             if isinstance(place, Reason):
                 skipped.append(Skip(name, place))
                 continue
-            shared = known.setdefault(place.where.signature, {}) if self.search == "grid" else {}
-            candidates = self._candidates(place)
-            timings = time_ranks(place.where, candidates, self.compile, self.seconds, self.cache, shared)
+            if self.search == "algorithm1":  # which times each layer, also those of one signature
+                stopwatch = self._stopwatch()
+            timings = time_ranks(place.where, self._candidates(place), stopwatch)
             measured[name] = timings
             chosen = self._choose(place, timings)
             _apply(gm, name, place, chosen, timings)
@@ -98,6 +100,9 @@ class Snap:
         gm.graph.lint()
         gm.recompile()
         return PassResult(gm, tuple(sites), tuple(skipped), timings=measured)
+
+    def _stopwatch(self) -> Stopwatch:
+        return Stopwatch(self.compile, self.seconds, self.cache, self.timer)
 
     def _candidates(self, place: Decomposed) -> list[Ranks]:
         """Return the ranks to time, from the present one downward."""

@@ -18,11 +18,10 @@ that the sum may be off by some percent: in the model inputs may be in the cache
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from tabulate import tabulate
 from torch import fx, nn
 
@@ -32,18 +31,18 @@ from fxlrd.graph import cost, facts
 from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.facts import times
 from fxlrd.graph.guards import check_names, is_stem, matches, replaceable, skip_reason, stem_reason
-from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.run import evaluating, unmoved
+from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.forms import Ranks, ranks_by_ratio, ranks_text
 from fxlrd.layers.kinds import as_layer, channels_per_group, op
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
 from fxlrd.report.numbers import giga
-from fxlrd.timing.cache import Cache, Setting
-from fxlrd.timing.clock import Timing, compare
-from fxlrd.timing.inductor import compiled
+from fxlrd.timing.cache import Setting, Stopwatch
+from fxlrd.timing.clock import Timer, Timing, compare
 from fxlrd.timing.layers import ORIGINAL, placed, time_ranks
+from fxlrd.timing.models import device_of, time_models
+from fxlrd.timing.peak import peak_rate
 from fxlrd.timing.search import grid
 
 WORTH, FELT = 0.1, 0.001
@@ -94,6 +93,7 @@ def profile(
     seconds: float = 1.0,
     cache: bool = True,
     progress: Progress = quiet,
+    timer: Timer = compare,
 ) -> Profile:
     """Time a model's layers in place, and their low-rank forms at ``ratio``.
 
@@ -104,16 +104,16 @@ def profile(
     inputs = Inputs.of(example_inputs)
     gm = capture_any(model, inputs)
     check_names(gm, skip)
-    device = next(iter([*model.parameters(), *tensors((inputs.args, inputs.kwargs))])).device
-    whole = _time_model(model, gm, inputs, device, compile)
+    device = device_of(model, inputs)
+    stopwatch = Stopwatch(compile, seconds, cache, timer)
+    whole = _time_model(model, gm, inputs, compile, timer)
     reasons = replaceable(gm)
-    known: dict[str, dict[str, Timing]] = {}
     rows = []
     for name, module in progress(list(layers(gm).items()), "profile"):
         ranks = _ranks(gm, name, module, ratio, skip, reasons[name])
-        rows.append(_row(gm, name, module, ranks, known, compile, seconds, cache))
+        rows.append(_row(gm, name, module, ranks, stopwatch))
     dtypes = {str(as_layer(m).weight.dtype): as_layer(m).weight.dtype for m in layers(gm).values()}
-    peak = max((matmul_rate(d, device, cache) for d in dtypes.values()), default=0.0)
+    peak = max((peak_rate(d, device, stopwatch) for d in dtypes.values()), default=0.0)
     total_ms = whole.seconds * 1e3
     for row in rows:
         _judge(row, total_ms, peak)
@@ -132,7 +132,7 @@ def profile(
         "layers_ms": sum(row["latency_ms"] or 0.0 for row in rows),
         "saves_ms": sum(row["saves_ms"] for row in rows if row["worth"]),
     }
-    setting = Setting.here(device, compile)
+    setting = Setting.current(device, compile)
     settings = {
         "inputs": inputs.describe(),
         "ratio": ratio,
@@ -143,31 +143,9 @@ def profile(
     return Profile(type(model).__name__, setting.device, settings, total, peak, rows)
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device, cache: bool = True) -> float:
-    """Return the rate of the fastest of a few large matrix multiplies, in FLOP/s; the timing cache is used."""
-    setting, signature = Setting.here(device, False), f"matrix multiply {str(dtype)[6:]}"
-    kept = Cache() if cache else None
-    found = kept.load(setting, signature) if kept is not None else {}
-    for size in _SIZES:
-        if str(size) in found:
-            continue
-        if found and min(t.seconds for t in found.values()) > 0.2:  # a dtype that this machine has no kernels for
-            break
-        a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
-        with torch.no_grad():
-            found |= compare({str(size): lambda a=a, b=b: a @ b}, device, seconds=0.5)  # type: ignore[misc]
-        if kept is not None:
-            kept.store(setting, signature, found)
-    return max(2 * int(size) ** 3 / t.seconds for size, t in found.items())
-
-
-def _time_model(
-    model: nn.Module, gm: fx.GraphModule, inputs: Inputs, device: torch.device, under_inductor: bool
-) -> Timing:
-    own = inputs.fresh()
-    with torch.no_grad(), unmoved(model), evaluating(model):
-        run: Callable[..., Any] = compiled(runnable(gm)) if under_inductor else model
-        return compare({"model": lambda: run(*own.args, **own.kwargs)}, device, seconds=2.0)["model"]
+def _time_model(model: nn.Module, gm: fx.GraphModule, inputs: Inputs, under_inductor: bool, timer: Timer) -> Timing:
+    run = runnable(gm) if under_inductor else model
+    return time_models({"model": run}, inputs, under_inductor=under_inductor, seconds=2.0, timer=timer)["model"]
 
 
 def _ranks(
@@ -192,10 +170,7 @@ def _row(
     name: str,
     module: nn.Module,
     ranks: list[Ranks] | Reason,
-    known: dict[str, dict[str, Timing]],
-    under_inductor: bool,
-    seconds: float,
-    cache: bool,
+    stopwatch: Stopwatch,
 ) -> dict[str, Any]:
     """Time a layer at each of its calls, and its forms."""
     found: list[tuple[int, dict[str, Timing]]] = []
@@ -209,8 +184,7 @@ def _row(
             reason = where
             continue
         shape, layout = shape or list(where.shape), layout or where.layout
-        timings = known.setdefault(where.signature, {})
-        found.append((times(node), time_ranks(where, candidates, under_inductor, seconds, cache, timings)))
+        found.append((times(node), time_ranks(where, candidates, stopwatch)))
     latency = sum(count * t[ORIGINAL].seconds for count, t in found) * 1e3 if found else None
     row: dict[str, Any] = dict.fromkeys(_COLUMNS) | {
         "name": name,

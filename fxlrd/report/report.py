@@ -79,7 +79,7 @@ class Report:
         rows = layer_rows(original, gm, run.ledger, dropped=not installed.complete)
         return cls(
             model=model,
-            device=Setting.here(device, under_inductor).device,
+            device=Setting.current(device, under_inductor).device,
             settings=_settings(pipeline, capture.inputs, under_inductor, timings, installed),
             before=_figures(original, installed.outside, timings.get("before")),
             after=_figures(gm, installed.outside, timings.get("after"), installed.flops),

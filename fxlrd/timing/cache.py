@@ -1,4 +1,4 @@
-"""The timing cache on disk, and what an entry depends on."""
+"""The timing cache on disk, what an entry depends on, and the one way to a layer's times: cached or measured."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.files import write_atomically
-from fxlrd.timing.clock import Timing
+from fxlrd.timing.clock import Timer, Timing, compare
+from fxlrd.timing.workload import Workload, time_workloads
 
 
 class Setting(NamedTuple):
@@ -31,7 +32,7 @@ class Setting(NamedTuple):
     compiled: bool
 
     @classmethod
-    def here(cls, device: torch.device, compiled: bool) -> Setting:
+    def current(cls, device: torch.device, compiled: bool) -> Setting:
         """Return the setting of this process on ``device``."""
         return cls(_device_name(device.type, device.index), torch.__version__, torch.get_num_threads(), compiled)
 
@@ -50,10 +51,10 @@ def _device_name(kind: str, index: int | None) -> str:
 
 def cache_folder() -> Path:
     """Return the folder of the timing cache: $FXLRD_CACHE_DIR, or fxlrd/ in the user's cache folder."""
-    if given := os.environ.get("FXLRD_CACHE_DIR"):
-        return Path(given)
-    if around := os.environ.get("XDG_CACHE_HOME"):
-        return Path(around) / "fxlrd"
+    if folder := os.environ.get("FXLRD_CACHE_DIR"):
+        return Path(folder)
+    if user_caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(user_caches) / "fxlrd"
     return Path(os.path.expanduser("~")) / ".cache" / "fxlrd"  # unlike Path.home, it never raises
 
 
@@ -63,25 +64,26 @@ _FORMAT = 1
 class Cache:
     """Timings on disk: one small JSON file for each setting and layer signature.
 
-    A file is replaced as a whole, so that processes that write at once leave a whole file, and an interrupted
-    search finds what it had finished. A file that cannot be read, or that is about something else, is
-    ignored with a warning and measured anew. Without a writable folder nothing is kept.
+    A file is replaced atomically: processes that write at once leave a complete file, and an interrupted search finds
+    what it had finished. A file that cannot be read, or that is about something else, is ignored with a warning and
+    measured anew. Without a writable folder nothing is stored.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder if folder is not None else cache_folder() / "latency"
 
     def load(self, setting: Setting, signature: str) -> dict[str, Timing]:
-        """Return the known timings by variant name; none where there is no good file."""
+        """Return the stored timings by variant name; none where there is no valid file."""
         path = self._path(setting, signature)
         try:
             content = json.loads(path.read_text())
             if content["format"] != _FORMAT or content["key"] != _key(setting, signature):
                 raise ValueError("it is about another setting or layer")
-            found = {str(name): Timing(**fields) for name, fields in content["timings"].items()}
-            if not all(isinstance(v, float) and 0 <= v < math.inf for t in found.values() for v in asdict(t).values()):
-                raise ValueError("a timing is no number")
-            return found
+            timings = {str(name): Timing(**fields) for name, fields in content["timings"].items()}
+            figures = [value for timing in timings.values() for value in asdict(timing).values()]
+            if not all(isinstance(value, float) and 0 <= value < math.inf for value in figures):
+                raise ValueError("a timing is not a number")
+            return timings
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -124,4 +126,55 @@ _LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.chan
 
 def layout(meta: TensorMetadata) -> str:
     """Return a tensor's memory format as text."""
-    return next((name for name, known in _LAYOUTS.items() if meta.memory_format == known), "contiguous")
+    return next((name for name, memory_format in _LAYOUTS.items() if meta.memory_format == memory_format), "contiguous")
+
+
+_SIDE_BY_SIDE = 10
+"""Variants that are timed together, beside the first; each such group is stored as soon as it is timed."""
+
+
+@dataclass
+class Stopwatch:
+    """The way to the times of layers in one run of a pass: what memory or the cache on disk holds is not timed again.
+
+    ``under_inductor`` times under Inductor with frozen weights. ``seconds`` bounds the timing of one signature's
+    variants. Unless ``cached``, timings on disk are neither read nor written. ``timer`` measures.
+    """
+
+    under_inductor: bool = False
+    seconds: float = 1.5
+    cached: bool = True
+    timer: Timer = compare
+    _timings: dict[tuple[torch.device, str], dict[str, Timing]] = field(default_factory=dict, repr=False)
+
+    def times(
+        self, signature: str, device: torch.device, variants: Mapping[str, Callable[[], Workload]]
+    ) -> dict[str, Timing]:
+        """Return a timing for each of ``variants``; ratios are to the first, which is timed beside each of the others.
+
+        ``variants`` maps names to functions that make the workload: those that need no timing are not made. Their
+        times depend on the ``signature``, the name and the setting alone.
+        """
+        first, *others = variants
+        setting = Setting.current(device, self.under_inductor)
+        cache = Cache() if self.cached else None
+        timings = self._timings.setdefault((device, signature), {})
+        if cache is not None and not timings:
+            timings.update(cache.load(setting, signature))
+        if first not in timings:  # the one that the others' ratios are to
+            timings.clear()
+        for group in self._groups(first, others, timings):
+            workloads = {name: variants[name]() for name in (first, *group)}
+            measured = time_workloads(workloads, device, self.seconds, self.timer)
+            timings.update({name: timing for name, timing in measured.items() if name not in timings})
+            if cache is not None:
+                cache.store(setting, signature, timings)
+        return {name: timings[name] for name in variants}
+
+    @staticmethod
+    def _groups(first: str, others: Iterable[str], timings: Mapping[str, Timing]) -> list[list[str]]:
+        """Return the variants to time, in groups of those to time side by side beside the first."""
+        missing = [name for name in others if name not in timings]
+        if not missing:
+            return [] if first in timings else [[]]
+        return [missing[start : start + _SIDE_BY_SIDE] for start in range(0, len(missing), _SIDE_BY_SIDE)]

@@ -1,9 +1,9 @@
-"""On-device timing, and its cache on disk.
+"""Timing on the device.
 
-Variants are timed interleaved, one call of each per round, so that a drift of the machine hits all of them
-alike; what counts is each variant's time relative to the first variant's *of the same round*. Rounds go on
-until the 95 % interval of every such ratio's median is narrow, or the time allowed is up, and the interval is
-reported with the figure: a difference that it covers is not called a gain.
+Variants are timed interleaved, one call of each per round, so that a drift of the machine affects all of them alike.
+A variant's figure is the ratio of its time to the first variant's *in the same round*. Rounds go on until the 95 %
+interval of every such ratio's median is narrow, or the time allowed is up. The interval is reported with the figure: a
+difference that it covers is not called a gain.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -39,16 +40,27 @@ class Timing:
         return self.ratio + noise < other.ratio
 
 
+class Timer(Protocol):
+    """What times callables: `compare`, or a stand-in whose times are a formula."""
+
+    def __call__(
+        self, variants: Mapping[str, Callable[[], object]], device: torch.device, seconds: float = ...
+    ) -> dict[str, Timing]:
+        """Return a timing for each variant, by its name; ratios are to the first."""
+        ...
+
+
 def compare(
     variants: Mapping[str, Callable[[], object]],
     device: torch.device,
     seconds: float = 1.5,
     spread: float = SPREAD,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time callables side by side; the first is the reference of the ratios.
 
-    Short calls are repeated inside a sample until it lasts half a millisecond. Stops when every ratio is
-    known within ``spread``, or after ``seconds`` (but not before seven rounds).
+    Short calls are repeated inside a sample until it lasts half a millisecond. Stops when the interval of every ratio
+    is within ``spread``, relative, or after ``seconds`` (but not before seven rounds).
     """
     wait = _synchronizer(device)
     repeats = {}
@@ -56,29 +68,29 @@ def compare(
         for _ in range(2):  # the first calls allocate, compile and pick kernels
             call()
         wait()
-        repeats[name] = max(1, round(_SHORTEST / max(_sample(call, 1, wait), 1e-9)))
+        repeats[name] = max(1, round(_SHORTEST / max(_sample(call, 1, wait, clock), 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in variants}
     reference = next(iter(variants))
-    start = time.perf_counter()
+    start = clock()
     for done in range(1, _ROUNDS[1] + 1):
         # Alternate the direction, so that no variant always runs in the wake of the same one.
         for name in list(variants)[:: 1 if done % 2 else -1]:
-            variants[name]()  # its weights are in the caches again, as they are while it is being served
-            samples[name].append(_sample(variants[name], repeats[name], wait))
+            variants[name]()  # brings its weights into the caches again, as in deployment
+            samples[name].append(_sample(variants[name], repeats[name], wait, clock))
         if done >= _ROUNDS[0]:
             timings = {name: _timing(s, samples[reference]) for name, s in samples.items()}
-            late = time.perf_counter() - start > seconds
+            late = clock() - start > seconds
             if late or all(t.spread <= spread * max(t.ratio, 1e-9) for t in timings.values()):
                 break
     return timings
 
 
-def _sample(call: Callable[[], object], repeats: int, wait: Callable[[], None]) -> float:
-    start = time.perf_counter()
+def _sample(call: Callable[[], object], repeats: int, wait: Callable[[], None], clock: Callable[[], float]) -> float:
+    start = clock()
     for _ in range(repeats):
         call()
     wait()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def _timing(samples: list[float], reference: list[float]) -> Timing:

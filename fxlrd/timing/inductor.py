@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxlrd.layers.kinds import LAYERS
+
+
+def served(module: nn.Module, under_inductor: bool) -> Callable[..., Any]:
+    """Return what is called to run the module: itself, or the module `compiled`."""
+    return compiled(module) if under_inductor else module
+
 
 def compiled(module: nn.Module) -> Callable[..., Any]:
-    """Return the module under Inductor with frozen weights, as it is served; compiled at its first call.
+    """Return the module under Inductor with frozen weights, as in deployment; compiled at its first call.
 
-    Each call traces a graph module of its own: one code object each, so that torch's limit of recompilations
-    per code object is never met. Dynamo's caches are left as they are. The first call has to be made with
-    gradients off: weights freeze into constants then or not at all.
+    Each result traces a graph module of its own: one code object each, so that torch's limit of recompilations per
+    code object is never met. Dynamo's caches are not reset. The first call must be made with gradients off: only then
+    do weights freeze into constants.
     """
-    try:
-        gm = module if isinstance(module, fx.GraphModule) else fx.symbolic_trace(module)
-        optimized = torch.compile(fx.GraphModule(gm, gm.graph))
-    except Exception:  # whatever stops a trace: as its user would compile it
-        optimized = torch.compile(module)
+    optimized = torch.compile(_graph(module))
     frozen = False
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -30,7 +33,7 @@ def compiled(module: nn.Module) -> Callable[..., Any]:
         from torch._dynamo import config as dynamo
         from torch._inductor import config
 
-        # As an option of torch.compile it would reach Inductor alone, and Dynamo hands weights over as inputs.
+        # As an option of torch.compile, freezing would reach Inductor alone, and Dynamo hands weights over as inputs.
         # Copies of one untraceable model have one code object: past the limit Dynamo would run it eagerly.
         with config.patch(freezing=True), dynamo.patch(recompile_limit=256, accumulated_recompile_limit=4096):
             result = optimized(*args, **kwargs)
@@ -38,3 +41,13 @@ def compiled(module: nn.Module) -> Callable[..., Any]:
         return result
 
     return call
+
+
+def _graph(module: nn.Module) -> nn.Module:
+    """Return a graph module of its own that computes the same; the module itself where it cannot be traced."""
+    root = nn.Sequential(module) if isinstance(module, LAYERS) else module  # a trace goes into the root's forward
+    try:
+        gm = root if isinstance(root, fx.GraphModule) else fx.symbolic_trace(root)
+        return fx.GraphModule(gm, gm.graph)
+    except Exception:  # whatever stops a trace: compiled as its user would compile it
+        return module

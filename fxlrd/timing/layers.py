@@ -1,26 +1,25 @@
-"""How long a layer takes in its low-rank form, rank by rank, against the original layer; with the timing cache."""
+"""How long a layer takes in its low-rank form at some ranks, against the original layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata
+from torch import fx, nn
 
 from fxlrd.errors import Reason
 from fxlrd.graph.facts import tensor_meta
-from fxlrd.graph.run import evaluating
+from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import source
 from fxlrd.layers.build import skeleton
 from fxlrd.layers.forms import Ranks, ranks_text
-from fxlrd.timing.cache import Cache, Setting, example, layout, signature
-from fxlrd.timing.clock import Timing, compare
-from fxlrd.timing.inductor import compiled
+from fxlrd.timing.cache import Stopwatch, example, layout, signature
+from fxlrd.timing.clock import Timing
+from fxlrd.timing.workload import Workload
 
 ORIGINAL = "original"
-_GROUP = 8
 
 
 @dataclass(frozen=True)
@@ -41,47 +40,23 @@ class Place:
 
 def placed(node: fx.Node, original: nn.Module) -> Place | Reason:
     """Return the place of ``original``, whose call (or first factor's) is ``node``, or why it cannot be timed."""
-    given = source(node)
-    meta = tensor_meta(given) if given is not None else None
-    if not isinstance(meta, TensorMetadata):
+    reads = source(node)
+    meta = tensor_meta(reads) if reads is not None else None
+    if meta is None:
         return Reason("no-shapes", "its input's shape is not known", "give example inputs")
     return Place(original, tuple(meta.shape), meta.dtype, layout(meta), next(original.parameters()).device)
 
 
-def time_ranks(
-    where: Place, ranks: Sequence[Ranks], under_inductor: bool, seconds: float, cached: bool, known: dict[str, Timing]
-) -> dict[str, Timing]:
-    """Return the time of the original (first, to which the ratios are) and of the form at each of ``ranks``.
+def time_ranks(place: Place, ranks: Sequence[Ranks], stopwatch: Stopwatch) -> dict[str, Timing]:
+    """Return the time of the original (first, to which the ratios are) and of its form at each of ``ranks``."""
 
-    What ``known`` or, if ``cached``, the timing cache holds is not timed; both are brought up to date.
-    """
-    setting = Setting.here(where.device, under_inductor)
-    cache = Cache() if cached else None
-    if cache is not None and not known:
-        known.update(cache.load(setting, where.signature))
-    if ORIGINAL not in known:  # what the others' ratios are to
-        known.clear()
-    missing = [r for r in ranks if ranks_text(r) not in known]
-    groups = [missing[start : start + _GROUP] for start in range(0, len(missing), _GROUP)]
-    if ORIGINAL not in known and not groups:
-        groups = [[]]  # no form to time, but the original
-    for group in groups:
-        found = _time(where, group, under_inductor, seconds)
-        known.update({k: t for k, t in found.items() if k != ORIGINAL or k not in known})
-        if cache is not None:
-            cache.store(setting, where.signature, known)
-    return {key: known[key] for key in [ORIGINAL, *map(ranks_text, ranks)]}
+    @cache
+    def inputs() -> Inputs:
+        return Inputs((example(place.shape, place.dtype, place.layout, place.device),))
 
+    def workload(ranks: Ranks | None) -> Workload:
+        module = place.original if ranks is None else skeleton(place.original, ranks)
+        return Workload([(module, inputs())], stopwatch.under_inductor)
 
-def _time(where: Place, group: Sequence[Ranks], under_inductor: bool, seconds: float) -> dict[str, Timing]:
-    x = example(where.shape, where.dtype, where.layout, where.device)
-    variants = {ORIGINAL: where.original} | {ranks_text(r): skeleton(where.original, r) for r in group}
-    # The original is the user's own module: its mode comes back.
-    with torch.no_grad(), evaluating(nn.ModuleList(variants.values())):
-        calls = {key: _call(m, x, under_inductor) for key, m in variants.items()}
-        return compare(calls, where.device, seconds=seconds)
-
-
-def _call(module: nn.Module, x: Tensor, under_inductor: bool) -> Callable[[], object]:
-    called = compiled(nn.Sequential(module)) if under_inductor else module
-    return lambda: called(x)
+    variants = {ORIGINAL: partial(workload, None)} | {ranks_text(each): partial(workload, each) for each in ranks}
+    return stopwatch.times(place.signature, place.device, variants)

@@ -1,13 +1,13 @@
-"""The rank search that `snap` and `merge` share: hardware multiples, and what a rank given up has to buy.
+"""The rank search that `snap` and `merge` share: hardware multiples, and the gain that a lower rank must bring.
 
 Time is a staircase in the rank, since kernels work in vectors and tiles. Candidates are the rank R itself and the
-largest multiples of 16 (of 8, where that is under the floor) and of 64 up to it. Taken is the r whose time falls
-most below
+largest multiples of 16 (of 8, where that is under the floor) and of 64 up to it. Choose the candidate r with the
+largest gain
 
-    t(R)·(cost(r)/cost(R))^trade
+    t(R)·(cost(r)/cost(R))^trade − t(r)
 
-by more than the measurement's noise, else R. With trade=1 rank is given up only where it buys more than its
-proportion of time; ½ allows for what goes being the least.
+if that exceeds the noise of the measurement; otherwise keep R. With trade=1 a rank is lowered only where time falls by
+more than the cost does, in proportion; ½ allows for the directions that go being those that matter least.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def reaches(ranks: Ranks, lowest: Ranks) -> bool:
 def grid(ranks: Ranks, lowest: Ranks, groups: int) -> list[Ranks]:
     """Return the present ranks and the hardware multiples below them, descending."""
     sixteen, eight, sixty_four = (_rounded(ranks, m, groups) for m in (16, 8, 64))
-    found = [ranks, sixteen if reaches(sixteen, lowest) else eight, sixty_four]
-    return list(dict.fromkeys(r for r in found if reaches(r, lowest)))
+    candidates = [ranks, sixteen if reaches(sixteen, lowest) else eight, sixty_four]
+    return list(dict.fromkeys(r for r in candidates if reaches(r, lowest)))
 
 
 def _rounded(ranks: Ranks, multiple: int, groups: int) -> Ranks:
@@ -40,14 +40,14 @@ def _rounded(ranks: Ranks, multiple: int, groups: int) -> Ranks:
 def best_share(
     candidates: Sequence[Ranks], timings: Mapping[str, Timing], cost: Callable[[Ranks], float], trade: float
 ) -> Ranks:
-    """Return the candidate that pays best (module docstring); the first is R."""
+    """Return the candidate with the largest gain (module docstring); the first is R."""
     top = candidates[0]
     full = timings[ranks_text(top)]
 
     def gain(ranks: Ranks) -> float:
         timing = timings[ranks_text(ranks)]
         share = (cost(ranks) / cost(top)) ** trade
-        won = share * full.ratio - timing.ratio
-        return won if won > math.hypot(timing.spread, full.spread * share) else 0.0
+        gained = share * full.ratio - timing.ratio
+        return gained if gained > math.hypot(timing.spread, full.spread * share) else 0.0
 
-    return max(candidates, key=gain)  # the first, highest rank where nothing is won
+    return max(candidates, key=gain)  # the first, highest rank where no candidate gains

@@ -5,15 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fxlrd.app import demo, fashion
-from fxlrd.timing import layers as layer_latency
-from fxlrd.timing.clock import Timing
+from tests.support.timers import FakeTimer
 
 pytestmark = pytest.mark.slow
-
-
-def compare(calls, *_, **__):
-    """Every call but the original's takes half of its time."""
-    return {name: Timing(0.2) if name == "original" else Timing(0.1, 0.5, 0.01) for name in calls}
 
 
 def test_the_presets_side_by_side(monkeypatch):
@@ -21,9 +15,8 @@ def test_the_presets_side_by_side(monkeypatch):
     monkeypatch.setattr(fashion, "calibration", lambda: images[:96])
     monkeypatch.setattr(fashion, "test", lambda: (test[:200], labels[:200]))
     monkeypatch.setattr(demo, "BATCH", 32)
-    for module in (demo, layer_latency):
-        monkeypatch.setattr(module, "compare", compare)
-    found = demo.run(progress=False)
+    timer = FakeTimer(lambda name, _: 0.2 if name == "original" else 0.1, spread=0.01)
+    found = demo.run(progress=False, timer=timer)
     rows = {row.name: row for row in found.rows}
     assert list(rows) == ["original", "lrd", "ranks", "merge", "auto"]
     for name in ("lrd", "merge", "auto"):

@@ -1,4 +1,4 @@
-"""No test here reads a clock: the timing of layers, groups and of the whole are formulas of the weights."""
+"""No test here reads a clock: the times of layers, groups and models are a formula of their weights."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from torch import nn
 from fxlrd import FxlrdError, Pipeline, capture
 from fxlrd.allocation.choices import Curve
 from fxlrd.allocation.plan import planned
+from fxlrd.allocation.problem import Problem
+from fxlrd.capturing.model import capture_any
 from fxlrd.graph import cost
 from fxlrd.graph.facts import provenance
+from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls, layers
-from fxlrd.layers.forms import parameters, ranks_by_ratio, ranks_text
+from fxlrd.layers.forms import ranks_by_ratio
 from fxlrd.layers.kinds import as_layer
 from fxlrd.passes import Allocate, Calibrate, Decompose, Merge
-from fxlrd.passes import allocate as module_under_test
-from fxlrd.timing import layers as layer_latency
-from fxlrd.timing.clock import Timing
+from fxlrd.timing.cache import Stopwatch
 from tests.support.results import reasons
 from tests.support.tensors import images
+from tests.support.timers import WeightTimer
 
 
 def conv(c_in: int, c_out: int, k: int = 3, **options) -> nn.Conv2d:
@@ -93,7 +95,7 @@ def test_the_predicted_error_orders_changes_of_single_layers_as_the_measured_one
 def test_the_predicted_error_of_a_merge_is_in_the_same_unit():
     model, x, unseen = network(), images(128, size=12), images(128, size=12)
     gm = calibrated(model, x)
-    problem = module_under_test.Problem()
+    problem = Problem(Stopwatch())
     allocate = Allocate(params=0.5)
     allocate._add_layers(gm, problem, lambda items, _: items)
     allocate._add_groups(gm, problem, lambda items, _: items)
@@ -175,65 +177,80 @@ def test_a_model_in_which_nothing_can_be_cheaper(measure):
 # -- latency
 
 
-@pytest.fixture
-def clock(monkeypatch):
+REST = 1000
+
+
+def seconds(name: str, weights: int) -> float:
     """A device whose layers take a microsecond a weight, and the rest of the network a thousand."""
+    return (weights + REST * (name in ("model", "before", "after"))) * 1e-6
 
-    def of_ranks(place, group, under_inductor, seconds):
-        whole = as_layer(place.original).weight.numel()
-        found = {layer_latency.ORIGINAL: Timing(whole * 1e-6)}
-        for ranks in group:
-            cheap = parameters(place.original, ranks)
-            found[ranks_text(ranks)] = Timing(cheap * 1e-6, cheap / whole)
-        return found
 
-    def of_group(gm, whole, ranks, *_):
-        return {str(r): Timing(r * 1e-6, r / ranks[0]) for r in ranks}
-
-    def seconds(gm) -> float:
-        return (1000 + sum(as_layer(m).weight.numel() for m in layers(gm).values())) * 1e-6
-
-    monkeypatch.setattr(layer_latency, "_time", of_ranks)
-    monkeypatch.setattr(module_under_test, "time_group", of_group)
-    monkeypatch.setattr(module_under_test, "_seconds", lambda gm, *_: seconds(gm))
-    monkeypatch.setattr(module_under_test, "_ratio", lambda gm, new, *_: seconds(new) / seconds(gm))
-    return seconds
+def model_seconds(gm) -> float:
+    return seconds("model", sum(as_layer(m).weight.numel() for m in layers(gm).values()))
 
 
 @pytest.mark.parametrize("asked", [0.4, 0.6, 0.8])
 @pytest.mark.parametrize("merge", [False, True])
-def test_a_latency_budget_is_met_by_the_whole_model(clock, asked, merge):
+def test_a_latency_budget_is_met_by_the_model(asked, merge):
     gm = calibrated(network(), images(24, size=12))
-    result = Allocate(latency=asked, merge=merge)(gm)
+    result = Allocate(latency=asked, merge=merge, timer=WeightTimer(seconds))(gm)
     after = carried_out(result.graph_module)
-    assert clock(after) / clock(gm) == pytest.approx(asked, rel=0.02)
-    assert result.note.startswith(f"{clock(after) / clock(gm):.3f} of latency, measured; ")
+    assert model_seconds(after) / model_seconds(gm) == pytest.approx(asked, rel=0.02)
+    assert result.note.startswith(f"{model_seconds(after) / model_seconds(gm):.3f} of latency, measured; ")
 
 
-def test_a_latency_budget_is_met_although_the_whole_takes_longer_than_its_layers(clock, monkeypatch):
-    """The budget for the layers is moved until the whole model, as it is measured, meets it."""
+def test_a_latency_budget_is_met_although_the_model_takes_longer_than_its_layers():
+    """The budget for the layers is moved until the model, as it is measured, meets it."""
     gm = calibrated(network(), images(24, size=12))
-    monkeypatch.setattr(
-        module_under_test, "_ratio", lambda gm, new, *_: (clock(new) / clock(gm)) ** 0.7
-    )  # a form that is cheaper by itself saves less in the whole
-    result = Allocate(latency=0.6)(gm)
+    original = model_seconds(gm)
+
+    def slower(name, weights):  # a form that is cheaper by itself saves less in the model
+        alone = seconds(name, weights)
+        return original * (alone / original) ** 0.7 if name == "after" else alone
+
+    result = Allocate(latency=0.6, timer=WeightTimer(slower))(gm)
     after = carried_out(result.graph_module)
-    assert (clock(after) / clock(gm)) ** 0.7 == pytest.approx(0.6, rel=0.02)
+    assert (model_seconds(after) / original) ** 0.7 == pytest.approx(0.6, rel=0.02)
 
 
-def test_a_latency_out_of_reach_says_what_is_within(clock):
-    gm = calibrated(network(), images(24, size=12))
+def test_a_latency_out_of_reach_says_what_is_within():
+    gm, timer = calibrated(network(), images(24, size=12)), WeightTimer(seconds)
     with pytest.raises(FxlrdError, match=r"^allocate: latency=0.01 is out of reach: the fastest forms take ") as error:
-        Allocate(latency=0.01)(gm)
+        Allocate(latency=0.01, timer=timer)(gm)
     within = float(str(error.value).partition("take ")[2].split()[0])
-    assert within > 1000e-6 / clock(gm)
-    assert planned(Allocate(latency=within)(gm).graph_module)
+    assert within > REST * 1e-6 / model_seconds(gm)
+    assert planned(Allocate(latency=within, timer=timer)(gm).graph_module)
 
 
-def test_a_device_on_which_nothing_is_faster(clock, monkeypatch):
-    monkeypatch.setattr(module_under_test, "_ratio", lambda *_: 1.1)
+def test_a_device_on_which_nothing_is_faster():
+    timer = WeightTimer(
+        lambda name, weights: 1.1 if name == "after" else 1.0 if name == "before" else seconds(name, weights)
+    )
     with pytest.raises(FxlrdError, match="no form of its layers is faster here"):
-        Allocate(latency=0.5)(calibrated(network(), images(24, size=12)))
+        Allocate(latency=0.5, timer=timer)(calibrated(network(), images(24, size=12)))
+
+
+class Counting(nn.Module):
+    """A model that counts its calls in a buffer, and whose forward cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.wide, self.head = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += bool(x.abs().max() < 1e9)
+        return self.head(self.wide(self.stem(x).relu()).relu())
+
+
+def test_timing_leaves_the_buffers_of_the_model_as_they_were():
+    model, x = Counting().double().eval(), torch.randn(32, 8).double()
+    gm = Calibrate(x)(capture_any(model, Inputs.of(x))).graph_module
+    calls = float(model.calls)
+    timer = WeightTimer(seconds)
+    Allocate(latency=0.9, merge=False, timer=timer)(gm)
+    assert [names for names in timer.rounds if "after" in names], "a model was called"
+    assert float(model.calls) == calls
 
 
 # -- what is left alone

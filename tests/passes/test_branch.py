@@ -15,11 +15,10 @@ from fxlrd.graph import cost
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.surgery import calls
 from fxlrd.passes import Branch, Decompose
-from fxlrd.passes import branch as module_under_test
-from fxlrd.timing.clock import Timing
 from tests.support.models import CalledTwice
 from tests.support.results import reasons
 from tests.support.tensors import images
+from tests.support.timers import FakeTimer
 
 
 def small() -> nn.Sequential:
@@ -219,19 +218,15 @@ def test_dtype_and_memory_format_are_kept(dtype):
     assert gm(x).dtype == dtype
 
 
-def test_the_timed_number_is_the_smallest_that_none_beats(monkeypatch):
+def test_the_timed_number_is_the_smallest_that_none_beats():
     gm = decomposed(small(), images(size=11))
-    seen = {}
-
-    def compare(variants, device):
-        seen.update({name: call().shape[1] for name, call in variants.items()})
-        ratios = {"1": 1.0, "2": 0.62, "4": 0.6, "8": 0.9}
-        return {name: Timing(1.0, ratios[name], 0.02) for name in variants}
-
-    monkeypatch.setattr(module_under_test, "compare", compare)
-    result = Branch(timed=True)(gm)
-    assert seen == {"1": 16, "2": 16, "4": 16, "8": 16}, "16 is more than its rank"
+    timer = FakeTimer(lambda name, _: {"1": 1.0, "2": 0.62, "4": 0.6, "8": 0.9}[name], spread=0.02)
+    result = Branch(timed=True, timer=timer)(gm)
+    assert timer.rounds[0] == ["1", "2", "4", "8"], "16 is more than the smallest rank"
     assert result.graph_module.get_submodule("2").core.groups == 2
+    asked = len(timer.rounds)
+    Branch(timed=True, timer=timer)(gm)
+    assert len(timer.rounds) == asked, "what is on disk is not timed again"
 
 
 def test_through_compress_inplace_and_the_text_form():

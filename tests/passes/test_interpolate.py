@@ -24,10 +24,10 @@ from fxlrd.graph.surgery import calls, fork, layers
 from fxlrd.layers.compose import importance
 from fxlrd.layers.kinds import channel_axis
 from fxlrd.passes import Branch, Calibrate, Decompose, Freeze, Merge
-from fxlrd.timing.clock import Timing
 from tests.support.merging import Net, calibrated, conv, hooked_conv, merged, randomised
 from tests.support.results import reasons, site_names
 from tests.support.tensors import assert_close, images, relative_error
+from tests.support.timers import FakeTimer
 
 
 class Interpolate(nn.Module):
@@ -464,19 +464,13 @@ def test_torchvision_squeeze_excitation_alone():
     assert "interpolated in 1.fc1, 2" in result.sites[0].note or "interpolated in 2, 1.fc1" in result.sites[0].note
 
 
-def test_snap_takes_the_hardware_multiple_that_pays(monkeypatch):
-    asked = []
-
-    def staircase(gm, whole, ranks, under_inductor, seconds):
-        asked.append(list(ranks))
-        return {str(r): Timing(0.1 + -(-r // 16) * 0.1, 0.1 + -(-r // 16) * 0.1, 0.001) for r in ranks}
-
-    monkeypatch.setattr("fxlrd.passes._interpolate.time_group", staircase)
+def test_snap_takes_the_hardware_multiple_that_pays():
+    timer = FakeTimer(lambda name, _: 0.1 + -(-int(name) // 16) * 0.1, spread=0.001)
     model = nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 8)).double().eval()
     x = torch.randn(200, 64).double()
     gm = Calibrate([x])(capture(model, x)).graph_module
-    result = Merge(ranks=39, snap=True)(gm)
-    assert asked == [[39, 32]]
+    result = Merge(ranks=39, snap=True, timer=timer)(gm)
+    assert timer.rounds == [["39", "32"]]
     assert result.graph_module.get_submodule("0").out_features == 32
     assert Merge(ranks=39)(gm).graph_module.get_submodule("0").out_features == 39
 

@@ -13,29 +13,22 @@ from fxlrd.graph.captured import propagate
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.inputs import Inputs
 from fxlrd.layers.build import decomposed
-from fxlrd.layers.forms import ranks_text
 from fxlrd.passes import Calibrate, Decompose, Snap
-from fxlrd.timing import layers as layer_latency
-from fxlrd.timing.clock import Timing
+from fxlrd.timing.layers import ORIGINAL
+from tests.support.timers import FakeTimer
 
 NOISE = 0.001
 
 
-class Clock:
-    """Stands in for the timing of a group of ranks: a formula of the rank, and a count of what was timed."""
+class Clock(FakeTimer):
+    """A timer whose ratios are a formula of the first rank; ``timed`` has the forms that it timed."""
 
-    def __init__(self, monkeypatch, ratio):
-        self.ratio = ratio
-        self.timed: list[str] = []
-        monkeypatch.setattr(layer_latency, "_time", self)
+    def __init__(self, ratio):
+        super().__init__(lambda name, _: 1.0 if name == ORIGINAL else ratio(int(name.split("x")[0])), NOISE)
 
-    def __call__(self, place, group, under_inductor, seconds):
-        self.timed += [ranks_text(r) for r in group]
-        found = {layer_latency.ORIGINAL: Timing(1.0)}
-        for ranks in group:
-            ratio = self.ratio(next(r for r in ranks if r is not None))
-            found[ranks_text(ranks)] = Timing(ratio, ratio, NOISE)
-        return found
+    @property
+    def timed(self) -> list[str]:
+        return [name for names in self.rounds for name in names if name != ORIGINAL]
 
 
 def staircase(step: int):
@@ -54,19 +47,19 @@ def ranks_of(gm) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("search", ["grid", "algorithm1"])
-def test_the_rank_below_the_step_is_taken(monkeypatch, search):
-    Clock(monkeypatch, staircase(16))
+def test_the_rank_below_the_step_is_taken(search):
+    clock = Clock(staircase(16))
     _, _, gm = linear_pair()
-    result = Snap(search=search)(gm)
+    result = Snap(search=search, timer=clock)(gm)
     assert ranks_of(result.graph_module)["0"] == (64,), "75 pays for 80; the right side of the drop is 64"
     assert result.modified
 
 
 @pytest.mark.parametrize("search", ["grid", "algorithm1"])
-def test_it_equals_decompose_at_the_snapped_rank(monkeypatch, search):
-    Clock(monkeypatch, staircase(16))
+def test_it_equals_decompose_at_the_snapped_rank(search):
+    clock = Clock(staircase(16))
     model, x, gm = linear_pair()
-    snapped = Snap(search=search)(gm).graph_module
+    snapped = Snap(search=search, timer=clock)(gm).graph_module
     again = Decompose(ranks=64)(capture(model, x)).graph_module
     assert torch.equal(snapped(x), again(x))
     parts, error = decomposed(model[0], (64,))
@@ -77,10 +70,10 @@ def test_it_equals_decompose_at_the_snapped_rank(monkeypatch, search):
 
 
 @pytest.mark.parametrize("search", ["grid", "algorithm1"])
-def test_the_original_comes_back_where_it_is_not_slower(monkeypatch, search):
-    Clock(monkeypatch, lambda r: 1.0 - NOISE / 2)
+def test_the_original_comes_back_where_it_is_not_slower(search):
+    clock = Clock(lambda r: 1.0 - NOISE / 2)
     model, x, gm = linear_pair()
-    result = Snap(search=search)(gm)
+    result = Snap(search=search, timer=clock)(gm)
     assert result.graph_module.get_submodule("0") is model[0]
     assert torch.equal(result.graph_module(x), model(x))
     assert [site.exact for site in result.sites] == [False]  # against the factors that it replaces
@@ -88,85 +81,82 @@ def test_the_original_comes_back_where_it_is_not_slower(monkeypatch, search):
 
 
 @pytest.mark.parametrize("search", ["grid", "algorithm1"])
-def test_a_difference_inside_the_noise_is_no_gain(monkeypatch, search):
-    Clock(monkeypatch, lambda r: 0.8 + (NOISE / 4) * (r % 2))
+def test_a_difference_inside_the_noise_is_no_gain(search):
+    clock = Clock(lambda r: 0.8 + (NOISE / 4) * (r % 2))
     _, _, gm = linear_pair()
-    result = Snap(search=search, trade=1.0)(gm)
+    result = Snap(search=search, trade=1.0, timer=clock)(gm)
     assert not result.modified
     assert ranks_of(result.graph_module)["0"] == (75,)
     assert result.skipped[0].reason.code == "no-faster-rank"
 
 
-def test_no_rank_falls_below_the_floor(monkeypatch):
-    clock = Clock(monkeypatch, staircase(16))
+def test_no_rank_falls_below_the_floor():
+    clock = Clock(staircase(16))
     _, _, gm = linear_pair()
-    Snap(search="algorithm1", floor=0.9)(gm)
+    Snap(search="algorithm1", floor=0.9, timer=clock)(gm)
     assert min(map(int, clock.timed)) == 68
-    clock.timed.clear()
-    Snap(floor=0.9, cache=False)(gm)
+    clock.rounds.clear()
+    Snap(floor=0.9, cache=False, timer=clock)(gm)
     assert clock.timed == ["75", "72"], "64 is under the floor, and so a multiple of 8 stands in"
 
 
-def test_layers_of_one_signature_are_timed_once_by_grid_only(monkeypatch):
-    clock = Clock(monkeypatch, staircase(16))
+def test_layers_of_one_signature_are_timed_once_by_grid_only():
+    clock = Clock(staircase(16))
     _, _, gm = linear_pair(n=4)
-    Snap(cache=False)(gm)
+    Snap(cache=False, timer=clock)(gm)
     assert clock.timed == ["75", "64"]
-    clock.timed.clear()
-    Snap(search="algorithm1", cache=False)(gm)
+    clock.rounds.clear()
+    Snap(search="algorithm1", cache=False, timer=clock)(gm)
     assert len(clock.timed) == 4 * len(range(57, 76))
 
 
-def test_a_second_search_and_an_interrupted_one_use_what_is_known(monkeypatch):
-    clock = Clock(monkeypatch, staircase(16))
+def test_a_second_search_and_an_interrupted_one_use_what_is_known():
+    clock = Clock(staircase(16))
     _, _, gm = linear_pair()
 
-    def stop(*_):
-        raise KeyboardInterrupt
+    def interrupted(*arguments, **options):
+        if clock.timed:
+            raise KeyboardInterrupt
+        return clock(*arguments, **options)
 
-    monkeypatch.setattr(layer_latency, "_GROUP", 4)
-    calls = iter([clock, clock, stop])
-    monkeypatch.setattr(layer_latency, "_time", lambda *a: next(calls)(*a))
     with pytest.raises(KeyboardInterrupt):
-        Snap(search="algorithm1")(gm)
-    done = list(clock.timed)
-    assert len(done) == 8
-    monkeypatch.setattr(layer_latency, "_time", clock)
-    Snap(search="algorithm1")(gm)
+        Snap(search="algorithm1", timer=interrupted)(gm)
+    assert 0 < len(clock.timed) < len(range(57, 76))
+    Snap(search="algorithm1", timer=clock)(gm)
     assert len(clock.timed) == len(set(clock.timed)) == len(range(57, 76))
-    Snap(search="algorithm1")(gm)
+    Snap(search="algorithm1", timer=clock)(gm)
     assert len(clock.timed) == len(range(57, 76))
 
 
-def test_tucker_modes_move_together(monkeypatch):
-    Clock(monkeypatch, staircase(16))
+def test_tucker_modes_move_together():
+    clock = Clock(staircase(16))
     x = torch.randn(1, 64, 9, 9)
     gm = Decompose(ratio=2)(capture(nn.Conv2d(64, 64, 3), x)).graph_module
-    result = Snap()(gm)
+    result = Snap(timer=clock)(gm)
     assert ranks_of(result.graph_module)["0"] == (32, 32), "as in the paper's Table 2: 38 to 32"
     propagate(result.graph_module, Inputs.of(x))
 
 
-def test_a_shared_module_comes_back_at_each_call(monkeypatch):
-    Clock(monkeypatch, lambda r: 2.0)
+def test_a_shared_module_comes_back_at_each_call():
+    clock = Clock(lambda r: 2.0)
     shared = nn.Linear(64, 64)
     model, x = nn.Sequential(shared, nn.ReLU(), shared).eval(), torch.randn(3, 64)
-    result = Snap()(Decompose()(capture(model, x)).graph_module)
+    result = Snap(timer=clock)(Decompose()(capture(model, x)).graph_module)
     assert torch.equal(result.graph_module(x), model(x))
     assert sum(n.target == "0" for n in result.graph_module.graph.nodes) == 2
 
 
-def test_the_latency_taken_is_kept(monkeypatch):
-    Clock(monkeypatch, staircase(16))
+def test_the_latency_taken_is_kept():
+    clock = Clock(staircase(16))
     _, _, gm = linear_pair()
-    result = Snap()(gm)
+    result = Snap(timer=clock)(gm)
     node = next(n for n in result.graph_module.graph.nodes if n.target == "0.first")
     assert provenance(node).latency == pytest.approx(staircase(16)(64))
 
 
-def test_nothing_decomposed_nothing_done(monkeypatch):
-    Clock(monkeypatch, staircase(16))
-    result = Snap()(capture(nn.Linear(8, 8), torch.randn(1, 8)))
+def test_nothing_decomposed_nothing_done():
+    clock = Clock(staircase(16))
+    result = Snap(timer=clock)(capture(nn.Linear(8, 8), torch.randn(1, 8)))
     assert not result.modified
     assert result.skipped == ()
 
@@ -201,11 +191,11 @@ def test_bad_options():
 
 @pytest.mark.parametrize("ratio", [lambda r: 1.0, lambda r: 0.5, staircase(16)])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_ranks_preset_whatever_the_timing(monkeypatch, ratio, inplace):
+def test_ranks_preset_whatever_the_timing(ratio, inplace):
     """All originals back, all ranks kept, all ranks moved: the pipeline verifies, and inplace installs it."""
-    Clock(monkeypatch, ratio)
+    clock = Clock(ratio)
     model, x, _ = linear_pair(2)
-    result = compress(model, x, preset="ranks", inplace=inplace, measure=False)
+    result = compress(model, x, preset="ranks", inplace=inplace, measure=False, timer=clock)
     assert (result.model is model) == inplace
     assert result.report.after["params"] == sum(p.numel() for p in result.model.parameters())
     assert result.model.get_submodule("0")(x).shape == (4, 300)
@@ -223,37 +213,37 @@ def test_modes_come_back_after_real_timing():
 def test_a_cache_file_without_the_original_is_measured_anew(monkeypatch, tmp_path):
     monkeypatch.setenv("FXLRD_CACHE_DIR", str(tmp_path))
     _, _, gm = linear_pair()
-    clock = Clock(monkeypatch, staircase(16))
-    Snap()(gm)
+    clock = Clock(staircase(16))
+    Snap(timer=clock)(gm)
     first = list(clock.timed)
     (path,) = tmp_path.glob("latency/*.json")
     content = json.loads(path.read_text())
     del content["timings"]["original"]
     path.write_text(json.dumps(content))
-    Snap()(gm)
+    Snap(timer=clock)(gm)
     assert clock.timed == first * 2
 
 
-def test_fitted_factors_stay_fitted(monkeypatch):
+def test_fitted_factors_stay_fitted():
     """At a moved rank they are what decompose fits at that rank."""
-    Clock(monkeypatch, staircase(16))
+    clock = Clock(staircase(16))
     model = nn.Sequential(nn.Linear(300, 300), nn.ReLU()).double().eval()
     x = torch.randn(700, 300).double()
     calibrated = Calibrate(x)(capture(model, x)).graph_module
-    snapped = Snap()(Decompose(ratio=2)(calibrated).graph_module).graph_module
+    snapped = Snap(timer=clock)(Decompose(ratio=2)(calibrated).graph_module).graph_module
     assert ranks_of(snapped)["0"] == (64,)
     again = Decompose(ranks=64)(calibrated).graph_module
     assert torch.equal(snapped(x), again(x))
-    plain = Snap()(Decompose(ratio=2, fit=False)(calibrated).graph_module).graph_module
+    plain = Snap(timer=clock)(Decompose(ratio=2, fit=False)(calibrated).graph_module).graph_module
     assert torch.equal(plain(x), Decompose(ranks=64, fit=False)(calibrated).graph_module(x))
     for gm, fitted in ((snapped, True), (plain, False)):
         assert {provenance(n).fitted for n in gm.graph.nodes if n.target in ("0.first", "0.last")} == {fitted}
 
 
-def test_what_a_layer_was_fitted_to_survives_that_the_original_comes_back(monkeypatch):
-    Clock(monkeypatch, lambda r: 2.0)
+def test_what_a_layer_was_fitted_to_survives_that_the_original_comes_back():
+    clock = Clock(lambda r: 2.0)
     model, x = nn.Sequential(nn.Linear(64, 64)).double().eval(), torch.randn(100, 64).double()
     calibrated = Calibrate(x)(capture(model, x)).graph_module
-    back = Snap()(Decompose()(calibrated).graph_module).graph_module
+    back = Snap(timer=clock)(Decompose()(calibrated).graph_module).graph_module
     assert torch.equal(back(x), model(x))
     assert torch.equal(Decompose(ranks=9)(back).graph_module(x), Decompose(ranks=9)(calibrated).graph_module(x))

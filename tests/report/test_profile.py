@@ -1,8 +1,9 @@
-"""No test here reads a clock: `compare` is replaced by a formula of the parameters."""
+"""No test here reads a clock: a fake timer's times are those that a test states."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,35 +12,15 @@ from torch import nn
 from fxlrd import FxlrdError
 from fxlrd.cli import main
 from fxlrd.graph.guards import stem_reason
-from fxlrd.report import profile as module
-from fxlrd.report.profile import matmul_rate, profile
-from fxlrd.timing import layers as layer_latency
-from fxlrd.timing.clock import Timing
+from fxlrd.report.profile import profile
+from tests.support.timers import FakeTimer
 
-TIMES = {"model": Timing(10e-3), "512": Timing(1e-3), "1024": Timing(6e-3), "2048": Timing(50e-3)}
+SECONDS = {"model": 10e-3, "original": 2e-3, "512": 1e-3, "1024": 6e-3, "2048": 50e-3}
 
 
-@pytest.fixture(autouse=True)
-def timed(monkeypatch) -> dict[str, Timing]:
-    """The model takes 10 ms, every layer 2 ms, a form half of that unless a test says otherwise; returns the latter."""
-    forms: dict[str, Timing] = {}
-
-    def compare(calls, device, seconds):
-        found = {}
-        for name, call in calls.items():
-            if name == "original":
-                found[name] = Timing(2e-3)
-            elif name in TIMES:
-                found[name] = TIMES[name]
-            else:
-                found[name] = forms.get(name, Timing(1e-3, 0.5, 0.01))
-            if name not in ("1024", "2048"):
-                call()
-        return found
-
-    monkeypatch.setattr(layer_latency, "compare", compare)
-    monkeypatch.setattr(module, "compare", compare)
-    return forms
+def timer(spread: float = 0.01, form: float = 1e-3, **seconds: float) -> FakeTimer:
+    """The model takes 10 ms, every layer 2 ms and a form 1 ms, unless a test says otherwise."""
+    return FakeTimer(lambda name, _: {**SECONDS, **seconds}.get(name, form), spread)
 
 
 class Net(nn.Module):
@@ -56,13 +37,16 @@ class Net(nn.Module):
         return self.shared(self.shared(h).relu())
 
 
+def profiled(**options):
+    return profile(Net().eval(), torch.randn(2, 3, 9, 9), **{"timer": timer(), **options})
+
+
 def rows(**options) -> dict[str, dict]:
-    found = profile(Net().eval(), torch.randn(2, 3, 9, 9), **options)
-    return {row["name"]: row for row in found.layers}
+    return {row["name"]: row for row in profiled(**options).layers}
 
 
 def test_what_each_layer_takes_and_could_save():
-    found = profile(Net().eval(), torch.randn(2, 3, 9, 9))
+    found = profiled()
     by_name = {row["name"]: row for row in found.layers}
     conv = by_name["conv"]
     assert (conv["latency_ms"], conv["share"], conv["ratio"]) == pytest.approx((2.0, 0.2, 0.5))
@@ -100,7 +84,7 @@ class Again(nn.Module):
 
 
 def test_calls_in_a_model_that_is_no_graph_count_too():
-    (row,) = profile(Again().eval(), torch.randn(2, 32)).layers
+    (row,) = profile(Again().eval(), torch.randn(2, 32), timer=timer()).layers
     assert (row["calls"], row["latency_ms"]) == (3, pytest.approx(6.0))
 
 
@@ -124,7 +108,7 @@ class Never(nn.Module):
 
 
 def test_layers_none_of_which_is_called():
-    found = profile(Never(), torch.randn(2, 32))
+    found = profile(Never(), torch.randn(2, 32), timer=timer())
     (row,) = found.layers
     assert row["reason"].startswith("it is never called")
     assert row.keys() == rows()["conv"].keys()
@@ -133,44 +117,25 @@ def test_layers_none_of_which_is_called():
 
 
 @pytest.mark.parametrize(
-    ("timing", "whole", "saves", "reason"),
+    ("form", "spread", "model", "saves", "reason"),
     [
-        (Timing(1.9e-3, 0.98, 0.1), 10e-3, 0.0, "its form is not faster by more than the noise"),
-        (Timing(3e-3, 1.5, 0.1), 10e-3, 0.0, "its form is not faster"),
-        (Timing(1.9e-3, 0.96, 0.01), 10e-3, 0.08, "saves less than 10% of its time"),
-        (Timing(1e-3, 0.5, 0.01), 2.0, 1.0, "saves less than 0.1% of the model's time"),
+        (1.96e-3, 0.1, 10e-3, 0.0, "its form is not faster by more than the noise"),
+        (3e-3, 0.1, 10e-3, 0.0, "its form is not faster"),
+        (1.92e-3, 0.01, 10e-3, 0.08, "saves less than 10% of its time"),
+        (1e-3, 0.01, 2.0, 1.0, "saves less than 0.1% of the model's time"),
     ],
 )
-def test_a_layer_that_is_not_worth_it_says_why(timing, whole, saves, reason, timed, monkeypatch):
-    timed |= dict.fromkeys(["19x19", "16x16"], timing)
-    monkeypatch.setitem(TIMES, "model", Timing(whole))
-    conv = rows()["conv"]
+def test_a_layer_that_is_not_worth_it_says_why(form, spread, model, saves, reason):
+    conv = rows(timer=timer(spread, form, model=model))["conv"]
     assert not conv["worth"]
     assert conv["saves_ms"] == pytest.approx(saves)
     assert conv["reason"] == reason
 
 
-def test_the_peak_is_the_fastest_multiply_and_is_kept():
-    assert matmul_rate(torch.float32, torch.device("cpu")) == pytest.approx(2 * 1024**3 / 6e-3)
-    TIMES["512"], slow = Timing(1e-9), TIMES["512"]
-    try:
-        assert matmul_rate(torch.float32, torch.device("cpu")) == pytest.approx(2 * 1024**3 / 6e-3)
-        assert matmul_rate(torch.float32, torch.device("cpu"), cache=False) == pytest.approx(2 * 512**3 / 1e-9)
-    finally:
-        TIMES["512"] = slow
-
-
-def test_a_dtype_without_kernels_is_not_multiplied_at_large_sizes(monkeypatch):
-    asked = []
-    monkeypatch.setattr(module, "compare", lambda c, device, seconds: asked.extend(c) or dict.fromkeys(c, Timing(0.5)))
-    matmul_rate(torch.bfloat16, torch.device("cpu"), cache=False)
-    assert asked == ["512"]
-
-
 def test_the_model_stays_as_it_is():
     model = Net().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    profile(model, torch.randn(2, 3, 9, 9))
+    profile(model, torch.randn(2, 3, 9, 9), timer=timer())
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -180,12 +145,13 @@ def test_what_cannot_be_profiled():
         profile(Net(), torch.randn(2, 3, 9, 9), ratio=1)
     with pytest.raises(FxlrdError, match="unknown layer"):
         profile(Net(), torch.randn(2, 3, 9, 9), skip=["nothing"])
-    nothing = profile(nn.Sequential(nn.ReLU()), torch.randn(2, 3))
+    nothing = profile(nn.Sequential(nn.ReLU()), torch.randn(2, 3), timer=timer())
     assert nothing.layers == []
     assert "peak: not measured" in nothing.to_table()
 
 
-def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
+def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fxlrd.report.profile.profile", partial(profile, timer=timer()))
     path = tmp_path / "p.json"
     command = ["profile", "torchvision:resnet18", "--input", "3x32x32", "--json", str(path)]
     assert main(command) == 0

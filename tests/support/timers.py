@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from fxlrd.layers.kinds import LAYERS
 from fxlrd.timing.clock import Timing
 
 
@@ -54,3 +55,24 @@ class FakeTimer:
         return {
             name: Timing(s, s / reference, 0.0 if i == 0 else self.spread) for i, (name, s) in enumerate(times.items())
         }
+
+
+class WeightTimer(FakeTimer):
+    """A timer whose times are ``seconds_of_weights(name, weights)``: weights are those of the layers that a call runs.
+
+    It times workloads only (fxlrd/timing/workload.py).
+    """
+
+    def __init__(self, seconds_of_weights: Callable[[str, int], float], spread: float = 0.0) -> None:
+        super().__init__(lambda name, _: seconds_of_weights(name, self.weights[name]), spread)
+        self.weights: dict[str, int] = {}
+
+    def __call__(
+        self, variants: Mapping[str, Callable[[], object]], device: torch.device, seconds: float = 0.0
+    ) -> dict[str, Timing]:
+        """Return made-up timings of ``variants``, whose callables run once each."""
+        self.weights = {
+            name: sum(m.weight.numel() for root in call.modules for m in root.modules() if isinstance(m, LAYERS))
+            for name, call in variants.items()
+        }
+        return super().__call__(variants, device, seconds)

@@ -1,4 +1,4 @@
-"""No test here reads a clock: `compare` is replaced by a formula of the parameters."""
+"""No test here reads a clock: a fake timer's times are those that a test states."""
 
 from __future__ import annotations
 
@@ -8,24 +8,15 @@ from torch import nn
 
 from fxlrd import capture
 from fxlrd.graph.surgery import calls
-from fxlrd.timing import layers as layer_latency
-from fxlrd.timing.clock import Timing
+from fxlrd.timing.cache import Stopwatch
 from fxlrd.timing.layers import ORIGINAL, placed, time_ranks
+from tests.support.timers import FakeTimer
 
 
 @pytest.fixture
-def timed(monkeypatch) -> list[list[str]]:
-    """Return a list that fills with the names of what is timed together; each takes what its group's number says."""
-    seen: list[list[str]] = []
-
-    def compare(calls, device, seconds):
-        seen.append(list(calls))
-        for call in calls.values():
-            call()
-        return {name: Timing(float(len(seen)), i / 10) for i, name in enumerate(calls)}
-
-    monkeypatch.setattr(layer_latency, "compare", compare)
-    return seen
+def timer() -> FakeTimer:
+    """The original takes 10 s, a form as many as its rank, all of them a hundred more each time that they are timed."""
+    return FakeTimer(lambda name, asked: (10.0 if name == ORIGINAL else float(name)) + 100 * asked)
 
 
 def place(layer: nn.Module, x: torch.Tensor):
@@ -44,51 +35,48 @@ def test_a_place_is_the_input_that_the_layer_sees():
 
 def test_without_shapes_it_says_what_is_missing():
     gm = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4)))
-    assert "give example inputs" in str(placed(calls(gm, "0")[0], gm.get_submodule("0")))
+    assert placed(calls(gm, "0")[0], gm.get_submodule("0")).code == "no-shapes"
 
 
-def test_ratios_are_to_the_original_and_each_group_has_it(timed, monkeypatch):
-    monkeypatch.setattr(layer_latency, "_GROUP", 2)
-    found = time_ranks(place(nn.Linear(32, 32), torch.randn(4, 32)), [(8,), (4,), (2,)], False, 1.0, False, {})
-    assert timed == [[ORIGINAL, "8", "4"], [ORIGINAL, "2"]]
-    assert list(found) == [ORIGINAL, "8", "4", "2"]
-    assert found[ORIGINAL].seconds == 1.0, "the first measurement of the original stands"
-    assert [found[k].ratio for k in ("8", "4", "2")] == [0.1, 0.2, 0.1]
+def test_ratios_are_to_the_original_and_each_group_has_it(timer):
+    ranks = [(r,) for r in range(12, 0, -1)]
+    times = time_ranks(place(nn.Linear(32, 32), torch.randn(4, 32)), ranks, Stopwatch(cached=False, timer=timer))
+    names = [str(r) for (r,) in ranks]
+    assert timer.rounds == [[ORIGINAL, *names[:10]], [ORIGINAL, *names[10:]]]
+    assert list(times) == [ORIGINAL, *names]
+    assert times[ORIGINAL].seconds == 10.0, "the first measurement of the original is the one that counts"
+    assert [times[name].ratio for name in names] == pytest.approx(
+        [r / 10 for r in range(12, 2, -1)] + [102 / 110, 101 / 110]
+    )
 
 
-def test_a_layer_without_any_form_has_its_own_time(timed):
+def test_a_layer_without_any_form_has_its_own_time(timer):
     where = place(nn.Conv2d(3, 8, 3), torch.randn(1, 3, 9, 9))
-    assert list(time_ranks(where, [], False, 1.0, False, {})) == [ORIGINAL]
-    assert timed == [[ORIGINAL]]
+    assert list(time_ranks(where, [], Stopwatch(cached=False, timer=timer))) == [ORIGINAL]
+    assert timer.rounds == [[ORIGINAL]]
 
 
-def test_what_is_known_is_not_timed(timed):
-    where, known = place(nn.Linear(32, 32), torch.randn(4, 32)), {}
-    time_ranks(where, [(8,)], False, 1.0, False, known)
-    time_ranks(where, [(8,), (4,)], False, 1.0, False, known)
-    time_ranks(where, [], False, 1.0, False, known)
-    assert timed == [[ORIGINAL, "8"], [ORIGINAL, "4"]]
-    assert set(known) == {ORIGINAL, "8", "4"}
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_was_measured_is_not_measured_again(timer, cached):
+    where, stopwatch = place(nn.Linear(32, 32), torch.randn(4, 32)), Stopwatch(cached=cached, timer=timer)
+    time_ranks(where, [(8,)], stopwatch)
+    first = time_ranks(where, [(8,), (4,)], stopwatch)
+    assert time_ranks(where, [], stopwatch) == {ORIGINAL: first[ORIGINAL]}
+    assert timer.rounds == [[ORIGINAL, "8"], [ORIGINAL, "4"]]
+    again = time_ranks(where, [(4,), (8,)], Stopwatch(cached=cached, timer=timer))
+    assert len(timer.rounds) == (2 if cached else 3), "another search finds it on disk, if it may look there"
+    assert (again == first) == cached
 
 
-def test_the_cache_on_disk_serves_another_run_in_the_same_setting(timed):
-    where = place(nn.Linear(32, 32), torch.randn(4, 32))
-    first = time_ranks(where, [(8,)], False, 1.0, True, {})
-    assert time_ranks(where, [(8,)], False, 1.0, True, {}) == first
-    assert len(timed) == 1
-    time_ranks(where, [(8,)], False, 1.0, False, {})
-    assert len(timed) == 2, "cached=False measures"
-
-
-def test_the_original_is_the_users_module_and_keeps_its_mode(timed):
+def test_the_original_is_the_users_module_and_keeps_its_mode(timer):
     where = place(nn.Linear(32, 32), torch.randn(4, 32))
     where.original.train()
-    time_ranks(where, [(8,)], False, 1.0, False, {})
+    time_ranks(where, [(8,)], Stopwatch(cached=False, timer=timer))
     assert where.original.training
 
 
-def test_under_inductor_the_modules_are_compiled(timed, monkeypatch):
-    asked = []
-    monkeypatch.setattr(layer_latency, "compiled", lambda m: asked.append(m) or m)
-    time_ranks(place(nn.Linear(32, 32), torch.randn(4, 32)), [(8,)], True, 1.0, False, {})
-    assert len(asked) == 2
+def test_under_inductor_the_modules_are_compiled(timer, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda gm: compiled.append(gm) or gm)
+    time_ranks(place(nn.Linear(32, 32), torch.randn(4, 32)), [(8,)], Stopwatch(True, cached=False, timer=timer))
+    assert len(compiled) == 2

@@ -1,0 +1,49 @@
+"""What a timer times: modules, each with the inputs that it is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.run import evaluating, unmoved
+from fxlrd.timing.clock import Timer, Timing, compare
+from fxlrd.timing.inductor import served
+
+
+class Workload:
+    """Modules with their inputs; a call runs each once and returns their outputs.
+
+    ``modules`` holds them as they are in eager mode: a timer whose times are a formula, as in tests, can read their
+    weights.
+    """
+
+    def __init__(self, parts: Sequence[tuple[nn.Module, Inputs]], under_inductor: bool = False) -> None:
+        self.modules = [module for module, _ in parts]
+        self.parts = parts
+        self.under_inductor = under_inductor
+
+    @cached_property
+    def _runs(self) -> list[tuple[Callable[..., Any], Inputs]]:
+        # Made at the first call, in eval mode: a trace for Inductor bakes the mode in.
+        return [(served(module, self.under_inductor), inputs) for module, inputs in self.parts]
+
+    def __call__(self) -> list[Any]:
+        """Run each module once and return their outputs."""
+        return [run(*inputs.args, **inputs.kwargs) for run, inputs in self._runs]
+
+
+def time_workloads(
+    workloads: Mapping[str, Workload], device: torch.device, seconds: float, timer: Timer = compare
+) -> dict[str, Timing]:
+    """Time workloads side by side, in eval mode without gradients; ratios are to the first.
+
+    Afterwards each module has its mode and its buffers' values again: a forward may count its calls or fill a cache.
+    """
+    modules = nn.ModuleList(module for workload in workloads.values() for module in workload.modules)
+    with torch.no_grad(), unmoved(modules), evaluating(modules):
+        return timer(workloads, device, seconds=seconds)
