@@ -1,4 +1,4 @@
-"""What a compressed model was made from: found out when it is compressed, carried by the model until it is saved.
+"""What a compressed model was made from: determined by `compress`, carried by the model until it is saved.
 
 A checkpoint describes the original model, so that it can be loaded without the original's weights. What became of the
 original's modules is not part of that: it is read from the compressed model when that is saved.

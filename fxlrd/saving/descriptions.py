@@ -42,10 +42,10 @@ def _plain(value: Any) -> Any:
 
 
 def descriptions(model: nn.Module, replaced: Mapping[str, nn.Module] | None = None) -> dict[str, ModuleDescription]:
-    """Return by name a description of every module that computes something; those ``replaced`` count as still there.
+    """Return a description of every module that computes something, by name.
 
-    Containers are left out, and modules that do nothing in eval mode: whether there is a Dropout may depend on how
-    a model is trained.
+    Modules ``replaced`` are described instead of those that have replaced them. Containers are left out, and modules
+    that do nothing in eval mode: whether a model has a Dropout may depend on how it is trained.
     """
     replaced = replaced or {}
     described = {}

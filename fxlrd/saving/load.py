@@ -23,11 +23,11 @@ from fxlrd.graph.regions import set_modules, structural_copy
 from fxlrd.graph.run import evaluating
 from fxlrd.saving.architecture import remember, wrapped
 from fxlrd.saving.descriptions import mismatch
-from fxlrd.saving.placement import Placement, assign, own_copy, place
+from fxlrd.saving.placement import Slots, place, put
 from fxlrd.saving.schema import Architecture, Factors, LayerSpec, Origin, Plan, TensorTable
 from fxlrd.saving.specs import module_of
 from fxlrd.saving.storage import check_weights, read_plan
-from fxlrd.saving.tensors import attributes, joined, parents, slots
+from fxlrd.saving.tensors import attributes, joined, parents, registered
 
 _REMEDY = "give the architecture that was compressed"
 _ATTEMPTS = 3
@@ -41,7 +41,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         path: a directory that `save` wrote.
         model: the architecture that was compressed, with any weights or, made under ``torch.device("meta")``, with
             none. It is not changed, and its weights are not copied. A model that was compressed as a graph which the
-            user's class does not compute (arguments of forward were frozen, layers left out) comes back as a graph.
+            user's class does not compute (it freezes arguments of forward, or drops layers) comes back as a graph.
 
     Returns:
         The model in the modes (train or eval) that it was saved in, each tensor on the device of the architecture's,
@@ -61,7 +61,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         try:
             return _loaded(folder, plan, model)
         except FxlrdError:
-            if attempt == _ATTEMPTS or read_plan(folder) == plan:  # otherwise it was replaced meanwhile
+            if attempt == _ATTEMPTS or read_plan(folder) == plan:  # otherwise another process has replaced it
                 raise
         except Exception as error:
             raise FxlrdError(f"load: {folder}: {one_line(error)}: the checkpoint is damaged") from error
@@ -71,13 +71,11 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 def _loaded(folder: Path, plan: Plan, model: nn.Module) -> nn.Module:
     model = wrapped(model)
     target = _target(folder, plan.architecture, model)
-    devices = {name: tensor.device for name, tensor in slots(target).items()}
+    devices = {name: tensor.device for name, tensor in registered(target).items()}
     devices |= _put_layers(folder, plan.layers, target)
     _fill(check_weights(folder, plan.weights), plan.tensors, target, devices)
     _check_no_meta(target)
-    for name, module in target.named_modules(remove_duplicate=False):
-        holders = [name, *reversed(parents(name)), ""]
-        module.training = next(plan.training[holder] for holder in holders if holder in plan.training)
+    _set_modes(target, plan.training)
     remember(target, Origin(**vars(plan.architecture)))
     return target
 
@@ -104,7 +102,7 @@ def _put_layers(folder: Path, layers: Mapping[str, LayerSpec | Factors], target:
         if not name or name not in modules:
             raise FxlrdError(f"load: {folder}: the model has no module {name[:80]!r}: {_REMEDY}")
     replaced = set_modules(target, {name: module_of(name, spec) for name, spec in layers.items()})
-    return {name: tensor.device for name, old in replaced.items() for tensor in slots(old).values()}
+    return {name: tensor.device for name, old in replaced.items() for tensor in registered(old).values()}
 
 
 def _fill(file: Path, table: TensorTable, model: nn.Module, devices: Mapping[str, torch.device]) -> None:
@@ -116,32 +114,22 @@ def _fill(file: Path, table: TensorTable, model: nn.Module, devices: Mapping[str
     with opened as stored:
         shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
         try:
-            placements = place(shapes, slots(model), dict(attributes(model)), table)
+            placements = place(shapes, Slots(registered(model), dict(attributes(model)), devices), table)
         except FxlrdError as error:
             raise FxlrdError(f"load: {file}: {error}") from error
         for name, placement in placements.items():
-            _put_tensor(model, name, stored.get_tensor(name), placement, name in table.frozen, devices)
+            put(model, stored.get_tensor(name), placement)
 
 
-def _put_tensor(
-    model: nn.Module,
-    name: str,
-    tensor: Tensor,
-    placement: Placement,
-    frozen: bool,
-    devices: Mapping[str, torch.device],
-) -> None:
-    holders = [name, *reversed(parents(name))]
-    device = next((devices[holder] for holder in holders if holder in devices), placement.like.device)
-    value = own_copy(tensor, placement.strides, device)
-    if isinstance(placement.like, nn.Parameter):
-        value = nn.Parameter(value, not frozen)
-    for slot in placement.names:
-        assign(model, slot, value)
+def _set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
+    """Give each module its mode or, where the plan says none, that of the nearest module that holds it."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        holders = [name, *reversed(parents(name)), ""]
+        module.training = next(modes[holder] for holder in holders if holder in modes)
 
 
 def _check_no_meta(model: nn.Module) -> None:
-    """Raise FxlrdError where a module of the architecture holds a tensor without values that nothing has filled."""
+    """Raise FxlrdError where a module holds a tensor without values that is no parameter and no buffer."""
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if key not in ("_parameters", "_buffers", "_modules") and any(

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint goes where in a model, and putting it there."""
+"""Where the tensors of a checkpoint go in a model (`place`, which changes nothing), and putting them there (`put`)."""
 
 from __future__ import annotations
 
@@ -11,91 +11,118 @@ from torch.nn.parameter import is_lazy
 
 from fxlrd.errors import FxlrdError
 from fxlrd.saving.schema import TensorTable
-from fxlrd.saving.tensors import is_dense
+from fxlrd.saving.tensors import is_dense, parents
 
-Shape = list[int]
+
+@dataclass(frozen=True)
+class Slots:
+    """The places that a model has for tensors, by name."""
+
+    registered: Mapping[str, Tensor]
+    """Parameters and buffers: each must get a tensor."""
+    attributes: Mapping[str, Tensor]
+    """Tensors that are plain attributes of modules: each may get one."""
+    devices: Mapping[str, torch.device]
+    """Where tensors are to be: those of a module, or of one name. Elsewhere, on the device of what they replace."""
+
+    def find(self, names: Sequence[str]) -> Tensor | None:
+        """Return what a tensor with these names, the one it is stored under first, replaces."""
+        return next((self.registered[n] for n in names if n in self.registered), self.attributes.get(names[0]))
+
+    def device(self, name: str, default: torch.device) -> torch.device:
+        """Return the device for a tensor: the CPU where that of the architecture is meta."""
+        holders = [name, *reversed(parents(name))]
+        device = next((self.devices[holder] for holder in holders if holder in self.devices), default)
+        return torch.device("cpu") if device.type == "meta" else device
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a stored tensor goes: to ``names`` in the model, with these ``strides`` (None: contiguous).
-
-    ``like`` is the tensor that it replaces.
-    """
+    """Where one stored tensor goes, and as what."""
 
     names: tuple[str, ...]
-    like: Tensor
+    device: torch.device
     strides: tuple[int, ...] | None
+    """None: contiguous."""
+    requires_grad: bool | None
+    """None for a tensor that is no Parameter."""
 
 
-def place(
-    stored: Mapping[str, Shape],
-    registered: Mapping[str, Tensor],
-    unregistered: Mapping[str, Tensor],
-    table: TensorTable,
-) -> dict[str, Placement]:
-    """Return where each tensor of a checkpoint goes, by the name that it is stored under.
+def place(stored: Mapping[str, Sequence[int]], slots: Slots, table: TensorTable) -> dict[str, Placement]:
+    """Return where tensors of these shapes go, by the names that they are stored under.
 
-    Args:
-        stored: shapes by name.
-        registered: the model's parameters and buffers, each of which needs a tensor.
-        unregistered: tensors that are attributes of its modules, which may get one.
-        table: the other names of the tensors, their strides, and which the model may have no place for.
-
-    Raises:
-        FxlrdError: for a tensor without a place, a place without a tensor, and for another shape.
+    Raises FxlrdError for a tensor without a place, a place without a tensor, and a shape that does not fit. A tensor
+    without a place that the architecture makes by itself when it runs is left out.
     """
     aliases: dict[str, list[str]] = {}
     for alias, name in table.same.items():
         aliases.setdefault(name, []).append(alias)
-    likes: dict[str, Tensor] = {}
-    names: dict[str, list[str]] = {}
+    frozen, optional = set(table.frozen), set(table.attributes)
+    targets: dict[str, list[str]] = {}
+    replaced: dict[str, Tensor] = {}
     for name, shape in stored.items():
-        candidates = [name, *aliases.get(name, ())]
-        like = next((registered[n] for n in candidates if n in registered), unregistered.get(name))
-        if like is None and name in table.attributes:
-            continue  # the architecture makes it when it runs
-        if like is None:
+        names = [name, *aliases.get(name, ())]
+        old = slots.find(names)
+        if old is None and name in optional:
+            continue
+        if old is None:
             raise FxlrdError(f"the model has no place for {name[:80]!r}")
-        if is_lazy(like) or shape != list(like.shape):
-            raise FxlrdError(f"{name} has shape {shape}, the model takes {list(like.shape)}")
-        likes[name] = like
-        names[name] = [n for n in candidates if n in registered or n in unregistered]
-        if other := next((n for n in names[name] if n in registered and registered[n].shape != like.shape), None):
-            raise FxlrdError(f"{other} and {name} are one tensor, but not in the model")
-    _add_tied(names, registered)
-    return {name: Placement(tuple(names[name]), like, _strides(name, stored, table)) for name, like in likes.items()}
+        _check_shapes(name, shape, old, {n: slots.registered[n] for n in names if n in slots.registered})
+        _check_strides(name, shape, table.strides.get(name))
+        targets[name] = [n for n in names if n in slots.registered or n in slots.attributes]
+        replaced[name] = old
+    _add_tied(targets, slots.registered)
+    return {
+        name: Placement(
+            names=tuple(targets[name]),
+            device=slots.device(name, old.device),
+            strides=table.strides.get(name),
+            requires_grad=name not in frozen if isinstance(old, nn.Parameter) else None,
+        )
+        for name, old in replaced.items()
+    }
 
 
-def _add_tied(names: Mapping[str, list[str]], registered: Mapping[str, Tensor]) -> None:
-    """Add places that are tied in the model to those that get a tensor."""
-    filled = {place: name for name, places in names.items() for place in places}
-    by_identity = {id(registered[place]): name for place, name in filled.items() if place in registered}
-    for place, tensor in registered.items():
-        if place in filled:
+def _check_shapes(name: str, shape: Sequence[int], old: Tensor, others: Mapping[str, Tensor]) -> None:
+    if is_lazy(old) or list(shape) != list(old.shape):
+        raise FxlrdError(f"{name} has shape {list(shape)}, the model takes {list(old.shape)}")
+    if (other := next((n for n, t in others.items() if t.shape != old.shape), None)) is not None:
+        raise FxlrdError(
+            f"{other} and {name} are one tensor, but not in the model: give the architecture that was compressed"
+        )
+
+
+def _check_strides(name: str, shape: Sequence[int], strides: tuple[int, ...] | None) -> None:
+    if strides is not None and (len(strides) != len(shape) or not is_dense(shape, strides)):
+        raise FxlrdError(f"strides {list(strides)} of {name} fit no tensor of shape {list(shape)}: the plan is damaged")
+
+
+def _add_tied(targets: Mapping[str, list[str]], registered: Mapping[str, Tensor]) -> None:
+    """Add to a tensor's targets the other names that they have in the model: it ties what the saved model did not."""
+    filled = {target: name for name, names in targets.items() for target in names}
+    by_identity = {id(registered[target]): name for target, name in filled.items() if target in registered}
+    for target, tensor in registered.items():
+        if target in filled:
             continue
         if id(tensor) not in by_identity:
-            raise FxlrdError(f"there is no tensor {place[:80]!r}")
-        names[by_identity[id(tensor)]].append(place)
+            raise FxlrdError(f"there is no tensor {target[:80]!r}")
+        targets[by_identity[id(tensor)]].append(target)
 
 
-def _strides(name: str, stored: Mapping[str, Shape], table: TensorTable) -> tuple[int, ...] | None:
-    shape, strides = stored[name], table.strides.get(name)
-    if strides is not None and (len(strides) != len(shape) or not is_dense(shape, strides)):
-        raise FxlrdError(f"strides {list(strides)} of {name} fit no tensor of shape {shape}: the plan is damaged")
-    return strides
-
-
-def own_copy(tensor: Tensor, strides: Sequence[int] | None, device: torch.device) -> Tensor:
-    """Return the tensor in memory of its own, not that of the file, on ``device``, or the CPU where that is meta."""
-    device = torch.device("cpu") if device.type == "meta" else device
+def put(model: nn.Module, tensor: Tensor, placement: Placement) -> None:
+    """Put a tensor where it goes, in memory of its own: not that of the file."""
+    device, strides = placement.device, placement.strides
     if strides is None:
-        return tensor.to(device, copy=True)
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=device).copy_(tensor)
+        value = tensor.to(device, copy=True)
+    else:
+        value = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=device).copy_(tensor)
+    if placement.requires_grad is not None:
+        value = nn.Parameter(value, placement.requires_grad)
+    for name in placement.names:
+        _assign(model, name, value)
 
 
-def assign(model: nn.Module, name: str, value: Tensor) -> None:
-    """Set the parameter, buffer or attribute of the model that has this name."""
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
     holder, _, key = name.rpartition(".")
     module = model.get_submodule(holder)
     if key in module._buffers:

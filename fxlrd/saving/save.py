@@ -23,7 +23,7 @@ from fxlrd.saving.descriptions import description
 from fxlrd.saving.schema import Architecture, Factors, LayerSpec, Plan, TensorTable, Weights
 from fxlrd.saving.specs import spec_of
 from fxlrd.saving.storage import write
-from fxlrd.saving.tensors import attributes, contiguous_strides, is_dense, joined, parents, slots
+from fxlrd.saving.tensors import attributes, contiguous_strides, is_dense, joined, parents, registered
 
 
 class HasModel(Protocol):
@@ -36,7 +36,7 @@ class HasModel(Protocol):
 
 
 def save(result: HasModel | nn.Module, path: str | os.PathLike[str], *, source: str | None = None) -> None:
-    """Write a compressed model to the directory ``path``, in place of the checkpoint that is there.
+    """Write a compressed model to the directory ``path``, replacing the checkpoint in it, if there is one.
 
     Args:
         result: what `compress` returned, or its model, or one from `load`; also after fine-tuning.
@@ -46,7 +46,7 @@ def save(result: HasModel | nn.Module, path: str | os.PathLike[str], *, source: 
 
     Raises:
         FxlrdError: for a model that `compress` or `load` did not make, for one with state that is no tensor, and for
-            a failed write. The checkpoint that is there stays as it is.
+            a failed write. An existing checkpoint then stays as it was.
     """
     model = result if isinstance(result, nn.Module) else getattr(result, "model", None)
     model = getattr(model, "_orig_mod", model)
@@ -98,17 +98,17 @@ def _tensors(
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise FxlrdError(f"save: {name} ({type(module).__name__}) has a state that is no tensor (get_extra_state)")
-    registered = slots(model)
+    own = registered(model)
     names = (joined(name, key) for name, module in architecture.modules.items() for key in module.shapes)
     listed = dict.fromkeys(names)
     if architecture.arguments is None:
         for name in listed:
-            if name not in registered and not _in_layer(name, layers):
+            if name not in own and not _in_layer(name, layers):
                 raise FxlrdError(f"save: {name} is not in the model: did passes run on it after compress?")
     unregistered = {name: tensor for name, tensor in attributes(model) if not tensor.is_meta}
     # What the architecture does not register: constants of a graph, and tensors that are attributes of modules.
-    optional = {name for name in registered if name not in listed and not _in_layer(name, layers)}
-    return _table({**unregistered, **registered}, sorted({*unregistered, *optional}))
+    optional = {name for name in own if name not in listed and not _in_layer(name, layers)}
+    return _table({**unregistered, **own}, sorted({*unregistered, *optional}))
 
 
 def _in_layer(name: str, layers: Collection[str]) -> bool:
@@ -116,7 +116,7 @@ def _in_layer(name: str, layers: Collection[str]) -> bool:
 
 
 def _table(named: Mapping[str, Tensor], optional: list[str]) -> tuple[dict[str, Tensor], TensorTable]:
-    """Return each tensor once, under its first name, and the rest that is to be known of them."""
+    """Return each tensor once, under its first name, and what safetensors cannot hold of them."""
     first_names: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     same: dict[str, str] = {}

@@ -38,7 +38,7 @@ _CHUNK = 2**22
 
 
 class Disk:
-    """What a save does to the disk, an operation a method: a test replaces one to fail or to end the process there."""
+    """What a save does to the disk, one method an operation. Tests replace it, to fail or be killed at each."""
 
     def write_tensors(self, file: Path, tensors: dict[str, Tensor]) -> None:
         """Write a safetensors file, readable for those whom the user's umask lets read."""
@@ -52,7 +52,7 @@ class Disk:
         write_atomically(file, text)
 
     def rename(self, file: Path, target: Path) -> None:
-        """Move a file, over another one if there is one."""
+        """Rename a file, replacing the target if it exists."""
         file.replace(target)
 
     def sync(self, path: Path) -> None:
@@ -72,7 +72,7 @@ class Disk:
 def write(
     folder: Path, tensors: Mapping[str, Tensor], plan_for: Callable[[Weights], Plan], disk: Disk | None = None
 ) -> None:
-    """Write a checkpoint into a directory, in place of the one that is there; other files in it stay.
+    """Write a checkpoint into a directory, replacing the one in it, if there is one. Other files in it stay.
 
     ``plan_for`` returns the plan of the checkpoint whose tensors are in a file. Raises FxlrdError for a plan that
     could not be loaded again; nothing is changed then.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def slots(model: nn.Module) -> dict[str, Tensor]:
+def registered(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer under each of its names, also those that a state_dict leaves out."""
     parameters = model.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}

@@ -10,8 +10,6 @@ from fxlrd.graph.inputs import tensors
 
 X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
-X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
-
 
 class Block(nn.Module):
     def __init__(self):

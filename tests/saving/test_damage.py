@@ -273,15 +273,15 @@ def test_files_that_are_none(bad, tmp_path):
     ],
 )
 def test_other_tensors_under_a_right_checksum(bad, change, message):
-    found = load_file(weights(bad))
-    change(found)
-    resigned(bad, found)
+    tensors = load_file(weights(bad))
+    change(tensors)
+    resigned(bad, tensors)
     refused(bad, message)
 
 
-def resigned(path, found):
+def resigned(path, tensors):
     weights(path).unlink()
-    save_file(found, path / "new")
+    save_file(tensors, path / "new")
     adopt(path, path / "new")
 
 
@@ -367,6 +367,6 @@ def test_an_edited_plan_loads_whole_or_not_at_all(good, tmp_path, data):
         return
     model = refused_or_loaded(path)
     if model is not None:
-        found = load_file(weights(path))
+        stored = load_file(weights(path))
         assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
-        assert all(torch.equal(t, found[name]) for name, t in model.state_dict().items() if name in found)
+        assert all(torch.equal(t, stored[name]) for name, t in model.state_dict().items() if name in stored)

@@ -226,7 +226,7 @@ def test_the_architectures_weights_are_neither_copied_nor_changed(tmp_path):
     loaded = load(tmp_path, model)
     assert dict(model.named_modules()) == modules
     assert all(
-        model.state_dict(keep_vars=True)[n] is t and torch.equal(t.detach(), kept) for n, (t, kept) in before.items()
+        model.state_dict(keep_vars=True)[n] is t and torch.equal(t.detach(), old) for n, (t, old) in before.items()
     )
     assert not storages & {t.untyped_storage().data_ptr() for t in loaded.state_dict().values()}
 
@@ -249,9 +249,9 @@ def test_the_weights_are_a_plain_state_dict(tmp_path):
     result = compressed(Net().to(memory_format=torch.channels_last))
     save(result, tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
-    found = load_file(file)
-    assert found.keys() == result.model.state_dict().keys()
-    assert all(torch.equal(found[name], t) for name, t in result.model.state_dict().items())
+    stored = load_file(file)
+    assert stored.keys() == result.model.state_dict().keys()
+    assert all(torch.equal(stored[name], t) for name, t in result.model.state_dict().items())
     assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE((tmp_path / PLAN).stat().st_mode)
 
 
