@@ -17,6 +17,8 @@ from torchvision.models import googlenet, resnet18
 import fxlrd
 from fxlrd import Budget, FxlrdError, Pipeline
 from fxlrd.passes import Decompose
+from tests.support.compression import quick
+from tests.support.tensors import images
 
 
 def small(width: int = 32) -> nn.Sequential:
@@ -32,18 +34,10 @@ def small(width: int = 32) -> nn.Sequential:
     )
 
 
-def image() -> torch.Tensor:
-    return torch.randn(2, 3, 9, 9)
-
-
-def quick(model, x, **options):
-    return fxlrd.compress(model, x, measure=False, **options)
-
-
 def test_the_users_model_is_not_touched_and_nothing_is_shared():
     model = small()
     before = copy.deepcopy(model.state_dict())
-    result = quick(model, image(), ratio=2.0)
+    result = quick(model, images(dtype=torch.float32), ratio=2.0)
     mine = {t.data_ptr() for t in model.state_dict().values() if t.numel()}
     theirs = {t.data_ptr() for t in result.model.state_dict().values() if t.numel()}
     assert not mine & theirs
@@ -54,17 +48,17 @@ def test_the_users_model_is_not_touched_and_nothing_is_shared():
 def test_the_result_does_not_keep_the_model_alive():
     model = small()
     gone = weakref.ref(model[3].weight)
-    result = quick(model, image())
+    result = quick(model, images(dtype=torch.float32))
     del model
     gc.collect()
     assert gone() is None
-    assert result.model(image()).shape == (2, 20)
+    assert result.model(images(dtype=torch.float32)).shape == (2, 20)
 
 
 def test_each_module_comes_back_in_its_own_mode():
     model = small().train()
     model[1].eval()
-    result = quick(model, image())
+    result = quick(model, images(dtype=torch.float32))
     assert result.model.training
     assert not result.model.get_submodule("1").training
     assert result.model.get_submodule("3").training
@@ -72,19 +66,19 @@ def test_each_module_comes_back_in_its_own_mode():
     assert result.model.get_submodule("6").training
     assert model.training
     assert not model[1].training
-    assert not quick(small().eval(), image()).model.training
+    assert not quick(small().eval(), images(dtype=torch.float32)).model.training
 
 
 def test_dropout_works_again_in_training_mode():
-    result = quick(small(), image(), pipeline="decompose{ranks=99}")
-    x = image()
+    result = quick(small(), images(dtype=torch.float32), pipeline="decompose{ranks=99}")
+    x = images(dtype=torch.float32)
     a, b = result.model.train()(x), result.model.train()(x)
     assert not torch.equal(a, b)
     assert torch.equal(result.model.eval()(x), result.model.eval()(x))
 
 
 def test_inplace_puts_the_factors_into_the_users_model():
-    model, x = small().eval(), image()
+    model, x = small().eval(), images(dtype=torch.float32)
     reference = quick(model, x, ratio=2.0).model(x)
     result = quick(model, x, ratio=2.0, inplace=True)
     assert result.model is model
@@ -101,7 +95,7 @@ def test_inplace_reaches_every_name_of_a_shared_module():
 
 
 def test_the_global_random_state_is_left_alone():
-    model, x = small(), image()
+    model, x = small(), images(dtype=torch.float32)
     state = torch.get_rng_state()
     quick(model, x)
     assert torch.equal(torch.get_rng_state(), state)
@@ -126,7 +120,7 @@ def test_inputs_as_tuple_and_by_name():
 
 
 def test_the_report_as_json_and_as_a_table():
-    result = fxlrd.compress(small(), image(), ratio=2.0)
+    result = fxlrd.compress(small(), images(dtype=torch.float32), ratio=2.0)
     data = json.loads(json.dumps(result.report.to_dict()))
     assert set(data) == {"model", "device", "settings", "before", "after", "layers", "passes", "warnings"}
     assert set(data["before"]) == set(data["after"]) == {"params", "flops", "depth", "latency_ms"}
@@ -140,7 +134,7 @@ def test_the_report_as_json_and_as_a_table():
 
 
 def test_it_exports_like_hand_written_torch(tmp_path):
-    x = image()
+    x = images(dtype=torch.float32)
     result = quick(small().eval(), x)
     reference = result.model(x)
     assert torch.equal(pickle.loads(pickle.dumps(result.model))(x), reference)
@@ -150,7 +144,7 @@ def test_it_exports_like_hand_written_torch(tmp_path):
 
 
 def test_state_dict_names_are_stable():
-    names = set(quick(small(), image()).model.state_dict())
+    names = set(quick(small(), images(dtype=torch.float32)).model.state_dict())
     assert {"3.first.weight", "3.core.weight", "3.last.weight", "3.last.bias", "7.first.weight", "0.weight"} <= names
     assert "3.first.bias" not in names
 
@@ -166,7 +160,7 @@ def test_layers_that_only_training_calls_are_reported():
 
 
 def test_pipeline_as_object_and_as_text():
-    x = image()
+    x = images(dtype=torch.float32)
     torch.manual_seed(0)
     model = small().eval()
     a = quick(model, x, pipeline=Pipeline([Decompose(ratio=3.0)])).model
@@ -190,7 +184,7 @@ def test_pipeline_as_object_and_as_text():
 )
 def test_requests_that_cannot_be_met(options, message):
     with pytest.raises(ValueError, match=message) as caught:
-        quick(small(), image(), **options)
+        quick(small(), images(dtype=torch.float32), **options)
     assert isinstance(caught.value, FxlrdError)
     assert "\n" not in str(caught.value)
 
@@ -209,9 +203,9 @@ def test_a_broken_model_is_named():
     with torch.no_grad():
         model[3].weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(FxlrdError, match=r"^3\.weight holds NaN or Inf"):
-        quick(model, image())
+        quick(model, images(dtype=torch.float32))
     with pytest.raises(FxlrdError, match=r"not a torch.nn.Module"):
-        quick(len, image())
+        quick(len, images(dtype=torch.float32))
 
 
 def test_a_model_that_cannot_be_traced_says_where():
@@ -303,14 +297,14 @@ def test_kinds_of_models_that_have_to_be_unwrapped_first():
     for wrapped, remedy in [
         (torch.compile(small()), "model._orig_mod"),
         (nn.DataParallel(small()), "model.module"),
-        (torch.jit.trace(small().eval(), image()), "the model it was made from"),
+        (torch.jit.trace(small().eval(), images(dtype=torch.float32)), "the model it was made from"),
     ]:
         with pytest.raises(FxlrdError, match=remedy):
-            quick(wrapped, image())
+            quick(wrapped, images(dtype=torch.float32))
 
 
 def test_a_list_of_passes_is_a_pipeline():
-    model, x = small().eval(), image()
+    model, x = small().eval(), images(dtype=torch.float32)
     assert torch.equal(quick(model, x, pipeline=[Decompose()]).model(x), quick(model, x).model(x))
 
 
@@ -337,7 +331,7 @@ def many(batch: int = 20) -> torch.Tensor:
 def test_a_budget_is_met(measure):
     convs = [m for _ in range(5) for m in (nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())]
     model = nn.Sequential(nn.Conv2d(3, 32, 3), *convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 20))
-    result = quick(model.eval(), image(), budget=Budget(**{measure: 0.6}), calibration=many())
+    result = quick(model.eval(), images(dtype=torch.float32), budget=Budget(**{measure: 0.6}), calibration=many())
     assert result.report.after[measure] / result.report.before[measure] == pytest.approx(0.6, rel=0.02)
     assert result.report.settings["pipeline"] == AUTO.replace("params", measure)
     assert [row["name"] for row in result.report.passes] == re.sub(r"{.*?}", "", AUTO).split(",")
@@ -357,7 +351,7 @@ def test_nothing_of_the_calibration_stays_and_nothing_is_touched():
     model[0].weight.grad = torch.ones_like(model[0].weight)
     data = many(400)
     before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
-    result = quick(model, image(), budget=Budget(params=0.6), calibration=data)
+    result = quick(model, images(dtype=torch.float32), budget=Budget(params=0.6), calibration=data)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == [True] * 4 + [False] * 2 + [True] * 2
@@ -374,19 +368,19 @@ def test_nothing_of_the_calibration_stays_and_nothing_is_touched():
     kept = sum(t.numel() * t.element_size() for t in result.model.state_dict().values())
     assert len(pickle.dumps(result.model)) < kept + 30_000
     for copied in (copy.deepcopy(result.model), pickle.loads(pickle.dumps(result.model))):
-        x = image()
+        x = images(dtype=torch.float32)
         assert torch.equal(copied.eval()(x), result.model.eval()(x))
 
 
 def test_a_result_can_be_compressed_again():
-    x = image()
+    x = images(dtype=torch.float32)
     first = quick(small().eval(), x, budget=Budget(params=0.8), calibration=many())
     again = Pipeline.parse("decompose{ranks=2}")(fxlrd.capture(first.model, x))
     assert again.modified, "the plan that was carried out is gone"
 
 
 def test_inplace_gives_what_a_copy_gives():
-    model, x, data = small().eval(), image(), many()
+    model, x, data = small().eval(), images(dtype=torch.float32), many()
     options = {"budget": Budget(params=0.6), "calibration": data}
     copied = quick(model, x, **options)
     result = quick(model, x, inplace=True, **options)
@@ -395,7 +389,7 @@ def test_inplace_gives_what_a_copy_gives():
 
 
 def test_skip_reaches_allocate_merge_and_decompose():
-    model, x = small().eval(), image()
+    model, x = small().eval(), images(dtype=torch.float32)
     result = quick(model, x, budget=Budget(params=0.95), calibration=many(), skip="3")
     assert torch.equal(result.model.get_submodule("3").weight, model[3].weight)
     assert next(r for r in result.report.layers if r["name"] == "3")["decision"] in ("original", "skipped")
@@ -403,7 +397,7 @@ def test_skip_reaches_allocate_merge_and_decompose():
 
 @pytest.mark.parametrize("kind", ["generator", "loader", "pairs", "dict"])
 def test_data_that_several_passes_read_is_read_once(kind):
-    x, batches = image(), many(24).split(4)
+    x, batches = images(dtype=torch.float32), many(24).split(4)
     data = {
         "generator": (b for b in batches),
         "loader": DataLoader(TensorDataset(torch.cat(batches), torch.arange(24)), batch_size=4),
@@ -533,5 +527,5 @@ def test_auto_on_any_kind_of_model(kind):
 )
 def test_budgets_that_cannot_be_met(options, message):
     with pytest.raises(FxlrdError, match=message) as caught:
-        quick(small(), image(), **options)
+        quick(small(), images(dtype=torch.float32), **options)
     assert "\n" not in str(caught.value)

@@ -14,12 +14,7 @@ from fxlrd.layers.kinds import LAYERS
 from fxlrd.passes import Decompose
 from fxlrd.pipeline import Pipeline
 
-
-@pytest.fixture(autouse=True)
-def _reset(isolated):
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def graph(model, *inputs, freezing=False, **options):

@@ -8,6 +8,7 @@ from fxlrd.graph.facts import provenance, statistics
 from fxlrd.graph.layer import decomposed_layers, layers_of, origin, statistics_of
 from fxlrd.graph.surgery import annotate, calls, fork
 from fxlrd.passes import Branch, Calibrate, Decompose
+from tests.support.tensors import images
 
 
 class Net(nn.Module):
@@ -24,17 +25,13 @@ class Net(nn.Module):
         return self.head(self.other(self.tied(h)))
 
 
-def images() -> torch.Tensor:
-    return torch.randn(6, 3, 7, 7)
-
-
 def codes(layers, skip=()) -> dict[str, str]:
     reasons = {layer.name: layer.why_left_alone(skip) for layer in layers}
     return {name: reason.code for name, reason in reasons.items() if reason is not None}
 
 
 def test_layers_have_their_calls_and_the_first_reason_to_leave_them_alone():
-    gm = capture(Net(), images())
+    gm = capture(Net(), images(6, size=7, dtype=torch.float32))
     found = {layer.name: layer for layer in layers_of(gm)}
     assert [(name, len(layer.calls)) for name, layer in found.items()] == [
         ("stem", 1), ("twice", 2), ("tied", 1), ("other", 1), ("head", 1)
@@ -52,8 +49,8 @@ def test_layers_have_their_calls_and_the_first_reason_to_leave_them_alone():
 
 
 def test_factors_are_layers_to_be_left_alone_and_together_a_decomposed_layer():
-    gm = Decompose(ranks={"twice": 4, "head": 5})(capture(Net(), images())).graph_module
-    assert decomposed_layers(capture(Net(), images())) == []
+    gm = Decompose(ranks={"twice": 4, "head": 5})(capture(Net(), images(6, size=7, dtype=torch.float32))).graph_module
+    assert decomposed_layers(capture(Net(), images(6, size=7, dtype=torch.float32))) == []
     found = {layer.name: layer for layer in layers_of(gm)}
     factors = ["twice.first", "twice.core", "twice.last", "head.first", "head.last"]
     assert {name for name, layer in found.items() if layer.left_alone and layer.left_alone.code == "factor"} == {
@@ -75,8 +72,8 @@ def test_factors_are_layers_to_be_left_alone_and_together_a_decomposed_layer():
 
 
 def test_layers_of_a_model_that_was_already_compressed():
-    model = Decompose(ranks={"head": 5})(capture(Net(), images())).graph_module
-    gm = capture(model, images())
+    model = Decompose(ranks={"head": 5})(capture(Net(), images(6, size=7, dtype=torch.float32))).graph_module
+    gm = capture(model, images(6, size=7, dtype=torch.float32))
     assert codes(layers_of(gm)) == {
         "stem": "stem", "tied": "shared-parameter", "other": "shared-parameter",
         "head.first": "factor", "head.last": "factor",
@@ -86,7 +83,9 @@ def test_layers_of_a_model_that_was_already_compressed():
 
 
 def test_statistics_are_those_of_all_calls():
-    gm = Calibrate(images())(capture(Net(), images())).graph_module
+    gm = Calibrate(images(6, size=7, dtype=torch.float32))(
+        capture(Net(), images(6, size=7, dtype=torch.float32))
+    ).graph_module
     found = {layer.name: layer for layer in layers_of(gm)}
     assert found["twice"].statistics.reads.count == 2 * found["stem"].statistics.reads.count
     assert found["head"].statistics is statistics(found["head"].calls[0])
@@ -97,7 +96,7 @@ def test_statistics_are_those_of_all_calls():
 
 
 def test_the_origin_of_a_call():
-    gm = fork(capture(Net(), images()))
+    gm = fork(capture(Net(), images(6, size=7, dtype=torch.float32)))
     (node,) = calls(gm, "head")
     provenance.drop(node)
     assert origin(node) == "head"

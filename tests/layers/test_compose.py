@@ -14,6 +14,7 @@ from fxlrd.layers.compose import (
     scaled,
     why_not_composable,
 )
+from tests.support.tensors import assert_close
 
 
 def filled(module: nn.Module) -> nn.Module:
@@ -27,24 +28,20 @@ def filled(module: nn.Module) -> nn.Module:
     return module.double().eval()
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False), nn.BatchNorm1d(6, eps=0.1)])
 def test_a_norm_is_affine(norm):
     g, h = affine(filled(norm))
     x = torch.randn(5, 6).double()
-    close(x * g + h, norm(x))
+    assert_close(x * g + h, norm(x))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_takes_in_a_norm(bias):
     x = torch.randn(2, 4, 7, 7).double()
     conv, norm = filled(nn.Conv2d(4, 6, 3, 2, 1, bias=bias)), filled(nn.BatchNorm2d(6))
-    close(scaled(conv, *affine(norm))(x), norm(conv(x)))
+    assert_close(scaled(conv, *affine(norm))(x), norm(conv(x)))
     linear, norm = filled(nn.Linear(7, 6, bias=bias)), filled(nn.BatchNorm1d(6))
-    close(scaled(linear, *affine(norm))(x[0, 0]), norm(linear(x[0, 0])))
+    assert_close(scaled(linear, *affine(norm))(x[0, 0]), norm(linear(x[0, 0])))
 
 
 CONVS = [
@@ -67,7 +64,7 @@ def test_two_layers_are_one(pair):
     x = torch.randn(2, 4, 13, 11).double()
     assert why_not_composable(first, second, first.bias is not None) is None
     both = composed(first, second)
-    close(both(x), second(first(x)))
+    assert_close(both(x), second(first(x)))
     assert type(both) is type(second)
     assert (both.bias is None) == (first.bias is None and second.bias is None)
     assert not both.training
@@ -79,7 +76,7 @@ def test_a_zero_bias_does_not_stop_at_the_border():
     assert why_not_composable(first, second, shift=False) is None
     first.bias.data.zero_()
     x = torch.randn(2, 4, 6, 6).double()
-    close(composed(first, second)(x), second(first(x)))
+    assert_close(composed(first, second)(x), second(first(x)))
 
 
 @pytest.mark.parametrize("module", [nn.Conv2d(4, 9, 3, 2, 1), nn.Conv2d(4, 9, 1, bias=False), nn.Linear(8, 9)])
@@ -87,7 +84,7 @@ def test_outputs_are_kept(module):
     kept, x = torch.tensor([0, 3, 8]), torch.randn(2, 4, 8, 8).double()
     out = filled(module)(x)
     new = keep_outputs(module, kept)(x)
-    close(new, out[..., kept] if isinstance(module, nn.Linear) else out[:, kept])
+    assert_close(new, out[..., kept] if isinstance(module, nn.Linear) else out[:, kept])
 
 
 @pytest.mark.parametrize(
@@ -109,7 +106,7 @@ def test_channels_are_kept(module, count):
     if isinstance(module, nn.PReLU):
         module.weight.data.uniform_(0, 1)
     new = keep_channels(module, kept)
-    close(new(x[:, kept]), module(x)[:, kept])
+    assert_close(new(x[:, kept]), module(x)[:, kept])
     assert type(new) is type(module)
     assert not new.training
     if isinstance(module, nn.BatchNorm2d):
@@ -130,13 +127,13 @@ def test_norms_without_a_bias_are_kept():
     module, kept, x = unbiased(filled(nn.BatchNorm2d(9))), torch.tensor([1, 5]), torch.randn(2, 9, 6, 6).double()
     new = keep_channels(module, kept)
     assert new.bias is None
-    close(new(x[:, kept]), module(x)[:, kept])
+    assert_close(new(x[:, kept]), module(x)[:, kept])
 
 
 def test_norms_without_statistics_are_kept():
     module = nn.BatchNorm2d(9, track_running_stats=False).double()
     x, kept = torch.randn(2, 9, 6, 6).double(), torch.tensor([1, 5])
-    close(keep_channels(module, kept)(x[:, kept]), module(x)[:, kept])
+    assert_close(keep_channels(module, kept)(x[:, kept]), module(x)[:, kept])
 
 
 @pytest.mark.parametrize("block", [1, 4])
@@ -148,7 +145,7 @@ def test_an_interpolation_is_folded_in(module, block):
     axis = -1 if isinstance(module, nn.Linear) else 1
     full = torch.einsum("...rb,cr->...cb", x.movedim(axis, -1).unflatten(-1, (2, block)), matrix)
     expected = filled(module)(full.flatten(-2).movedim(-1, axis))
-    close(fold_inputs(module, matrix, block)(x), expected)
+    assert_close(fold_inputs(module, matrix, block)(x), expected)
 
 
 @pytest.mark.parametrize("block", [1, 3])
@@ -156,13 +153,13 @@ def test_importance_is_what_the_weights_make_of_a_channel(block):
     conv = nn.Conv2d(6, 5, 3).double()
     w = conv.weight.detach().flatten(2).permute(0, 2, 1).flatten(0, 1)  # outputs and positions by inputs
     a = importance(conv)
-    close(a, w.mT @ w)
+    assert_close(a, w.mT @ w)
     linear = nn.Linear(6, 5).double()
     x = torch.randn(6 // block).double()
     energy = sum(
         linear.weight[:, i::block].detach().mv(x).square().sum() for i in range(block)
     )  # the same x at each place of the block
-    close(x @ importance(linear, block) @ x, energy)
+    assert_close(x @ importance(linear, block) @ x, energy)
 
 
 def test_nothing_is_changed_and_dtype_stays():

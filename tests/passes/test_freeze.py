@@ -11,6 +11,7 @@ import fxlrd
 from fxlrd import FxlrdError, capture
 from fxlrd.passes import Branch, Decompose, Freeze
 from fxlrd.passes.freeze import freeze_factors
+from tests.support.tensors import images
 
 
 def small() -> nn.Sequential:
@@ -34,10 +35,6 @@ SECOND = {"3.core.weight", "4.core.weight", "5.core.weight", "6.last.weight", "9
 REST = {"0.weight", "0.bias", "1.weight", "1.bias", "3.last.bias", "4.bias", "5.last.bias", "9.last.bias"} - {"4.bias"}
 
 
-def images() -> torch.Tensor:
-    return torch.randn(4, 3, 12, 12)
-
-
 def decomposed(x: torch.Tensor):
     return Decompose(ranks=RANKS)(capture(small().eval(), x)).graph_module
 
@@ -58,7 +55,7 @@ def trained(model: nn.Module) -> set[str]:
     ],
 )
 def test_what_trains_is_what_is_declared(options, expected):
-    x = images()
+    x = images(4, size=12, dtype=torch.float32)
     gm = decomposed(x)
     result = Freeze(**options)(gm)
     after = result.graph_module
@@ -71,15 +68,15 @@ def test_what_trains_is_what_is_declared(options, expected):
 
 
 def test_notes_name_the_factors():
-    notes = {s.name: s.note for s in Freeze()(decomposed(images())).sites}
+    notes = {s.name: s.note for s in Freeze()(decomposed(images(4, size=12, dtype=torch.float32))).sites}
     assert notes["3"] == "trains core"
     assert notes["6"] == "trains last"
-    notes = {s.name: s.note for s in Freeze("sequential", 1)(decomposed(images())).sites}
+    notes = {s.name: s.note for s in Freeze("sequential", 1)(decomposed(images(4, size=12, dtype=torch.float32))).sites}
     assert notes["3"] == "trains first and last"
 
 
 def test_the_input_graph_trains_as_before_and_shares_its_tensors():
-    gm = decomposed(images())
+    gm = decomposed(images(4, size=12, dtype=torch.float32))
     everything = {name for name, _ in gm.named_parameters()}
     after = Freeze()(gm).graph_module
     assert trained(gm) == everything
@@ -92,15 +89,15 @@ def test_the_input_graph_trains_as_before_and_shares_its_tensors():
 
 
 def test_branched_cores_train():
-    gm = Branch(groups=2)(decomposed(images())).graph_module
+    gm = Branch(groups=2)(decomposed(images(4, size=12, dtype=torch.float32))).graph_module
     assert trained(Freeze()(gm).graph_module) == SECOND | REST
 
 
 def test_a_step_moves_what_trains_and_nothing_else():
-    gm = Freeze()(decomposed(images())).graph_module
+    gm = Freeze()(decomposed(images(4, size=12, dtype=torch.float32))).graph_module
     before = {name: p.detach().clone() for name, p in gm.named_parameters()}
     optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
-    gm(images()).square().sum().backward()
+    gm(images(4, size=12, dtype=torch.float32)).square().sum().backward()
     optimizer.step()
     moved = {name for name, p in gm.named_parameters() if not torch.equal(p, before[name])}
     assert moved == SECOND | REST
@@ -109,7 +106,7 @@ def test_a_step_moves_what_trains_and_nothing_else():
 
 @pytest.mark.slow
 def test_under_compile():
-    x = images()
+    x = images(4, size=12, dtype=torch.float32)
     gm = Freeze()(decomposed(x)).graph_module
     compiled = torch.compile(gm, backend="aot_eager")
     torch.testing.assert_close(compiled(x), gm(x), rtol=1e-5, atol=1e-5)
@@ -119,7 +116,7 @@ def test_under_compile():
 
 
 def test_after_loading(tmp_path):
-    x = images()
+    x = images(4, size=12, dtype=torch.float32)
     result = fxlrd.compress(small().eval(), x, pipeline=[Decompose(ranks=RANKS), Freeze()], measure=False)
     assert trained(result.model) == SECOND | REST
     torch.save(result.model.state_dict(), tmp_path / "state.pt")
@@ -134,7 +131,7 @@ def test_after_loading(tmp_path):
 
 
 def test_through_compress():
-    x = images()
+    x = images(4, size=12, dtype=torch.float32)
     model = small().eval()
     result = fxlrd.compress(model, x, preset="freeze", ratio=2.0, measure=False)
     assert result.report.passes[-1]["name"] == "freeze"
@@ -147,7 +144,7 @@ def test_through_compress():
 
 
 def test_nothing_decomposed_is_nothing_modified():
-    x = images()
+    x = images(4, size=12, dtype=torch.float32)
     gm = capture(small().eval(), x)
     result = Freeze()(gm)
     assert not result.modified
@@ -188,7 +185,7 @@ def test_schedules_that_are_none(call):
 
 
 def test_modes_copies_and_the_pass_manager():
-    x = images()
+    x = images(4, size=12, dtype=torch.float32)
     gm = Freeze()(decomposed(x)).graph_module
     reference = gm(x)
     assert not any(m.training for m in gm.modules())
