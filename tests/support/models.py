@@ -84,6 +84,21 @@ class CalledTwice(nn.Module):
         return self.a(self.a(x).relu())
 
 
+class StemCalledTwice(nn.Module):
+    """Images → two outputs: a conv called twice, the first time with several users of its output, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 4, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.body(self.stem(x))
+        z = self.stem(y)
+        return self.head(z + y) + self.head(z), z
+
+
 class Function(nn.Module):
     """A model of the given modules whose forward is ``f(self, *args)``."""
 
