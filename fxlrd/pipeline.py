@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from fxlrd import spec
-from fxlrd.errors import FxlrdError, VerificationError, unknown
+from fxlrd.errors import FxlrdError, unknown
 from fxlrd.graph import cost
-from fxlrd.graph.captured import captured, propagate
-from fxlrd.graph.compare import difference, rounding
+from fxlrd.graph.captured import captured
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import annotate, fork
 from fxlrd.passes.contract import Pass, PassResult, Site, Skip
 from fxlrd.passes.driver import check_needs, label
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.clock import Timing
+from fxlrd.verification import Errors, Verification
 
 PRESETS = {
     "lrd": "decompose",
@@ -152,53 +152,25 @@ class Pipeline:
         """
         gm = fork(gm)
         check_needs(self.passes, gm)
-        known = captured(gm)
-        inputs = Inputs.of(example_inputs) if example_inputs is not None else known.inputs if known else None
         annotate(gm)
-        reference = outputs = propagate(gm, inputs) if inputs is not None else []
-        errors: Errors = (0.0, 0.0, 0.0) if verify and inputs is not None else (None, None, None)
+        verification = Verification(gm, _inputs(gm, example_inputs), verify)
         ledger: list[Record] = []
         for step in self.passes:
             start = time.perf_counter()
             result = step(gm, progress)
-            after = result.graph_module
             seconds = time.perf_counter() - start
-            if result.modified and inputs is not None:
-                new = propagate(after, inputs)
-                if verify:
-                    errors = _verify(step, result, new, outputs, reference)
-                outputs = new
-            elif errors[2] is not None:
-                errors = (*errors[:2], 0.0)
-            ledger.append(_record(step, result, errors, seconds))
+            ledger.append(_record(step, result, verification.after(step, result), seconds))
             if callback is not None:
-                callback(gm, step, after)
-            gm = after
+                callback(gm, step, result.graph_module)
+            gm = result.graph_module
         return PipelineResult(gm, any(record.sites for record in ledger), tuple(ledger))
 
 
-Errors = tuple[float | None, float | None, float | None]
-
-
-def _verify(
-    step: Pass,
-    result: PassResult,
-    outputs: list[Tensor],
-    before: list[Tensor],
-    reference: list[Tensor],
-) -> Errors:
-    """Return (largest absolute, relative) error against the reference, and relative against the pass's input."""
-    name = label(step)
-    moved = difference(outputs, before, name)
-    total = difference(outputs, reference, name)
-    if all(site.exact for site in result.sites):
-        allowed = rounding(outputs)
-        if moved.relative > allowed:
-            raise VerificationError(
-                f"{name}: said to be exact, but the outputs moved by {moved.relative:.2g} relative "
-                f"(allowed: {allowed:.2g}); first site: {result.sites[0].name}. Please report this"
-            )
-    return total.max_abs, total.relative, moved.relative
+def _inputs(gm: fx.GraphModule, example_inputs: Any) -> Inputs | None:
+    if example_inputs is not None:
+        return Inputs.of(example_inputs)
+    capture = captured(gm)
+    return capture.inputs if capture is not None else None
 
 
 def _record(step: Pass, result: PassResult, errors: Errors, seconds: float) -> Record:
@@ -206,10 +178,12 @@ def _record(step: Pass, result: PassResult, errors: Errors, seconds: float) -> R
     return Record(
         label(step),
         spec.text(step),
-        all(site.exact for site in result.sites),
+        result.exact,
         result.sites,
         result.skipped,
-        *errors,
+        errors.max_abs,
+        errors.relative,
+        errors.step,
         seconds,
         cost.params(gm),
         cost.flops(gm),

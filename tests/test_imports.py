@@ -21,7 +21,7 @@ FLOORS = (
     ("differences",),
     ("report",),
     ("pipeline",),
-    ("spec",),
+    ("spec", "verification"),
     ("finetuning", "installation"),
     ("passes",),
     ("allocation", "saving"),

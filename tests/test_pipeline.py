@@ -4,15 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from fxlrd import FxlrdError, Pipeline, VerificationError, capture
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.surgery import fork
-from fxlrd.passes import Allocate, Calibrate, Decompose, Snap
+from fxlrd.passes import Allocate, Calibrate, Decompose
 from fxlrd.passes.contract import PassResult, Site
 
 
@@ -50,50 +48,6 @@ class Widen:
             output.replace_input_with(output.args[0], gm.graph.call_method("float", (output.args[0],)))
         gm.recompile()
         return PassResult(gm, (Site("2", False, "narrower"),))
-
-
-def test_parse_and_print_are_inverse():
-    for text in [
-        "decompose",
-        "decompose{ratio=3},snap",
-        "decompose{ranks=32}",
-        "decompose{ranks=32x24}",
-        "decompose{ranks=32x-}",
-        "decompose{ratio=2.5,skip=fc|layer1.*},snap{search=algorithm1,compile=true}",
-    ]:
-        assert str(Pipeline.parse(text)) == text
-    assert Pipeline.parse(" decompose { ratio = 2 } , snap ").passes == (Decompose(), Snap())
-    assert Pipeline.parse("snap{compile=false}").passes == (Snap(compile=False),)
-
-
-@given(st.floats(1.01, 100), st.sampled_from(["grid", "algorithm1"]), st.floats(0.01, 1))
-def test_any_options_survive_the_text_form(ratio, search, floor):
-    pipeline = Pipeline([Decompose(ratio=ratio), Snap(search=search, floor=floor)])
-    again = Pipeline.parse(str(pipeline)).passes
-    assert again == pipeline.passes
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("decompos", "unknown pass 'decompos': did you mean decompose"),
-        ("decompose{ratoi=2}", "unknown option of decompose 'ratoi': did you mean ratio"),
-        ("decompose{ratio=two}", "ratio=two is not a value"),
-        ("decompose{ratio}", "has no value"),
-        ("decompose{ranks=1.5}", "ranks=1.5 is not a value"),
-        ("snap{compile=maybe}", "compile=maybe is not a value"),
-        ("snap{search=gird}", "did you mean grid"),
-        ("decompose{ratio=0}", "finite number above 1"),
-        ("decompose,", "cannot read the passes"),
-        ("decompose{ratio=2", "cannot read the passes"),
-        ("", "cannot read the passes"),
-        ("decompose snap", "cannot read the passes"),
-    ],
-)
-def test_text_that_is_none(text, message):
-    with pytest.raises(FxlrdError, match=message) as caught:
-        Pipeline.parse(text)
-    assert "\n" not in str(caught.value)
 
 
 def test_presets():
@@ -187,26 +141,6 @@ def test_auto_in_text_form_and_the_passes_of_a_budget():
     assert Pipeline.parse("allocate{params=0.5,merge=false,skip=a|b}").passes == (
         Allocate(params=0.5, merge=False, skip=("a", "b")),
     )
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("allocate", "give one of params, flops or latency"),
-        ("allocate{params=0.5,flops=0.5}", "got params and flops"),
-        ("allocate{latency=1}", "latency=1.0 is not a fraction"),
-        ("allocate{latency=-1}", "latency=-1.0 is not a fraction"),
-        ("allocate{latency=nan}", "latency=nan is not a fraction"),
-        ("allocate{latency=half}", "latency=half is not a value"),
-        ("allocate{latecny=0.5}", "did you mean latency"),
-        ("refit{calibration=x}", "unknown option of refit 'calibration'"),
-        ("recalibrate{guard=maybe}", "guard=maybe is not a value"),
-    ],
-)
-def test_budgets_in_text_form_that_are_none(text, message):
-    with pytest.raises(FxlrdError, match=message) as caught:
-        Pipeline.parse(text)
-    assert "\n" not in str(caught.value)
 
 
 def test_the_ledger_has_what_a_pass_says_of_the_whole():

@@ -61,6 +61,11 @@ class PassResult:
         """Whether any site was rewritten."""
         return bool(self.sites)
 
+    @property
+    def exact(self) -> bool:
+        """Whether every site is exact in eval mode."""
+        return all(site.exact for site in self.sites)
+
 
 def names(given: str | Sequence[str]) -> tuple[str, ...]:
     """Return names or globs as a tuple; one string is one name."""
