@@ -9,7 +9,17 @@ from fxlrd.capturing.whole import capture
 from fxlrd.errors import VerificationError
 from fxlrd.graph.captured import captured, feed, runnable
 from fxlrd.graph.inputs import Inputs
-from fxlrd.graph.regions import CALLS, independent_copy, install_layers, plain, record, rewritten, structural_copy, undo
+from fxlrd.graph.regions import (
+    CALLS,
+    independent_copy,
+    install_layers,
+    plain,
+    record,
+    rewritten,
+    set_modules,
+    structural_copy,
+    undo,
+)
 from fxlrd.passes import Decompose, Merge
 
 X = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(4, 8)
@@ -166,6 +176,15 @@ def test_a_region_that_is_called_without_an_argument_it_had_gets_what_it_got_wit
 
 
 # -- put, undo, runnable, compared
+
+
+def test_factors_answer_for_the_options_of_their_layer():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2, padding_mode="reflect"))
+    set_modules(model, {"0": nn.Sequential(nn.Identity())})
+    conv = model[0]
+    assert (conv.in_channels, conv.out_channels, conv.groups, conv.padding_mode) == (4, 6, 2, "reflect")
+    assert (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (2, 2), (1, 1), (2, 2))
+    assert not hasattr(conv, "bias")
 
 
 def test_layers_go_back_under_all_of_their_names_and_undoing_it_leaves_the_model_as_it_was():
