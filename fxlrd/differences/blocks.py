@@ -1,104 +1,90 @@
-"""Blocks of a model that changed alike."""
+"""Blocks of a model that changed alike.
+
+A block is a module whose name ends in a number. Siblings that follow each other (``layer.0``, ``layer.1``, ...) changed
+alike if the changes in them are equal except for the block's own name and for measurements (errors and latencies).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
-if TYPE_CHECKING:
-    from fxlrd.differences.match import Item
-    from fxlrd.differences.model import Change
+from fxlrd.differences.items import Item
+from fxlrd.differences.model import Block, Change
+from fxlrd.differences.tree import Module, module_tree
 
-
-@dataclass
-class _Block:
-    """A module with the changes at it and inside of it."""
-
-    path: str
-    changes: list[Change] = field(default_factory=list)
-    parts: dict[str, _Block] = field(default_factory=dict)
-    alike: Hashable = None
-
-    def every(self) -> Iterator[Change]:
-        yield from self.changes
-        for part in self.parts.values():
-            yield from part.every()
+_MEASURED = ("error", "latency")
 
 
-def runs(changes: Sequence[Change]) -> list[tuple[str, list[str]]]:
-    """Return the runs of sibling blocks that changed alike: the first one's path and the others'."""
-    found: list[tuple[str, list[str]]] = []
+def blocks_alike(changes: Sequence[Change]) -> tuple[Block, ...]:
+    """Return the runs of blocks that changed alike, each before those inside its first block.
 
-    def walk(block: _Block) -> None:
-        for first, same in _siblings(block):
-            if same:
-                found.append((first.path, [s.path for s in same]))
-            walk(first)
-
-    walk(_tree(changes))
-    return found
+    Nothing inside the other blocks of a run is returned: it is as in the first.
+    """
+    root = module_tree(changes, lambda change: change.path)
+    signatures: dict[str, Hashable] = {}
+    _sign(root, signatures)
+    return tuple(_blocks(root, signatures))
 
 
-def _tree(changes: Sequence[Change]) -> _Block:
-    root = _Block("")
-    for change in changes:
-        block = root
-        for part in change.path.split("."):
-            path = f"{block.path}.{part}" if block.path else part
-            block = block.parts.setdefault(part, _Block(path))
-        block.changes.append(change)
-    _mark(root)
-    return root
+def _blocks(module: Module[Change], signatures: Mapping[str, Hashable]) -> Iterator[Block]:
+    for first, same in _runs(module, signatures):
+        if same:
+            yield Block(first.path, tuple(same))
+        yield from _blocks(first, signatures)
 
 
-def _mark(block: _Block) -> None:
-    """Leave on each block what it has in common with blocks that changed alike."""
-    for part in block.parts.values():
-        _mark(part)
-    inside = tuple((_label(name, part), part.alike) for name, part in block.parts.items())
-    block.alike = (inside, tuple(_alike(c) for c in block.changes))
+def _runs(module: Module[Change], signatures: Mapping[str, Hashable]) -> list[tuple[Module[Change], list[str]]]:
+    """Return the parts of a module in runs: one part, and the paths of those after it that changed alike."""
+    runs: list[tuple[Module[Change], list[str]]] = []
+    previous_stem = None
+    for name, part in module.parts.items():
+        stem = re.sub(r"\d+$", "", name) if name[-1:].isdigit() else None
+        continues = runs and stem is not None and stem == previous_stem
+        if continues and signatures[runs[-1][0].path] == signatures[part.path]:
+            runs[-1][1].append(part.path)
+        else:
+            runs.append((part, []))
+        previous_stem = stem
+    return runs
 
 
-def _label(name: str, block: _Block) -> str:
-    function = any(
-        i is not None and i.site is None for c in block.changes for e in c.edits for i in (e.before, e.after)
-    )
-    return re.sub(r"_\d+$", "", name) if function else name
+def _sign(module: Module[Change], signatures: dict[str, Hashable]) -> None:
+    """Compute a value for a module, and each inside it, that modules which changed alike have in common."""
+    for part in module.parts.values():
+        _sign(part, signatures)
+    inside = tuple((_part_name(name, part), signatures[part.path]) for name, part in module.parts.items())
+    signatures[module.path] = (inside, tuple(_change_signature(change) for change in module.entries))
 
 
-def _alike(change: Change) -> Hashable:
-    """Return a change without names and without what was measured."""
-    figures = {k: str(v) for k, v in change.figures.items() if not k.startswith(("error", "latency"))}
+def _part_name(name: str, part: Module[Change]) -> str:
+    """Return a part's name; that of a function without the number that fx appends to it."""
+    is_function = any(item.site is None for change in part.entries for edit in change.edits for item in edit.items)
+    return re.sub(r"_\d+$", "", name) if is_function else name
+
+
+def _change_signature(change: Change) -> Hashable:
+    """Return a change without names and measurements."""
+    figures = {key: str(value) for key, value in change.figures.items() if not key.startswith(_MEASURED)}
     edits = tuple(
         (
-            e.kind,
-            *((i.text, i.call, i.shape, _label_of(change, i)) if i is not None else () for i in (e.before, e.after)),
+            edit.kind,
+            *(
+                () if item is None else (item.text, item.call, item.shape, _relative_target(item, change))
+                for item in (edit.before, edit.after)
+            ),
         )
-        for e in change.edits
+        for edit in change.edits
     )
     return change.kind, change.form, len(change.merged), tuple(figures.items()), edits
 
 
-def _label_of(change: Change, item: Item) -> str:
-    """Return a module's name as seen from the change."""
+def _relative_target(item: Item, change: Change) -> str:
+    """Return a module's name relative to the change's path, with ``^`` for each step up; empty for a function."""
     if item.site is None:
         return ""
-    here, there = change.path.split("."), item.target.split(".")
-    same = next((i for i, (p, q) in enumerate(zip(here, there, strict=False)) if p != q), min(len(here), len(there)))
-    return ".".join(["^"] * (len(here) - same) + there[same:])
-
-
-def _siblings(block: _Block) -> list[tuple[_Block, list[_Block]]]:
-    """Return the parts of a block, of those in a run that changed alike the first, with the others."""
-    found: list[tuple[_Block, list[_Block]]] = []
-    stem = None
-    for name, part in block.parts.items():
-        here = re.sub(r"\d+$", "", name) if re.search(r"\d+$", name) else None
-        if found and here is not None and here == stem and found[-1][0].alike == part.alike:
-            found[-1][1].append(part)
-        else:
-            found.append((part, []))
-        stem = here
-    return found
+    origin, target = change.path.split("."), item.target.split(".")
+    common = 0
+    while common < min(len(origin), len(target)) and origin[common] == target[common]:
+        common += 1
+    return ".".join(["^"] * (len(origin) - common) + target[common:])

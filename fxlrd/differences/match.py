@@ -1,368 +1,264 @@
-"""Which node of one graph is which of another.
+"""Which node of one graph corresponds to which node of another.
 
-A graph is read into a list of `Item`, one a node; so is the tree of modules of a model that is no graph. What was one
-layer has one *site*: the name that its provenance gives or, without any, the module's own name; a name that the other
-graph does not know belongs to the module around it that the other graph does know (``conv.first`` to ``conv``).
+There are two steps. *Exact* pairs rest on identity: arguments and outputs, the same module object under any name, and
+modules of one site that each graph calls once under one name. For graphs that carry provenance, these are all
+the layers. *Heuristic* pairs serve functions, and graphs without provenance: nodes that do the same to paired
+inputs, nodes that are read by paired nodes in the same way, then nodes of equal name that do the same.
 
-Nodes are paired from what is certain to what is likely: arguments and outputs; the very same module, whatever its
-name; modules that each graph calls once under the same name; then, by their neighbourhood, nodes that do the same
-to the same inputs, or that are read in the same way; then nodes of the same name that do the same. Each step is
-linear in the number of nodes: what is looked up is the readers of one node that do one thing, a few at a time.
+Each step is linear in the number of nodes: a node is compared with at most `_CANDIDATES` others.
 """
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
-from collections import defaultdict, deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
-import torch
-from torch import fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata
+from torch import nn
 
-from fxlrd.graph.facts import FACTORS, Provenance, provenance
+from fxlrd.differences.items import Item
 
 _CANDIDATES = 16
-"""So many candidates for one node are looked at: of hundreds of equal readers of one node, the first will do."""
+"""The most candidates for one node that are compared: of hundreds of equal readers of a node, the first will do."""
 _ROUNDS = 3
-
-
-@dataclass(eq=False)
-class Item:
-    """A node as a diff sees it.
-
-    ``text`` is what it computes and ``call`` how it is called, both without the names of its inputs. ``owner`` is
-    the module that it calls or the value that it reads. ``path`` is its place in the tree of modules.
-    """
-
-    index: int
-    name: str
-    op: str
-    target: str
-    text: str
-    call: str = ""
-    site: str | None = None
-    path: str = ""
-    known: Provenance | None = None
-    owner: Any = None
-    shape: tuple[int, ...] | None = None
-    dtype: torch.dtype | None = None
-    flops: int | None = None
-    inputs: list[Item] = field(default_factory=list, repr=False)
-    users: list[Item] = field(default_factory=list, repr=False)
-
-    @property
-    def params(self) -> int:
-        """The number of parameters of what it calls or reads; of a module with parts in a tree, its own only."""
-        if isinstance(self.owner, nn.Module):
-            return sum(p.numel() for p in self.owner.parameters(recurse=self.op != "module"))
-        return self.owner.numel() if isinstance(self.owner, nn.Parameter) else 0
-
-
-class _Slot:
-    """Stands for an input in the text of a call."""
-
-    def __repr__(self) -> str:
-        return "%"
-
-
-def graph_items(gm: fx.GraphModule) -> list[Item]:
-    """Return the nodes of a graph, in its order."""
-    modules = dict(gm.named_modules(remove_duplicate=False))
-    texts: dict[int, str] = {}
-    made: dict[fx.Node, Item] = {}
-    for index, node in enumerate(gm.graph.nodes):
-        given: list[Item] = []
-
-        def slot(n: fx.Node, given: list[Item] = given) -> Any:
-            given.append(made[n])
-            return _Slot()
-
-        args = fx.map_arg((node.args, dict(sorted(node.kwargs.items()))), slot)
-        item = Item(index, node.name, node.op, _target(node), "", _call(*args), inputs=given)
-        item.known = provenance(node)
-        stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        item.path = f"{stack[-1]}.{node.name}" if stack and stack[-1] else node.name
-        if node.op == "call_module":
-            module = item.owner = modules[str(node.target)]
-            if id(module) not in texts:
-                texts[id(module)] = _module_text(module)
-            item.text = texts[id(module)]
-        elif node.op == "get_attr":
-            item.owner = _attribute(gm, str(node.target))
-            item.text = f"{type(item.owner).__name__}{list(getattr(item.owner, 'shape', ()))}"
-        else:
-            item.text = f"{item.target}{item.call}" if node.op.startswith("call") else node.op
-        if node.op in ("call_module", "get_attr"):
-            item.site = item.path = item.known.name if item.known is not None else str(node.target)
-        meta = node.meta.get("tensor_meta")
-        if isinstance(meta, TensorMetadata):
-            item.shape, item.dtype = tuple(meta.shape), meta.dtype
-        item.flops = node.meta.get("flops")
-        for each in dict.fromkeys(given):
-            each.users.append(item)
-        made[node] = item
-    items = list(made.values())
-    _gather_factors(items)
-    return items
-
-
-def tree_items(model: nn.Module, other: nn.Module) -> list[Item]:
-    """Return the modules of a model that have weights of their own, or no parts, in its order.
-
-    Those around them count where another class has the name in the ``other`` model: its code does something else.
-    """
-    there = dict(other.named_modules())
-    known: dict[str, Provenance] = {}
-    if isinstance(model, fx.GraphModule):
-        known = {str(n.target): p for n in model.graph.nodes if (p := provenance(n)) is not None}
-    items: list[Item] = []
-    for name, module in model.named_modules():
-        parts = next(module.children(), None) is not None
-        if not name and isinstance(model, fx.GraphModule) and not _own(module):
-            continue
-        if parts and not _own(module) and not _of_another_class(module, there.get(name)):
-            continue
-        told = there[name] if _bare(module) and name in there else module
-        text = f"{type(told).__name__}({told.extra_repr()})" if told._modules else _module_text(told)
-        item = Item(
-            len(items), name or type(module).__name__, "module", name, text, owner=module, known=known.get(name)
-        )
-        item.site = item.known.name if item.known is not None else name  # the same for the two models themselves
-        item.path = item.site or item.name
-        items.append(item)
-    _gather_factors(items)
-    return items
-
-
-def _bare(module: nn.Module | None) -> bool:
-    """Whether a module is what a graph has for one around others, or for parameters: it runs no code of its own."""
-    return isinstance(module, (fx.GraphModule, type(None))) or type(module) is nn.Module
-
-
-def _of_another_class(module: nn.Module, other: nn.Module | None) -> bool:
-    """Whether two modules with parts run different code."""
-    if other is None or _bare(module) or _bare(other):
-        return False
-    return type(module).__name__ != type(other).__name__ and next(other.children(), None) is not None
-
-
-def _own(module: nn.Module) -> bool:
-    return any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
-
-
-def _gather_factors(items: list[Item]) -> None:
-    """Give factors that lost their provenance (a result that was traced again) the site of their layer."""
-    roles: dict[str, set[str]] = defaultdict(set)
-    for item in items:
-        around, _, last = item.target.rpartition(".")
-        if item.owner is not None and around and last in FACTORS:
-            roles[around].add(last)
-    for item in items:
-        around, _, last = item.target.rpartition(".")
-        fresh = item.known is None or (item.known.role == "original" and item.known.name == item.target)
-        if item.owner is not None and fresh and len(roles.get(around, ())) > 1 and last in FACTORS:
-            item.site = item.path = around
-            item.known = Provenance(around, last)
-
-
-def _target(node: fx.Node) -> str:
-    if isinstance(node.target, str):
-        return node.target
-    target: Any = node.target
-    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)
-    module = getattr(target, "__module__", "") or ""
-    module = "torch" if module in ("torch._C._nn", "torch._C", "torch._tensor") else module
-    return f"{module}.{name}" if module and module not in ("_operator", "builtins") else str(name)
-
-
-def _call(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-    return f"({', '.join([*map(repr, args), *(f'{k}={v!r}' for k, v in kwargs.items())])})"
-
-
-def _module_text(module: nn.Module) -> str:
-    return re.sub(r"\s+", " ", repr(module))
-
-
-def _attribute(gm: fx.GraphModule, target: str) -> Any:
-    found: Any = gm
-    for part in target.split("."):
-        found = getattr(found, part, None)
-    return found
-
-
-def _settle_sites(found: Matching) -> None:
-    """Give what only one side knows by its name the site of the module around it that the other side knows."""
-    in_a, in_b = ({item.site for item in items} for items in (found.a, found.b))
-    for items, own, other in ((found.a, in_a, in_b), (found.b, in_b, in_a)):
-        for item in items:
-            if item.site is None or item.site in other or item in found.to_b or item in found.to_a:
-                continue
-            around = item.site
-            while around := around.rpartition(".")[0]:
-                if around in other and around not in own:
-                    item.site = item.path = around
-                    break
+_ENDS = ("placeholder", "output")
+Key = Callable[[Item], Hashable]
 
 
 @dataclass
 class Matching:
-    """The pairs of nodes of two graphs, both ways, and the nodes of each side by site."""
+    """Pairs of nodes of two graphs, in both directions, and the nodes of each graph by site."""
 
-    a: list[Item]
-    b: list[Item]
-    to_b: dict[Item, Item] = field(default_factory=dict)
-    to_a: dict[Item, Item] = field(default_factory=dict)
-    sites_a: dict[str, list[Item]] = field(default_factory=dict)
-    sites_b: dict[str, list[Item]] = field(default_factory=dict)
+    before: list[Item]
+    after: list[Item]
+    to_after: dict[Item, Item] = field(default_factory=dict)
+    to_before: dict[Item, Item] = field(default_factory=dict)
+    sites_before: dict[str, list[Item]] = field(default_factory=dict)
+    sites_after: dict[str, list[Item]] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> list[Item]:
+        """The nodes of the graph before that have no counterpart."""
+        return [i for i in self.before if i not in self.to_after]
+
+    @property
+    def added(self) -> list[Item]:
+        """The nodes of the graph after that have no counterpart."""
+        return [i for i in self.after if i not in self.to_before]
 
     def pair(self, x: Item, y: Item) -> None:
-        """Take ``x`` of the first graph for ``y`` of the second."""
-        self.to_b[x], self.to_a[y] = y, x
+        """Record ``y`` of the graph after as the counterpart of ``x`` of the graph before."""
+        self.to_after[x], self.to_before[y] = y, x
 
-    def both(self, item: Item) -> bool:
+    def index_sites(self) -> None:
+        """Group the nodes of each graph by site; sites must not change afterwards."""
+        for items, sites in ((self.before, self.sites_before), (self.after, self.sites_after)):
+            for item in items:
+                if item.site is not None:
+                    sites.setdefault(item.site, []).append(item)
+
+    def shares_site(self, item: Item) -> bool:
         """Whether both graphs have nodes of the item's site."""
-        return item.site is not None and item.site in self.sites_a and item.site in self.sites_b
+        return item.site is not None and item.site in self.sites_before and item.site in self.sites_after
 
     def agree(self, x: Item, y: Item) -> bool:
-        """Whether the two are a pair or, where one of them has none, of the same site."""
-        other = self.to_b.get(x)
-        if other is not None and y in self.to_a:
-            return other is y
+        """Whether the two are a pair or, where one of them has no counterpart, of the same site."""
+        counterpart = self.to_after.get(x)
+        if counterpart is not None and y in self.to_before:
+            return counterpart is y
         return x.site is not None and x.site == y.site
 
 
-def match(a: list[Item], b: list[Item]) -> Matching:
+def match(before: list[Item], after: list[Item]) -> Matching:
     """Pair the nodes of two graphs, as the module docstring says."""
-    found = Matching(a, b)
-    _match_ends(found)
-    _match_single(found, lambda i: id(i.owner) if isinstance(i.owner, nn.Module) else None)
-    _settle_sites(found)
-    for items, sites in ((a, found.sites_a), (b, found.sites_b)):
+    matching = Matching(before, after)
+    _match_exactly(matching)
+    _match_heuristically(matching)
+    return matching
+
+
+def _by_site(item: Item) -> Hashable:
+    return None if item.site is None else (item.site, item.target)
+
+
+def _match_exactly(matching: Matching) -> None:
+    _match_ends(matching)
+    _match_unique(matching, lambda i: id(i.owner) if isinstance(i.owner, nn.Module) else None)
+    _adopt_outer_sites(matching)
+    matching.index_sites()
+    _match_unique(matching, _by_site)
+
+
+def _match_ends(matching: Matching) -> None:
+    """Pair arguments by name, the others in order if their numbers are equal, and the outputs."""
+    arguments = [[i for i in items if i.op == "placeholder"] for items in (matching.before, matching.after)]
+    by_name = {i.target: i for i in arguments[0]}
+    for y in arguments[1]:
+        if y.target in by_name:
+            matching.pair(by_name[y.target], y)
+    removed = [i for i in arguments[0] if i not in matching.to_after]
+    added = [i for i in arguments[1] if i not in matching.to_before]
+    if len(removed) == len(added):
+        for x, y in zip(removed, added, strict=True):
+            matching.pair(x, y)
+    outputs = [[i for i in items if i.op == "output"] for items in (matching.before, matching.after)]
+    for x, y in zip(*outputs, strict=False):
+        matching.pair(x, y)
+
+
+def _adopt_outer_sites(matching: Matching) -> None:
+    """Give a site that one graph lacks the name of an enclosing module that only the other graph calls.
+
+    So ``conv.first`` and ``conv.last`` of one graph are of the site ``conv`` of the other.
+    """
+    names_before, names_after = ({item.site for item in items} for items in (matching.before, matching.after))
+    for items, own_names, other_names in (
+        (matching.before, names_before, names_after),
+        (matching.after, names_after, names_before),
+    ):
         for item in items:
-            if item.site is not None:
-                sites.setdefault(item.site, []).append(item)
-    _match_single(found, lambda i: (i.site, i.target) if i.site is not None else None)
-    _by_neighbours(found)
-    _match_in_order(found, lambda i: (i.site, i.target) if i.site is not None else None)
-    _match_single(found, lambda i: (i.name, _kind(found, i)))
-    _by_neighbours(found)
-    return found
+            is_paired = item in matching.to_after or item in matching.to_before
+            if item.site is None or item.site in other_names or is_paired:
+                continue
+            outer = item.site
+            while outer := outer.rpartition(".")[0]:
+                if outer in other_names and outer not in own_names:
+                    item.site = item.path = outer
+                    break
 
 
-def _match_ends(found: Matching) -> None:
-    """Pair arguments by name, those that are left in order if as many are, and the outputs."""
-    ends = [[i for i in items if i.op == "placeholder"] for items in (found.a, found.b)]
-    names = {i.target: i for i in ends[0]}
-    for y in ends[1]:
-        if y.target in names:
-            found.pair(names[y.target], y)
-    left = [i for i in ends[0] if i not in found.to_b], [i for i in ends[1] if i not in found.to_a]
-    if len(left[0]) == len(left[1]):
-        for x, y in zip(*left, strict=True):
-            found.pair(x, y)
-    for x, y in zip(*([i for i in items if i.op == "output"] for items in (found.a, found.b)), strict=False):
-        found.pair(x, y)
-
-
-def _unmatched(found: Matching, key: Any) -> tuple[dict[Hashable, list[Item]], dict[Hashable, list[Item]]]:
-    groups: tuple[dict[Hashable, list[Item]], ...] = ({}, {})
-    for items, done, group in ((found.a, found.to_b, groups[0]), (found.b, found.to_a, groups[1])):
+def _unmatched(matching: Matching, key: Key) -> tuple[dict[Hashable, list[Item]], dict[Hashable, list[Item]]]:
+    """Return the nodes without counterpart of both graphs by their key, without those whose key is None."""
+    removed: dict[Hashable, list[Item]] = {}
+    added: dict[Hashable, list[Item]] = {}
+    for items, groups in ((matching.removed, removed), (matching.added, added)):
         for item in items:
-            if item not in done and item.op not in ("placeholder", "output") and (k := key(item)) is not None:
-                group.setdefault(k, []).append(item)
-    return groups[0], groups[1]
+            if item.op not in _ENDS and (k := key(item)) is not None:
+                groups.setdefault(k, []).append(item)
+    return removed, added
 
 
-def _match_single(found: Matching, key: Any) -> None:
-    """Pair what has a key that one node of each side has."""
-    left, right = _unmatched(found, key)
-    for k, here in left.items():
-        there = right.get(k, [])
-        if len(here) == len(there) == 1:
-            found.pair(here[0], there[0])
+def _match_unique(matching: Matching, key: Key) -> None:
+    """Pair two nodes whose key no other node of either graph has."""
+    removed, added = _unmatched(matching, key)
+    for k, before in removed.items():
+        after = added.get(k, [])
+        if len(before) == len(after) == 1:
+            matching.pair(before[0], after[0])
 
 
-def _match_in_order(found: Matching, key: Any) -> None:
-    left, right = _unmatched(found, key)
-    for k, here in left.items():
-        for x, y in zip(here, right.get(k, []), strict=False):
-            found.pair(x, y)
+def _match_heuristically(matching: Matching) -> None:
+    _match_neighbours(matching)
+    _match_in_order(matching, _by_site)
+    _match_unique(matching, lambda i: (i.name, _kind(matching, i)))
+    _match_neighbours(matching)
 
 
-def _kind(found: Matching, item: Item) -> Hashable:
-    """Return what two nodes that can be a pair have in common."""
+def _match_in_order(matching: Matching, key: Key) -> None:
+    removed, added = _unmatched(matching, key)
+    for k, before in removed.items():
+        for x, y in zip(before, added.get(k, []), strict=False):
+            matching.pair(x, y)
+
+
+def _kind(matching: Matching, item: Item) -> Hashable:
+    """Return what two nodes must have in common to be a pair."""
     if item.site is None:
         return (item.op, item.target)
-    return (item.op, item.site, item.target) if found.both(item) else (item.op, item.text)
+    return (item.op, item.site, item.target) if matching.shares_site(item) else (item.op, item.text)
 
 
-def _by_neighbours(found: Matching) -> None:
-    """Pair by inputs, in order, and by readers, backward: first where all agree, then where half of them do."""
+def _match_neighbours(matching: Matching) -> None:
+    """Pair nodes by their inputs and by their users: first if all of those agree, then if half of them do."""
     for least in (1.0, 0.5):
         for _ in range(_ROUNDS):
-            before = len(found.to_b)
-            _sweep(found, least, forward=True)
-            _sweep(found, least, forward=False)
-            if len(found.to_b) == before:
+            count = len(matching.to_after)
+            _match_by_inputs(matching, least)
+            _match_by_users(matching, least)
+            if len(matching.to_after) == count:
                 break
 
 
-def _sweep(found: Matching, least: float, forward: bool) -> None:
-    """Pair the nodes of b that are left: in order by what they read, or in reverse by what reads them."""
-    index: dict[Item, dict[Hashable, deque[Item]]] = {}
+def _match_by_inputs(matching: Matching, least: float) -> None:
+    """Pair, in the order of the graph, nodes of which at least the share ``least`` of inputs agrees."""
 
-    def candidates(y: Item) -> Iterator[Item]:
-        kind = _kind(found, y)
-        for near in y.inputs if forward else y.users:
-            for x in _counterparts(found, near):
-                if x not in index:
-                    index[x] = {}
-                    for item in x.users if forward else reversed(x.inputs):
-                        index[x].setdefault(_kind(found, item), deque()).append(item)
-                queue = index[x].get(kind, deque())
-                while queue and queue[0] in found.to_b:
+    def agreement(x: Item, y: Item) -> float:
+        same = sum(matching.agree(p, q) for p, q in zip(x.inputs, y.inputs, strict=False))
+        return same / max(len(x.inputs), len(y.inputs))
+
+    users = _Neighbours(matching, lambda x: x.users)
+    for y in matching.after:
+        _match_best(matching, y, users.like(y, y.inputs), agreement, least)
+
+
+def _match_by_users(matching: Matching, least: float) -> None:
+    """Pair, against the order of the graph, nodes of which at least the share ``least`` of users agrees."""
+
+    def agreement(x: Item, y: Item) -> float:
+        users, sites = set(y.users), {q.site for q in y.users if q.site is not None}
+        same = sum(matching.to_after[p] in users if p in matching.to_after else p.site in sites for p in x.users)
+        return same / max(len(x.users), len(y.users))
+
+    inputs = _Neighbours(matching, lambda x: x.inputs[::-1])
+    for y in reversed(matching.after):
+        _match_best(matching, y, inputs.like(y, y.users), agreement, least)
+
+
+def _match_best(
+    matching: Matching, y: Item, candidates: Iterator[Item], agreement: Callable[[Item, Item], float], least: float
+) -> None:
+    """Pair ``y`` with the candidate that agrees best; among equals, one that is configured or named alike."""
+    if y in matching.to_before or y.op in _ENDS:
+        return
+    scored = [
+        ((agreement(x, y), (x.call, x.text) == (y.call, y.text), x.name == y.name), x)
+        for x in dict.fromkeys(candidates)
+    ]
+    if scored:
+        score, best = max(scored, key=lambda pair: pair[0])
+        if score[0] >= least:
+            matching.pair(best, y)
+
+
+class _Neighbours:
+    """The neighbours of nodes of the graph before that have no counterpart, by their kind."""
+
+    def __init__(self, matching: Matching, neighbours: Callable[[Item], Sequence[Item]]) -> None:
+        self._matching, self._neighbours = matching, neighbours
+        self._by_kind: dict[Item, dict[Hashable, deque[Item]]] = {}
+
+    def like(self, y: Item, anchors: Sequence[Item]) -> Iterator[Item]:
+        """Yield candidates for ``y``: neighbours, of its kind, of the counterparts of ``anchors``."""
+        kind = _kind(self._matching, y)
+        for anchor in anchors:
+            for x in _counterparts(self._matching, anchor):
+                queue = self._of(x).get(kind, deque())
+                while queue and queue[0] in self._matching.to_after:
                     queue.popleft()
-                yield from [x for x in islice(queue, _CANDIDATES) if x not in found.to_b]
+                yield from [x for x in islice(queue, _CANDIDATES) if x not in self._matching.to_after]
 
-    for y in found.b if forward else reversed(found.b):
-        if y in found.to_a or y.op in ("placeholder", "output"):
-            continue
-        share = _inputs_agree if forward else _users_agree
-        scored = [
-            ((share(found, x, y), (x.call, x.text) == (y.call, y.text), x.name == y.name), x)
-            for x in dict.fromkeys(candidates(y))
-        ]
-        if scored:
-            score, best = max(scored, key=lambda pair: pair[0])
-            if score[0] >= least:
-                found.pair(best, y)
+    def _of(self, x: Item) -> dict[Hashable, deque[Item]]:
+        if x not in self._by_kind:
+            groups = self._by_kind[x] = {}
+            for item in self._neighbours(x):
+                groups.setdefault(_kind(self._matching, item), deque()).append(item)
+        return self._by_kind[x]
 
 
-def _inputs_agree(found: Matching, x: Item, y: Item) -> float:
-    same = sum(found.agree(p, q) for p, q in zip(x.inputs, y.inputs, strict=False))
-    return same / max(len(x.inputs), len(y.inputs))
+def _counterparts(matching: Matching, item: Item) -> Sequence[Item]:
+    """Return the nodes of the graph before that may stand where ``item`` stands in the graph after.
 
-
-def _users_agree(found: Matching, x: Item, y: Item) -> float:
-    there, sites = set(y.users), {q.site for q in y.users if q.site is not None}
-    same = sum(found.to_b[p] in there if p in found.to_b else p.site in sites for p in x.users)
-    return same / max(len(x.users), len(y.users))
-
-
-def _counterparts(found: Matching, item: Item) -> list[Item]:
-    """Return the nodes of a that stand where ``item`` stands in b; of a site with many, those as far along in order."""
-    if item in found.to_a:
-        return [found.to_a[item]]
-    if item.site is None or item.site not in found.sites_a:
+    Of a site with more nodes than `_CANDIDATES`, these are those at the same relative position.
+    """
+    if item in matching.to_before:
+        return [matching.to_before[item]]
+    if item.site is None or item.site not in matching.sites_before:
         return []
-    here, there = found.sites_a[item.site], found.sites_b[item.site]
-    if len(here) <= _CANDIDATES:
-        return here
-    middle = bisect_left(there, item.index, key=lambda i: i.index) * len(here) // len(there)
-    start = min(max(0, middle - _CANDIDATES // 2), len(here) - _CANDIDATES)
-    return here[start : start + _CANDIDATES]
+    before, after = matching.sites_before[item.site], matching.sites_after[item.site]
+    if len(before) <= _CANDIDATES:
+        return before
+    middle = bisect_left(after, item.index, key=lambda i: i.index) * len(before) // len(after)
+    start = min(max(0, middle - _CANDIDATES // 2), len(before) - _CANDIDATES)
+    return before[start : start + _CANDIDATES]

@@ -1,7 +1,7 @@
-"""A diff as text, one line a thing, and blocks that changed alike told once.
+"""A diff as text and as an HTML fragment, from the plain data of `Diff.to_dict`.
 
-Nothing in a line depends on other changes (columns line up within one change only), so that a change of the model
-changes its own lines of a golden file or a pull request and no others.
+Blocks that changed alike are printed once. No line depends on other changes (columns line up within one change only),
+so that a change of the model changes its own lines of a golden file or a pull request, and no others.
 """
 
 from __future__ import annotations
@@ -9,149 +9,208 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
-from fxlrd.differences.blocks import _Block, _siblings, _tree
+from tabulate import tabulate
+
+from fxlrd.differences.tree import Module, module_tree
 from fxlrd.layers.forms import ranks_text
 from fxlrd.report.numbers import change as percent
 from fxlrd.report.numbers import error, giga
 
-if TYPE_CHECKING:
-    from fxlrd.differences.match import Item
-    from fxlrd.differences.model import Change, Diff, Edit
-
 _WIDEST = 100
 _STYLES = {"head": "1", "-": "31", "+": "32", "~": "33", "same": "2"}
 _WORDS = {"values": "other weights"}
+Data = Mapping[str, Any]
 Paint = Callable[[str, str], str]
 
 
-def whole(diff: Diff, color: bool, times: bool) -> str:
-    """Return the figures, the changes, what was left alone and why; nothing where nothing is to be said."""
+class _Repeated(NamedTuple):
+    """Blocks that changed as the ``first`` one did, with the changes in them."""
+
+    first: str
+    paths: Sequence[str]
+    changes: Sequence[Data]
+
+
+def to_text(diff: Data, *, color: bool = False, times: bool = True) -> str:
+    """Return figures, changes, and layers left alone with the reasons; the empty string if there is nothing to say."""
 
     def paint(style: str, text: str) -> str:
         return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if color else text
 
     parts = []
-    if diff.changes:
-        parts.append("\n".join(_figures(diff)))
-        parts.append("\n".join(_block(_tree(diff.changes), paint, times)))
-    if diff.skipped:
-        parts.append("\n".join([paint("head", "left alone"), *_reasons(diff.skipped)]))
-    if diff.passes and diff.changes:
-        parts.append("applied in order: " + ", ".join(str(p["text"]) for p in diff.passes))
+    if diff["changes"]:
+        parts.append("\n".join(f"{label:10}  {text}" for label, text in _figures(diff)))
+        parts.append("\n".join(_changes(diff, paint, times)))
+    if diff["skipped"]:
+        parts.append("\n".join([paint("head", "left alone"), *_reasons(diff["skipped"])]))
+    if diff["passes"] and diff["changes"]:
+        parts.append("applied in order: " + ", ".join(str(p["text"]) for p in diff["passes"]))
     if parts:
-        parts += [f"note: {note}" for note in diff.notes]
+        parts += [f"note: {note}" for note in diff["notes"]]
     return "\n\n".join(parts)
 
 
-def _figures(diff: Diff) -> Iterator[str]:
-    before, after = diff.before, diff.after
-    yield f"{'parameters':10}  {_pair(before['params'], after['params'], '{:,}'.format)}"
+def to_fragment(diff: Data) -> str:
+    """Return the figures and a table of the changes as HTML, to be placed in another page."""
+    if not diff["changes"]:
+        return "<p>No changes.</p>"
+    rows: list[list[str]] = []
+    for entry in _in_blocks(diff):
+        if isinstance(entry, _Repeated):
+            rows.append([_names(entry.paths), f"the same as {entry.first}", "", "", ""])
+            continue
+        costs = [
+            _from_to(entry[f"{key}_before"], entry[key], text)
+            for key, text in (("params", "{:,}".format), ("flops", giga))
+        ]
+        rows.append([entry["name"], ", ".join(_what(entry)), *costs, error(entry["error"])])
+    figures = tabulate(_figures(diff), tablefmt="html", disable_numparse=True)
+    headers = ["site", "change", "parameters", "FLOPs", "error"]
+    return f"{figures}\n{tabulate(rows, headers=headers, tablefmt='html', disable_numparse=True)}"
+
+
+def _from_to(before: Any, after: Any, text: Callable[[Any], str]) -> str:
+    if before is None or after is None or before == after:
+        return ""
+    return f"{text(before)} → {text(after)}"
+
+
+def _figures(diff: Data) -> Iterator[tuple[str, str]]:
+    before, after = diff["before"], diff["after"]
+    yield "parameters", _pair(before["params"], after["params"], "{:,}".format)
     if None not in (before["flops"], after["flops"]):
-        yield f"{'FLOPs':10}  {_pair(before['flops'], after['flops'], giga)}"
+        yield "FLOPs", _pair(before["flops"], after["flops"], giga)
     if None not in (before["depth"], after["depth"]):
-        yield f"{'depth':10}  {before['depth']} → {after['depth']}"
+        yield "depth", f"{before['depth']} → {after['depth']}"
     kind = "modules" if after["depth"] is None else "nodes"
-    yield f"{kind:10}  {before['nodes']} → {after['nodes']}, {len(diff.untouched)} untouched"
-    counts = Counter(c.kind for c in diff.changes)
-    yield f"{'changes':10}  {', '.join(f'{n} {kind}' for kind, n in counts.items())}"
+    yield kind, f"{before['nodes']} → {after['nodes']}, {len(diff['untouched'])} untouched"
+    counts = Counter(c["kind"] for c in diff["changes"])
+    yield "changes", ", ".join(f"{n} {kind}" for kind, n in counts.items())
 
 
 def _pair(before: float, after: float, text: Callable[[float], str]) -> str:
     return text(before) if before == after else f"{text(before)} → {text(after)} ({percent(before, after)})"
 
 
-def _lines(change: Change, paint: Paint, times: bool) -> Iterator[str]:
-    said = [*_what(change), *_costs(change, times)]
-    rows = [row for edit in change.edits for row in _rows(change, edit)]
+def _in_blocks(diff: Data) -> Iterator[Data | _Repeated]:
+    """Yield the changes by module, and after each block those that changed alike, as one entry."""
+    runs = {block["name"]: block["same"] for block in diff["blocks"]}
+    repeated = {path for paths in runs.values() for path in paths}
+
+    def walk(module: Module[Data]) -> Iterator[Data | _Repeated]:
+        yield from module.entries
+        parts = {part.path: part for part in module.parts.values()}
+        for path, part in parts.items():
+            if path not in repeated:
+                yield from walk(part)
+            if path in runs:
+                yield _Repeated(path, runs[path], [change for other in runs[path] for change in parts[other]])
+
+    yield from walk(module_tree(diff["changes"], lambda change: str(change["path"])))
+
+
+def _changes(diff: Data, paint: Paint, times: bool) -> Iterator[str]:
+    for entry in _in_blocks(diff):
+        if not isinstance(entry, _Repeated):
+            yield from _lines(entry, paint, times)
+            continue
+        errors = [change["error"] for change in entry.changes if _has_new_error(change)]
+        ends = sorted({error(min(errors)), error(max(errors))}, key=float) if errors and times else []
+        measured = f", error {' to '.join(ends)}" if ends else ""
+        yield paint("same", f"{_names(entry.paths)}: the same as {entry.first}{measured}")
+
+
+def _lines(change: Data, paint: Paint, times: bool) -> Iterator[str]:
+    summary = [*_what(change), *_costs(change, times)]
+    rows = [row for edit in change["edits"] for row in _rows(edit)]
     if len(rows) == 1 and rows[0][0] == "~":
         name, *rest = rows[0][1:]
-        where = f"{name} " if name != change.name else ""
+        where = f"{name} " if name != change["name"] else ""
         words = [where + text for text in rest if text]
-        yield paint("head", change.name) + ": " + ", ".join([said[0], *words, *said[1:]])
+        yield paint("head", change["name"]) + ": " + ", ".join([summary[0], *words, *summary[1:]])
         return
-    yield paint("head", change.name) + ": " + ", ".join(said)
+    yield paint("head", change["name"]) + ": " + ", ".join(summary)
     width = max(len(row[1]) for row in rows)
-    for (sign, name, *rest), count in _counted(rows):
+    for (sign, name, *rest), count in Counter(rows).items():  # equal rows once, in order of first appearance
         text = "  ".join([f"{name:{width}}", *filter(None, rest)])
         yield "  " + paint(sign, f"{sign} {text.rstrip()}{f'  ({count} calls)' if count > 1 else ''}")
 
 
-def _counted(rows: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], int]]:
-    """Return each row once, in order of first appearance, and how often there is such a one."""
-    return list(Counter(rows).items())
-
-
-def _what(change: Change) -> Iterator[str]:
-    went, came = len(change.went), len(change.came)
-    word = _WORDS.get(change.kind, change.kind)
-    if change.kind in ("added", "removed"):
+def _what(change: Data) -> Iterator[str]:
+    """Yield the kind of a change and, if they changed, the ranks."""
+    kinds = Counter(edit["kind"] for edit in change["edits"])
+    went, came = kinds["went"], kinds["came"]
+    word = _WORDS.get(change["kind"], str(change["kind"]))
+    if change["kind"] in ("added", "removed"):
         yield word if went + came == 1 else f"{word}, {went + came} nodes"
     else:
-        yield f"{word} {went} → {came}" if change.kind == "rewritten" else word
-    ranks, before = change.figures["ranks"], change.figures["ranks_before"]
-    if change.form == "original":
+        yield f"{word} {went} → {came}" if change["kind"] == "rewritten" else word
+    form, ranks, before = change["form"], change["ranks"], change["ranks_before"]
+    if form == "original":
         yield "original back"
-    elif change.form == "merged" and change.kind == "changed" and len(ranks or ()) == 2 and ranks != before:
+    elif form == "merged" and change["kind"] == "changed" and len(ranks or ()) == 2 and ranks != before:
         yield "keeps " + " and ".join(
             f"{r} channels {way}" for r, way in zip(ranks, ("in", "out"), strict=True) if r is not None
         )
     elif ranks != before:
-        form = f"{change.form} at " if change.form in ("svd", "tucker2", "branched") and not before else ""
-        yield f"{form}rank {f'{ranks_text(tuple(before))} → ' if before else ''}{ranks_text(tuple(ranks or ()))}"
+        prefix = f"{form} at " if form in ("svd", "tucker2", "branched") and not before else ""
+        yield f"{prefix}rank {f'{ranks_text(tuple(before))} → ' if before else ''}{ranks_text(tuple(ranks or ()))}"
 
 
-def _costs(change: Change, times: bool) -> Iterator[str]:
-    f = change.figures
-    if f["params_before"] != f["params"]:
-        yield f"parameters {f['params_before']:,} → {f['params']:,}"
-    if None not in (f["flops_before"], f["flops"]) and f["flops_before"] != f["flops"]:
-        yield f"FLOPs {giga(f['flops_before'])} → {giga(f['flops'])}"
-    if times and f["latency_ms"] is not None and f["latency_ms"] != f["latency_ms_before"]:
-        before = "" if f["latency_ms_before"] is None else f"{f['latency_ms_before']:.3g} → "
-        yield f"{before}{f['latency_ms']:.3g} ms"
-    if times and _erred(change):
-        before = "" if f["error_before"] is None else f"{error(f['error_before'])} → "
-        yield f"error {before}{error(f['error'])}"
+def _costs(change: Data, times: bool) -> Iterator[str]:
+    if change["params_before"] != change["params"]:
+        yield f"parameters {change['params_before']:,} → {change['params']:,}"
+    if None not in (change["flops_before"], change["flops"]) and change["flops_before"] != change["flops"]:
+        yield f"FLOPs {giga(change['flops_before'])} → {giga(change['flops'])}"
+    latency, latency_before = change["latency_ms"], change["latency_ms_before"]
+    if times and latency is not None and latency != latency_before:
+        yield f"{'' if latency_before is None else f'{latency_before:.3g} → '}{latency:.3g} ms"
+    if times and _has_new_error(change):
+        error_before = change["error_before"]
+        yield f"error {'' if error_before is None else f'{error(error_before)} → '}{error(change['error'])}"
 
 
-def _erred(change: Change) -> bool:
-    return change.figures["error"] is not None and change.figures["error"] != change.figures["error_before"]
+def _has_new_error(change: Data) -> bool:
+    return change["error"] is not None and change["error"] != change["error_before"]
 
 
-def _rows(change: Change, edit: Edit) -> Iterator[tuple[str, ...]]:
-    """Return (sign, name, text, shape) of the lines of one edit."""
-    a, b = edit.before, edit.after
-    shows = edit.kind == "changed" and a is not None and b is not None and _text(a) != _text(b)
-    if a is None or b is None or shows:
-        for sign, item in (("-", a), ("+", b)):
-            if item is not None:
-                yield sign, _called(item), _text(item), _shape(item)
+def _rows(edit: Data) -> Iterator[tuple[str, ...]]:
+    """Yield (sign, name, text, shape) for the lines of one edit."""
+    before, after = edit["before"], edit["after"]
+    is_pair = before is not None and after is not None
+    if is_pair and not (edit["kind"] == "changed" and _node_text(before) != _node_text(after)):
+        is_reshaped = before["shape"] != after["shape"] and edit["kind"] == "reshaped"
+        shapes = f"{_shape(before)} → {_shape(after)}" if is_reshaped else ""
+        yield "~", _node_name(after), "; ".join(edit["what"]), shapes
         return
-    shapes = f"{_shape(a)} → {_shape(b)}" if a.shape != b.shape and edit.kind == "reshaped" else ""
-    yield "~", _called(b), "; ".join(edit.what), shapes
+    for sign, node in (("-", before), ("+", after)):
+        if node is not None:
+            yield sign, _node_name(node), _node_text(node), _shape(node)
 
 
-def _called(item: Item) -> str:
-    return item.target if item.owner is not None and item.target else item.name
+def _node_name(node: Data) -> str:
+    is_owner = node["op"] in ("call_module", "get_attr", "module")
+    return str(node["target"] if is_owner and node["target"] else node["name"])
 
 
-def _text(item: Item) -> str:
-    """Return what a node computes, with the names of its inputs where it is a function's call."""
-    text = item.text
-    if item.op.startswith("call") and item.owner is None:
-        names = iter([i.name for i in item.inputs])
-        text = item.target + re.sub("%", lambda found: next(names, found[0]), item.call)
+def _node_text(node: Data) -> str:
+    """Return what a node computes, with the names of its inputs if it calls a function."""
+    text = str(node["text"])
+    if node["op"] in ("call_function", "call_method"):
+        names = iter(node["inputs"])
+        arguments = re.sub("%", lambda match: next(names, match[0]), text.removeprefix(node["target"]))
+        text = f"{node['target']}{arguments}"
     return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
 
 
-def _shape(item: Item) -> str:
-    return "" if item.shape is None else "×".join(map(str, item.shape)) or "scalar"
+def _shape(node: Data) -> str:
+    return "" if node["shape"] is None else "×".join(map(str, node["shape"])) or "scalar"
 
 
 def _reasons(skipped: Sequence[Mapping[str, str]]) -> Iterator[str]:
-    """Return a line for each name and reason; names that differ in numbers only are told as one if they are many."""
+    """Yield a line for each name and reason; one line for three or more names that differ in numbers only."""
     alike: dict[tuple[str, str], list[str]] = {}
     for skip in skipped:
         alike.setdefault((re.sub(r"\d+", "*", skip["name"]), skip["reason"]), []).append(skip["name"])
@@ -165,15 +224,3 @@ def _names(paths: Sequence[str]) -> str:
     if len(paths) > 2 and numbers == list(range(numbers[0], numbers[0] + len(paths))):
         return f"{paths[0]} … {paths[-1]}"
     return ", ".join(paths)
-
-
-def _block(block: _Block, paint: Paint, times: bool) -> Iterator[str]:
-    for change in block.changes:
-        yield from _lines(change, paint, times)
-    for first, same in _siblings(block):
-        yield from _block(first, paint, times)
-        if same:
-            errors = [c.figures["error"] for s in same for c in s.every() if _erred(c)]
-            ends = sorted({error(min(errors)), error(max(errors))}, key=float) if errors and times else []
-            measured = f", error {' to '.join(ends)}" if ends else ""
-            yield paint("same", f"{_names([s.path for s in same])}: the same as {first.path}{measured}")

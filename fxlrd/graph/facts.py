@@ -110,9 +110,15 @@ def shape(node: fx.Node) -> tuple[int, ...] | None:
     return None if metadata is None else tuple(metadata.shape)
 
 
+def counted_flops(node: fx.Node) -> int | None:
+    """Return the FLOPs of the node (2 × multiply-adds) in the last propagation; None before one."""
+    count = node.meta.get("flops")
+    return None if count is None else int(count)
+
+
 def flops(node: fx.Node) -> int:
     """Return the FLOPs of the node (2 × multiply-adds) in the last propagation; 0 before one."""
-    return int(node.meta.get("flops", 0))
+    return counted_flops(node) or 0
 
 
 def inherited(node: fx.Node) -> dict[str, Any]:
