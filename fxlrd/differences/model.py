@@ -10,7 +10,7 @@ from typing import Any
 from fxlrd.differences import text
 from fxlrd.differences.items import Item
 from fxlrd.files import write_out
-from fxlrd.report.html import diff_page
+from fxlrd.report.html import diff_fragment, diff_page
 
 KINDS = (
     "rewritten", "merged", "changed", "moved", "renamed", "values", "trainable", "reshaped", "added", "removed",
@@ -120,11 +120,11 @@ class Diff:
 
     def __repr__(self) -> str:
         counts = [f"{number} {kind}" for kind, number in self._counts().items()] or ["no changes"]
-        return f"<Diff: {', '.join(counts)}, {len(self.untouched)} nodes untouched>"
+        return f"Diff({', '.join(counts)}, {len(self.untouched)} nodes untouched)"
 
     def _repr_html_(self) -> str:
         """Return figures and changes as HTML, for a notebook."""
-        return text.to_fragment(self.to_dict())
+        return diff_fragment(self.to_dict())
 
     def to_text(self, *, color: bool = False, times: bool = True) -> str:
         """Return the difference as text, the empty string where there is nothing to say.

@@ -1,4 +1,4 @@
-"""A diff as text and as an HTML fragment, from the plain data of `Diff.to_dict`.
+"""A diff as text, from the plain data of `Diff.to_dict`.
 
 Blocks that changed alike are printed once. No line depends on other changes (columns line up within one change only),
 so that a change of the model changes its own lines of a golden file or a pull request, and no others.
@@ -10,8 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-
-from tabulate import tabulate
 
 from fxlrd.differences.tree import Module, module_tree
 from fxlrd.layers.forms import ranks_text
@@ -50,31 +48,6 @@ def to_text(diff: Data, *, color: bool = False, times: bool = True) -> str:
     if parts:
         parts += [f"note: {note}" for note in diff["notes"]]
     return "\n\n".join(parts)
-
-
-def to_fragment(diff: Data) -> str:
-    """Return the figures and a table of the changes as HTML, to be placed in another page."""
-    if not diff["changes"]:
-        return "<p>No changes.</p>"
-    rows: list[list[str]] = []
-    for entry in _in_blocks(diff):
-        if isinstance(entry, _Repeated):
-            rows.append([_names(entry.paths), f"the same as {entry.first}", "", "", ""])
-            continue
-        costs = [
-            _from_to(entry[f"{key}_before"], entry[key], text)
-            for key, text in (("params", "{:,}".format), ("flops", giga))
-        ]
-        rows.append([entry["name"], ", ".join(_what(entry)), *costs, error(entry["error"])])
-    figures = tabulate(_figures(diff), tablefmt="html", disable_numparse=True)
-    headers = ["site", "change", "parameters", "FLOPs", "error"]
-    return f"{figures}\n{tabulate(rows, headers=headers, tablefmt='html', disable_numparse=True)}"
-
-
-def _from_to(before: Any, after: Any, text: Callable[[Any], str]) -> str:
-    if before is None or after is None or before == after:
-        return ""
-    return f"{text(before)} → {text(after)}"
 
 
 def _figures(diff: Data) -> Iterator[tuple[str, str]]:

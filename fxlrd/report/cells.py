@@ -11,7 +11,7 @@ from typing import Any
 
 from fxlrd.layers.forms import ranks_text
 from fxlrd.report.numbers import change, count, error, giga, ms, percent, speed_text
-from fxlrd.report.sides import block_name
+from fxlrd.report.sides import part_of_model
 from fxlrd.report.table import output_error, speed
 
 _TIMES = "×"
@@ -121,7 +121,7 @@ def chart_row(row: Mapping[str, Any]) -> dict[str, Any]:
     chosen = ranks_text(tuple(row["ranks"])) if row["ranks"] else "original"
     return {
         "name": row["name"],
-        "block": block_name(row["name"]),
+        "part": part_of_model(row["name"]),
         "op": row["op"],
         "decision": row["decision"],
         "ranks": chosen if row["ranks"] else "",

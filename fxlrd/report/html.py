@@ -76,16 +76,25 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def diff_page(diff: Any, title: str = "") -> str:
-    """Return a page of a graph diff alone: a `Diff`, or its `to_dict`."""
-    data = diff if isinstance(diff, Mapping) else diff.to_dict()
-    models = dict.fromkeys(data[side]["model"] for side in ("before", "after"))
+def diff_page(diff: Mapping[str, Any]) -> str:
+    """Return a page of a graph diff (`Diff.to_dict`) alone."""
+    return _render_page("diff.html", {}, **_diff_context(diff))
+
+
+def diff_fragment(diff: Mapping[str, Any]) -> str:
+    """Return the figures and the changes of a graph diff (`Diff.to_dict`) as HTML to be placed in another page."""
+    return _environment().get_template("diff_fragment.html").render(**_diff_context(diff))
+
+
+def _diff_context(diff: Mapping[str, Any]) -> dict[str, Any]:
+    before, after = diff["before"], diff["after"]
     figures = [
-        moved(label, data["before"][key], data["after"][key], text)
+        moved(label, before[key], after[key], text)
         for key, label, text in (("params", "Parameters", count), ("flops", "FLOPs", giga), ("nodes", "Nodes", str))
-        if data["before"][key] is not None and data["after"][key] is not None
+        if before[key] is not None and after[key] is not None
     ]
-    return _render_page("diff.html", {}, title=title or " and ".join(models), facts=figures, graph=arranged(data))
+    title = " and ".join(dict.fromkeys([before["model"], after["model"]]))
+    return {"title": title, "facts": figures, "graph": arranged(diff)}
 
 
 def _render_page(name: str, data: Any, **context: Any) -> str:

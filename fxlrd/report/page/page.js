@@ -147,7 +147,7 @@
     { key: "error", title: "Error", text: digits },
   ];
 
-  /** Neighbours of one block or, where those are more than there is room for, of one part of the model. */
+  /** Neighbours of one part of the model or, where those are more than there is room for, of a larger part. */
   const blocks = (layers, most) => {
     const runs = (start) => {
       const segments = [];
@@ -158,12 +158,12 @@
       });
       return segments;
     };
-    const deepest = Math.max(1, ...layers.map((l) => l.block.split(".").length));
+    const deepest = Math.max(1, ...layers.map((l) => l.part.split(".").length));
     for (let depth = deepest; depth > 1; depth--) {
-      const segments = runs((l) => l.block.split(".").slice(0, depth).join("."));
+      const segments = runs((l) => l.part.split(".").slice(0, depth).join("."));
       if (segments.length <= most) return segments;
     }
-    return runs((l) => l.block.split(".")[0]);
+    return runs((l) => l.part.split(".")[0]);
   };
 
   const profile = (root, pick) => {
