@@ -26,10 +26,10 @@ from fxlrd.errors import Reason
 from fxlrd.factor.basis import left_basis
 from fxlrd.graph.facts import shape, times
 from fxlrd.graph.surgery import source
-from fxlrd.layers.build import weight_blocks
 from fxlrd.layers.fit import Fit, roots
 from fxlrd.layers.forms import Ranks, form, parameters, ranks_by_ratio
 from fxlrd.layers.kinds import TRANSPOSED, as_layer, channel_axis, channels_per_group, kernel_area, kernel_share
+from fxlrd.layers.weights import weight_blocks
 
 _STEPS = 16
 """Ranks that are tried along each mode of a Tucker-2 form, at most; twice as many for an SVD."""
@@ -53,11 +53,11 @@ class Curve:
         weight = weight_blocks(module).double()
         weight = weight.reshape(*weight.shape[:3], kernel_area(module))
         if fit is not None:
-            reads, matters = roots(module, fit)
+            reads, importance = roots(module, fit)
             weight = torch.einsum("gsck,gcd->gsdk", weight, reads.root)
-            if matters is not None:
-                weight = torch.einsum("gts,gsck->gtck", matters.root, weight)
-        absolute = fit is not None and fit.matters is not None
+            if importance is not None:
+                weight = torch.einsum("gts,gsck->gtck", importance.root, weight)
+        absolute = fit is not None and fit.importance is not None
         total = float(weight.square().sum())
         self.scale = kernel_share(module) if absolute or total == 0 else 1 / total
         self.form = form(module)

@@ -14,7 +14,7 @@ from fxlrd.factor.interpolative import greedy, least_squares, lost, residual, se
 from fxlrd.graph.channels import Consumer, Group, group
 from fxlrd.graph.facts import FACTORS, provenance, shape, statistics
 from fxlrd.graph.guards import is_stem, matches, stem_reason
-from fxlrd.layers.compose import importance
+from fxlrd.layers.compose import input_importance
 from fxlrd.layers.fit import Moments
 from fxlrd.layers.kinds import channel_axis, depthwise
 
@@ -71,7 +71,7 @@ def readers(gm: fx.GraphModule, whole: Group) -> list[Reader] | Reason:
                 "no-moments", "its output's moments are not known", "run calibrate first, on calibration inputs"
             )
         saw = statistics(consumer.node)
-        weight = importance(module, consumer.block, None if saw is None else saw.matters)
+        weight = input_importance(module, consumer.block, None if saw is None else saw.importance)
         found.append(Reader(consumer, module, known.second, weight, known.ridge))
     return found
 

@@ -15,10 +15,11 @@ from fxlrd.graph.captured import refresh_shapes
 from fxlrd.graph.channels import Group
 from fxlrd.graph.facts import Fact
 from fxlrd.graph.surgery import fork, layers, replace
-from fxlrd.layers.build import resized, skeleton
+from fxlrd.layers.build import skeleton
 from fxlrd.layers.compose import keep_channels
 from fxlrd.layers.forms import Ranks
 from fxlrd.layers.kinds import as_layer, channels_per_group, kernel_area
+from fxlrd.layers.weights import resized
 
 
 @dataclass(frozen=True)

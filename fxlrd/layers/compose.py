@@ -1,6 +1,10 @@
-"""Algebra on layers: composing affine neighbours, cutting and folding channels.
+"""Exact algebra on layers: composing affine neighbours, selecting channels, folding a matrix into a layer.
 
-All of it runs in float64 and returns new modules; none is changed.
+    scaled       y = g·(W·x + b) + h        →   W' = g·W,  b' = g·b + h
+    composed     y = W₂·(W₁·x + b₁) + b₂    →   W' = W₂·W₁,  b' = W₂·b₁ + b₂
+    fold_inputs  y = W·(T·x) + b            →   W' = W·T
+
+Computed in float64. Every function returns a new module in the dtype of the old one; none is changed.
 """
 
 from __future__ import annotations
@@ -9,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fxlrd.errors import Reason
-from fxlrd.layers.build import resized
 from fxlrd.layers.kinds import BATCH_NORMS, as_layer, kernel_area, make, options
+from fxlrd.layers.weights import resized
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -45,7 +49,10 @@ def scaled(module: nn.Module, scale: Tensor, shift: Tensor) -> nn.Module:
 
 
 def why_not_composable(first: nn.Module, second: nn.Module, shift: bool) -> Reason | None:
-    """Return why ``second ∘ first`` is not one layer, or None. ``shift``: the first adds a constant."""
+    """Return why ``second(first(x))`` is not one layer of fewer operations, or None.
+
+    ``shift`` says whether the first layer adds a constant.
+    """
     if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
         return None
     if not (isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)):
@@ -72,7 +79,7 @@ def _pads(conv: nn.Conv2d) -> bool:
 
 
 def composed(first: nn.Module, second: nn.Module) -> nn.Module:
-    """Return the one layer that does ``second(first(x))``; see `why_not_composable`."""
+    """Return the one layer that computes ``second(first(x))``, for layers that `why_not_composable` allows."""
     (w1, b1), (w2, b2) = _double(first), _double(second)
     constant = w2.flatten(2).sum(2) @ b1 if w2.dim() == 4 else w2 @ b1
     bias = constant + b2 if _has_bias(first) or _has_bias(second) else None
@@ -88,27 +95,27 @@ def composed(first: nn.Module, second: nn.Module) -> nn.Module:
     return merged
 
 
-def keep_outputs(module: nn.Module, kept: Tensor) -> nn.Module:
-    """Return the layer with only the output channels ``kept`` (indices)."""
+def keep_outputs(module: nn.Module, indices: Tensor) -> nn.Module:
+    """Return the layer with only the output channels ``indices``."""
     like = as_layer(module)
-    bias = None if like.bias is None else like.bias.detach()[kept]
-    return resized(module, like.weight.detach()[kept], bias)
+    bias = None if like.bias is None else like.bias.detach()[indices]
+    return resized(module, like.weight.detach()[indices], bias)
 
 
-def keep_channels(module: nn.Module, kept: Tensor) -> nn.Module:
-    """Return a per-channel module (BatchNorm, depthwise conv, PReLU) for the channels ``kept`` only."""
+def keep_channels(module: nn.Module, indices: Tensor) -> nn.Module:
+    """Return a per-channel module (BatchNorm, depthwise conv, PReLU) for the channels ``indices`` only."""
     if isinstance(module, nn.Conv2d):
-        bias = None if module.bias is None else module.bias.detach()[kept]
-        return resized(module, module.weight.detach()[kept], bias, groups=len(kept))
+        bias = None if module.bias is None else module.bias.detach()[indices]
+        return resized(module, module.weight.detach()[indices], bias, groups=len(indices))
     if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return module
     assert isinstance(module, (nn.PReLU, *BATCH_NORMS))
     count = "num_parameters" if isinstance(module, nn.PReLU) else "num_features"
-    new = make(type(module), options(module) | {count: len(kept)})
+    new = make(type(module), options(module) | {count: len(indices)})
     for name, value in module.named_parameters():
-        setattr(new, name, nn.Parameter(value.detach()[kept].clone(), value.requires_grad))
+        setattr(new, name, nn.Parameter(value.detach()[indices].clone(), value.requires_grad))
     for name, buffer in module.named_buffers():
-        new.register_buffer(name, (buffer[kept] if buffer.dim() else buffer).clone())
+        new.register_buffer(name, (buffer[indices] if buffer.dim() else buffer).clone())
     return new.train(module.training)
 
 
@@ -124,14 +131,14 @@ def fold_inputs(module: nn.Module, matrix: Tensor, block: int = 1) -> nn.Module:
     return resized(module, folded, None if bias is None else bias.detach())
 
 
-def importance(module: nn.Module, block: int = 1, matters: Tensor | None = None) -> Tensor:
+def input_importance(module: nn.Module, block: int = 1, importance: Tensor | None = None) -> Tensor:
     """Return A = WᵀΓW (C×C) of a layer's weight, summed over kernel positions and block, in float64.
 
-    ``matters`` is Γ (S×S); without it every output counts alike.
+    ``importance`` is Γ (S×S); without it every output counts alike.
     """
     weight, _ = _double(module)
     by_channel = weight.unflatten(1, (-1, block)).movedim(1, -1)  # S … C
-    weighted = by_channel if matters is None else torch.tensordot(matters, by_channel, 1)
+    weighted = by_channel if importance is None else torch.tensordot(importance, by_channel, 1)
     return by_channel.flatten(0, -2).mT @ weighted.flatten(0, -2)
 
 

@@ -1,4 +1,8 @@
-"""What a layer's factors are fitted to."""
+"""Statistics of a layer on calibration inputs, and what its factors are fitted to.
+
+With C input channels, S output channels and a kernel of K positions: moments of the input (C×C), of the patches that
+the kernel is applied to (C·K × C·K, channel-major), and the importance Γ of the output (S×S). All in float64.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from fxlrd.layers.kinds import channels_per_group, kernel_area
 class Moments:
     """Running moments of one tensor's C channels over every position of every input.
 
-    ``second`` (C×C) and ``mean`` (C) are float64 expectations; ``count`` is the number of positions seen.
+    ``total`` (C) is Σ x, ``products`` (C×C) is Σ x·xᵀ, in float64; ``count`` is the number of positions.
     """
 
     total: Tensor
@@ -25,7 +29,7 @@ class Moments:
 
     @classmethod
     def empty(cls, channels: int, device: torch.device) -> Moments:
-        """Return moments that have seen nothing."""
+        """Return the moments of no positions."""
         zeros = torch.zeros(channels, channels, dtype=torch.float64, device=device)
         return cls(zeros[0].clone(), zeros)
 
@@ -58,49 +62,52 @@ class Moments:
 
     @property
     def ridge(self) -> float:
-        """How much a fit to these moments should be regularised, relative to their mean variance.
+        """The regularisation that a fit to these moments needs, relative to their mean variance.
 
-        Nothing from four positions a channel on; below, a fit would follow the sample.
+        0 from four positions per channel on. With fewer, a fit would follow the sample.
         """
         return 1e-2 * max(0.0, len(self.total) / max(self.count, 1) - 0.25)
 
 
 @dataclass
 class Statistics:
-    """What calibration saw of a layer: moments of what it reads, of the patches that its kernel sees (channel-major,
-    only where asked for), and Γ, how much its output matters (`fxlrd.calibration.importance`).
+    """What calibration measured of a layer.
+
+    Attributes:
+        input_moments: those of the input's channels.
+        patch_moments: those of the patches that the kernel is applied to, where `Calibrate` was asked for them.
+        importance: Γ, the importance of the directions of the output (fxlrd/calibration/importance.py).
     """
 
-    reads: Moments | None = None
-    patches: Moments | None = None
-    matters: Tensor | None = None
+    input_moments: Moments | None = None
+    patch_moments: Moments | None = None
+    importance: Tensor | None = None
 
     def __add__(self, other: Statistics) -> Statistics:
-        both = (self.matters, other.matters)
+        """Return the statistics of two calls together: what only one of them has is dropped."""
+        importances = [t for t in (self.importance, other.importance) if t is not None]
         return Statistics(
-            _sum(self.reads, other.reads),
-            _sum(self.patches, other.patches),
-            None if any(m is None for m in both) else both[0] + both[1],  # type: ignore[operator]
+            _sum(self.input_moments, other.input_moments),
+            _sum(self.patch_moments, other.patch_moments),
+            importances[0] + importances[1] if len(importances) == 2 else None,
         )
 
     def fit(self, module: nn.Module) -> Fit | None:
-        """Return what the layer's factors are to be fitted to, or None where its input's moments are not known."""
+        """Return what the layer's factors are to be fitted to, or None without moments of its input."""
         c_in, _, groups = channels_per_group(module)
-        width = c_in * groups
-        if self.reads is None or len(self.reads.total) != width or not self.reads.count:
+        inputs = _moments_of(self.input_moments, c_in * groups)
+        patches = _moments_of(self.patch_moments, c_in * groups * kernel_area(module))
+        if inputs is None:
             return None
-        patches = self.patches
-        if patches is not None and (not patches.count or len(patches.total) != width * kernel_area(module)):
-            patches = None
-        return Fit(
-            self.reads.covariance,
-            self.reads.mean,
-            self.reads.ridge,
-            None if patches is None else patches.covariance,
-            None if patches is None else patches.mean,
-            0.0 if patches is None else patches.ridge,
-            self.matters,
-        )
+        fit = Fit(inputs.covariance, inputs.mean, inputs.ridge, importance=self.importance)
+        if patches is None:
+            return fit
+        return fit._replace(patch_covariance=patches.covariance, patch_mean=patches.mean, patch_ridge=patches.ridge)
+
+
+def _moments_of(moments: Moments | None, width: int) -> Moments | None:
+    """Return the moments if there are any and they are those of ``width`` channels: a merge may have cut some since."""
+    return moments if moments is not None and moments.count and len(moments.total) == width else None
 
 
 def _sum(a: Moments | None, b: Moments | None) -> Moments | None:
@@ -110,33 +117,39 @@ def _sum(a: Moments | None, b: Moments | None) -> Moments | None:
 
 
 class Fit(NamedTuple):
-    """What a layer's factors are fitted to (float64), for C input and S output channels.
+    """What a layer's factors are fitted to.
 
-    ``second`` (C×C) are the centred second moments of the input and ``mean`` (C) its mean; ``ridge`` says how much
-    more variance, relative to the mean one, few samples call for. The same of the patches that the kernel sees
-    (C·K, channel-major), where known. ``matters`` (S×S) is Γ (`fxlrd.calibration.importance`), where known.
+    Attributes:
+        covariance: that of the input (C×C).
+        mean: that of the input (C).
+        ridge: the regularisation of the covariance, relative to its mean variance; see `Moments.ridge`.
+        patch_covariance: that of the patches (C·K × C·K, channel-major), where it was measured; so the next two.
+        importance: Γ (S×S), where it was measured.
     """
 
-    second: Tensor
+    covariance: Tensor
     mean: Tensor
     ridge: float = 0.0
-    patches: Tensor | None = None
+    patch_covariance: Tensor | None = None
     patch_mean: Tensor | None = None
     patch_ridge: float = 0.0
-    matters: Tensor | None = None
+    importance: Tensor | None = None
 
 
-MATTERS_RIDGE = 1e-2
-"""Share of the mean that is added to every direction of Γ: it is an estimate, and no direction matters nothing."""
+IMPORTANCE_RIDGE = 1e-2
+"""Share of the mean that is added to every direction of Γ: an estimate of no importance is an error of the estimate."""
 
 
 def roots(module: nn.Module, fit: Fit) -> tuple[Root, Root | None]:
-    """Return the roots of the input's moments (G, C/G, C/G) and of Γ (G, S/G, S/G), group by group."""
+    """Return the roots of the input's covariance (G, C/G, C/G) and of Γ (G, S/G, S/G), for each of G groups."""
     groups = channels_per_group(module)[2]
-    reads = root(_diagonal_blocks(fit.second, groups), fit.ridge)
-    return reads, None if fit.matters is None else root(_diagonal_blocks(fit.matters, groups), MATTERS_RIDGE)
+    input_root = root(_diagonal_blocks(fit.covariance, groups), fit.ridge)
+    if fit.importance is None:
+        return input_root, None
+    return input_root, root(_diagonal_blocks(fit.importance, groups), IMPORTANCE_RIDGE)
 
 
 def _diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
+    """Return the blocks (G, N/G, N/G) on the diagonal of a matrix (N×N)."""
     blocks = matrix.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
     return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)

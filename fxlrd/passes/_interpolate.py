@@ -158,6 +158,6 @@ def _apply(gm: fx.GraphModule, cut: Cut) -> float:
         earlier = retained_channels(node)
         retained_channels.record(node, retained if earlier is None else earlier[retained])
         measured = statistics(node)
-        if measured is not None and measured.matters is not None:
-            statistics.record(node, replace(measured, matters=measured.matters[retained][:, retained]))
+        if measured is not None and measured.importance is not None:
+            statistics.record(node, replace(measured, importance=measured.importance[retained][:, retained]))
     return largest

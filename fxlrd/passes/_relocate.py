@@ -25,9 +25,9 @@ from fxlrd.graph.channels import MERGED
 from fxlrd.graph.guards import matches, replaceable
 from fxlrd.graph.layer import origin
 from fxlrd.graph.surgery import calls, layers
-from fxlrd.layers.build import resized
 from fxlrd.layers.compose import affine, unit_norm
 from fxlrd.layers.kinds import ConvOrLinear, as_layer, channels_per_group, kernel_area
+from fxlrd.layers.weights import resized
 from fxlrd.passes._merging import UNMERGED, Targets, is_shared, original_shape, put_merged
 from fxlrd.passes._patterns import Side, following, previous, side
 from fxlrd.passes.contract import Site, Skip

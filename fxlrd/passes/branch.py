@@ -27,8 +27,8 @@ from fxlrd.factor.tucker import tucker2
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.layer import Layer, decomposed_layers
 from fxlrd.graph.surgery import calls, infer_shape
-from fxlrd.layers.build import from_blocks, resized, weight_blocks
 from fxlrd.layers.kinds import Conv, as_layer, spatial_dims
+from fxlrd.layers.weights import from_blocks, resized, weight_blocks
 from fxlrd.passes.contract import PassResult, Site, Skip, names
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet

@@ -29,9 +29,9 @@ from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.facts import FACTORS, provenance, retained_channels
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import calls, source
-from fxlrd.layers.build import resized
 from fxlrd.layers.fit import Moments
 from fxlrd.layers.kinds import CONVS, LAYERS, TRANSPOSED, as_layer, channel_axis, op
+from fxlrd.layers.weights import resized
 from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet

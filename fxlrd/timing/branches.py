@@ -10,8 +10,8 @@ from torch import fx
 
 from fxlrd.errors import Reason
 from fxlrd.graph.inputs import Inputs
-from fxlrd.layers.build import from_blocks, resized
 from fxlrd.layers.kinds import Conv, channel_axis
+from fxlrd.layers.weights import from_blocks, resized
 from fxlrd.timing.cache import Stopwatch, example
 from fxlrd.timing.clock import Timing
 from fxlrd.timing.layers import placed

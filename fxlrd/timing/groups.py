@@ -13,8 +13,8 @@ from fxlrd.graph.channels import Group
 from fxlrd.graph.facts import tensor_meta
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import source
-from fxlrd.layers.build import resized
 from fxlrd.layers.kinds import LAYERS, ConvOrLinear, as_layer, channel_axis
+from fxlrd.layers.weights import resized
 from fxlrd.timing.cache import Stopwatch, example, layout, signature
 from fxlrd.timing.clock import Timing
 from fxlrd.timing.workload import Workload

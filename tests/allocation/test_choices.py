@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxlrd import capture
 from fxlrd.allocation.choices import RATIOS, Choice, Curve, candidate_ranks, flops, pareto
 from fxlrd.layers.build import decomposed
-from fxlrd.layers.fit import MATTERS_RIDGE, Fit, roots
+from fxlrd.layers.fit import IMPORTANCE_RIDGE, Fit, roots
 from fxlrd.layers.forms import explicit_ranks, full_ranks, parameters, ranks_by_ratio
 from fxlrd.layers.forms import form as layers_form
 from fxlrd.layers.kinds import channels_per_group
@@ -37,16 +37,16 @@ def fit_for(module, weighted):
     c_in, c_out, groups = channels_per_group(module)
     c_in *= groups
     second = torch.randn(c_in, 3 * c_in).double().cov()
-    matters = 1e-3 * torch.randn(c_out * groups, 99).double().cov() if weighted else None
-    return Fit(second, torch.zeros(c_in).double(), 0.05, matters=matters)
+    importance = 1e-3 * torch.randn(c_out * groups, 99).double().cov() if weighted else None
+    return Fit(second, torch.zeros(c_in).double(), 0.05, importance=importance)
 
 
 def weighted_size(module, fit):
     """‖Γ^½·W·G^½‖², what errors of a curve with Γ are parts of."""
-    reads, matters = roots(module, fit)
+    reads, importance = roots(module, fit)
     w = module.weight.detach().double()[..., None].flatten(2).unflatten(0, (channels_per_group(module)[2], -1))
     w = w.transpose(1, 2) if getattr(module, "transposed", False) else w
-    w = torch.einsum("gts,gsck,gcd->gtdk", matters.root, w, reads.root)
+    w = torch.einsum("gts,gsck,gcd->gtdk", importance.root, w, reads.root)
     return w.square().sum().item()
 
 
@@ -82,13 +82,13 @@ def test_the_curve_of_an_upsampling_counts_each_output_once(module):
     x = x - x.transpose(0, 1).flatten(1).mean(1).view(-1, *[1] * (len(shape) - 2))
     made = module(x).transpose(0, 1).flatten(1)
     # What the effect on a model would be that puts out just this: Σ g·gᵀ over all positions of a unit effect each.
-    matters = made.shape[1] / made.square().sum().item() * torch.eye(8).double()
-    fit = Fit(x.transpose(0, 1).flatten(1).cov(correction=0), torch.zeros(6).double(), matters=matters)
+    importance = made.shape[1] / made.square().sum().item() * torch.eye(8).double()
+    fit = Fit(x.transpose(0, 1).flatten(1).cov(correction=0), torch.zeros(6).double(), importance=importance)
     for ranks in every_rank(module):
         if len(ranks) == 1 or None in ranks:
             form = decomposed(module, ranks, fit=fit)[0]
             lost = (form(x) - module(x)).square().sum().item() / made.square().sum().item()
-            found = Curve(module, fit).error(ranks) / (1 + MATTERS_RIDGE)
+            found = Curve(module, fit).error(ranks) / (1 + IMPORTANCE_RIDGE)
             assert found == pytest.approx(lost, rel=1e-4, abs=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_of_nothing_there_is_nothing_to_lose(name, dtype, nothing):
     if nothing == "weight":
         nn.init.zeros_(module.weight)
     fit = fit._replace(
-        **{"inputs": {"second": 0 * fit.second}, "effect": {"matters": 0 * fit.matters}}.get(nothing, {})
+        **{"inputs": {"second": 0 * fit.covariance}, "effect": {"importance": 0 * fit.importance}}.get(nothing, {})
     )
     size = module.weight.detach().double().square().sum().item()
     assert all(0 <= Curve(module, fit).error(ranks) <= 1e-25 * size for ranks in every_rank(module))
@@ -135,8 +135,8 @@ def test_a_group_that_is_never_on_costs_nothing():
     fit = fit_for(module, True)
     alone = nn.Conv2d(6, 4, 1).double()
     alone.weight.data = module.weight[:4].detach()
-    on = Fit(fit.second[:6, :6], fit.mean[:6], fit.ridge, matters=fit.matters[:4, :4])
-    fit.second[6:] = fit.second[:, 6:] = 0
+    on = Fit(fit.covariance[:6, :6], fit.mean[:6], fit.ridge, importance=fit.importance[:4, :4])
+    fit.covariance[6:] = fit.covariance[:, 6:] = 0
     assert Curve(module, fit).error((2,)) == pytest.approx(Curve(alone, on).error((2,)), rel=1e-9)
 
 

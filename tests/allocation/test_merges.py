@@ -12,7 +12,7 @@ from fxlrd.factor.interpolative import greedy, least_squares, lost, residual, se
 from fxlrd.graph.facts import statistics
 from fxlrd.graph.guards import replaceable
 from fxlrd.graph.surgery import annotate
-from fxlrd.layers.compose import importance
+from fxlrd.layers.compose import input_importance
 from fxlrd.layers.kinds import depthwise
 from fxlrd.passes import Decompose
 
@@ -104,13 +104,13 @@ def test_readers_know_what_they_read():
     for r in read:
         name = str(r.consumer.node.target)
         torch.testing.assert_close(r.second, y.mT @ y / len(y), rtol=1e-10, atol=1e-12)
-        matters = statistics(node(gm, name)).matters
-        assert torch.equal(r.weight, importance(model.get_submodule(name), 1, matters))
+        importance = statistics(node(gm, name)).importance
+        assert torch.equal(r.weight, input_importance(model.get_submodule(name), 1, importance))
         assert r.ridge == 0
     for n in gm.graph.nodes:
         if statistics(n) is not None:
-            statistics(n).matters = None
-    assert torch.equal(readers(gm, whole)[0].weight, importance(model.a))
+            statistics(n).importance = None
+    assert torch.equal(readers(gm, whole)[0].weight, input_importance(model.a))
 
 
 def test_reasons_why_readers_know_too_little():
@@ -204,7 +204,7 @@ def test_with_the_effect_a_curve_is_the_relative_squared_error_of_the_model():
     gm = swept(model, x)
     z = model(x)[0].detach()
     # Of the model's only output, each entry matters alike.
-    statistics(node(gm, "readers.0")).matters = len(x) * torch.eye(7).double() / z.square().sum()
+    statistics(node(gm, "readers.0")).importance = len(x) * torch.eye(7).double() / z.square().sum()
     read = readers(gm, found(gm, "make"))
     y = model.make(x).relu().detach()
     for rank, error in zip(RANKS[:-1], curve(read, RANKS[:-1]), strict=True):

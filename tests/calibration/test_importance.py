@@ -127,11 +127,12 @@ def test_the_prediction_is_near_the_error_that_a_conv_net_makes(name):
         change = 1e-3 * randn(*weight.shape)
         with torch.no_grad():
             weight += change
-            module.bias -= change.reshape(*weight.shape[:2], -1).sum(2) @ seen.reads.mean  # as factors come with
+            module.bias -= change.reshape(*weight.shape[:2], -1).sum(2) @ seen.input_moments.mean
             ratios = [(moved(part) - net(part)).square().sum() / net(part).square().sum() for part in x.split(8)]
         measured += torch.stack(ratios).mean().item()
         change = change.reshape(*weight.shape[:2], -1)
-        predicted += torch.einsum("st,sck,cd,tdk->", seen.matters, change, seen.reads.covariance, change).item()
+        covariance = seen.input_moments.covariance
+        predicted += torch.einsum("st,sck,cd,tdk->", seen.importance, change, covariance, change).item()
     assert predicted == pytest.approx(measured, rel=0.25)
 
 

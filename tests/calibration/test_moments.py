@@ -295,8 +295,8 @@ def test_patches_of_sequences_and_of_volumes(conv, size):
     model = nn.Sequential(conv)
     for batched in (True, False):
         saw = statistics(node(swept(model, [x if batched else x[0]], patches=99), "0"))
-        check(saw.patches, patches(conv, x if batched else x[0]))
-        check(saw.reads, rows(x if batched else x[:1], 1))
+        check(saw.patch_moments, patches(conv, x if batched else x[0]))
+        check(saw.input_moments, rows(x if batched else x[:1], 1))
 
 
 def test_some_patches_are_evenly_spread():
@@ -331,8 +331,8 @@ def test_moments_of_patches():
     gm = swept(model, batches, patches=27)
     for name in ("a", "b"):
         found = statistics(node(gm, name))
-        check(found.patches, torch.cat([patches(model.get_submodule(name), x) for x in batches]))
-        check(found.reads, rows(torch.cat(batches), 1))
+        check(found.patch_moments, torch.cat([patches(model.get_submodule(name), x) for x in batches]))
+        check(found.input_moments, rows(torch.cat(batches), 1))
     for name in ("c", "point", "grouped"):  # too large, nothing to it, and not of one kernel
         assert statistics(node(gm, name)).patches is None
     assert all(statistics(node(swept(model, batches), name)).patches is None for name in "ab")
@@ -361,12 +361,12 @@ def test_what_a_layer_is_fitted_to():
     saw = statistics(node(gm, "a"))
     fit = saw.fit(model.a)
     seen_there = patches(model.a, x)
-    torch.testing.assert_close(fit.second, torch.cov(rows(x, 1).T, correction=0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fit.covariance, torch.cov(rows(x, 1).T, correction=0), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(fit.mean, rows(x, 1).mean(0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(fit.patches, torch.cov(seen_there.T, correction=0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fit.patch_covariance, torch.cov(seen_there.T, correction=0), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(fit.patch_mean, seen_there.mean(0), rtol=1e-12, atol=1e-12)
-    assert (fit.ridge, fit.patch_ridge) == (0.0, saw.patches.ridge)
-    assert torch.equal(fit.matters, saw.matters)
+    assert (fit.ridge, fit.patch_ridge) == (0.0, saw.patch_moments.ridge)
+    assert torch.equal(fit.importance, saw.importance)
     assert statistics(node(gm, "grouped")).fit(model.grouped).second.shape == (3, 3)
     assert statistics(node(gm, "point")).fit(model.point).patches is None
 
@@ -395,9 +395,9 @@ def test_all_calls_of_a_layer_add_up():
     gm = swept(model, [x], patches=27, effects=4)
     calls = [n for n in gm.graph.nodes if n.op == "call_module"]
     both, y = statistics_of(calls), model.conv(x).relu().detach()
-    check(both.reads, rows(torch.cat([x, y]), 1))
-    check(both.patches, torch.cat([patches(model.conv, x), patches(model.conv, y)]))
-    torch.testing.assert_close(both.matters, sum(statistics(n).matters for n in calls), rtol=1e-12, atol=0)
+    check(both.input_moments, rows(torch.cat([x, y]), 1))
+    check(both.patch_moments, torch.cat([patches(model.conv, x), patches(model.conv, y)]))
+    torch.testing.assert_close(both.importance, sum(statistics(n).importance for n in calls), rtol=1e-12, atol=0)
     assert statistics_of([calls[0], calls[0]]) is statistics(calls[0]), "the factors of a layer share one"
     assert statistics_of([n for n in gm.graph.nodes if n.op != "call_module"]) is None
 
@@ -405,16 +405,16 @@ def test_all_calls_of_a_layer_add_up():
 def test_a_sum_knows_only_what_both_know():
     a, b = Moments.empty(3, torch.device("cpu")), Moments.empty(3, torch.device("cpu"))
     both = Statistics(a, a, torch.eye(2)) + Statistics(b)
-    assert both.reads is not None
-    assert both.patches is both.matters is None
-    assert (Statistics() + Statistics()).reads is None
+    assert both.input_moments is not None
+    assert both.patch_moments is both.importance is None
+    assert (Statistics() + Statistics()).input_moments is None
 
 
 def test_a_layer_has_what_it_reads_along_its_own_axis():
     gm = swept(Shared().eval(), [torch.randn(2, 3, 10, 10)])
-    assert len(statistics(node(gm, "a")).reads.total) == 6
-    assert len(statistics(node(gm, "c")).reads.total) == 8
-    assert statistics(node(gm, "a")).reads is statistics(node(gm, "b")).reads
+    assert len(statistics(node(gm, "a")).input_moments.total) == 6
+    assert len(statistics(node(gm, "c")).input_moments.total) == 8
+    assert statistics(node(gm, "a")).input_moments is statistics(node(gm, "b")).input_moments
 
 
 def test_effects_are_measured_on_so_many_inputs():
@@ -425,7 +425,7 @@ def test_effects_are_measured_on_so_many_inputs():
         for x in batches[:used]:
             importance.add(Inputs((x,)))
         for name in "02":
-            found, wanted = statistics(node(gm, name)).matters, importance.estimate(node(gm, name))
+            found, wanted = statistics(node(gm, name)).importance, importance.estimate(node(gm, name))
             assert found is wanted is None if used == 0 else torch.equal(found, wanted)
 
 
@@ -433,13 +433,13 @@ def test_a_second_sweep_leaves_nothing_of_the_first():
     gm = swept(Kernels(), [torch.randn(3, 3, 6, 8)], patches=27, effects=3)
     sweep(gm, as_inputs(gm, [torch.randn(5, 3, 6, 8)]))
     saw = statistics(node(gm, "a"))
-    assert saw.reads.count == 5 * 48
-    assert saw.patches is saw.matters is None
+    assert saw.input_moments.count == 5 * 48
+    assert saw.patch_moments is saw.importance is None
 
 
 def test_patches_of_zeros_are_like_any():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     fit = statistics(node(swept(model, [torch.zeros(2, 3, 5, 5)], patches=27, effects=2), "0")).fit(model[0])
-    assert not fit.second.any()
-    assert not fit.patches.any()
-    assert fit.matters.isfinite().all()
+    assert not fit.covariance.any()
+    assert not fit.patch_covariance.any()
+    assert fit.importance.isfinite().all()

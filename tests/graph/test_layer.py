@@ -87,7 +87,7 @@ def test_statistics_are_those_of_all_calls():
         capture(Net(), images(6, size=7, dtype=torch.float32))
     ).graph_module
     found = {layer.name: layer for layer in layers_of(gm)}
-    assert found["twice"].statistics.reads.count == 2 * found["stem"].statistics.reads.count
+    assert found["twice"].statistics.input_moments.count == 2 * found["stem"].statistics.input_moments.count
     assert found["head"].statistics is statistics(found["head"].calls[0])
     gm = Decompose(ranks={"head": 5})(gm).graph_module
     (head,) = decomposed_layers(gm)

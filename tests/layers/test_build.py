@@ -14,12 +14,13 @@ from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.svd import relative_error
 from fxlrd.factor.whiten import RIDGE
 from fxlrd.graph.compare import difference
-from fxlrd.layers.build import decomposed, from_blocks, resized, skeleton, weight_blocks
-from fxlrd.layers.fit import MATTERS_RIDGE, Moments, Statistics, roots
+from fxlrd.layers.build import decomposed, skeleton
+from fxlrd.layers.fit import IMPORTANCE_RIDGE, Moments, Statistics, roots
 from fxlrd.layers.forms import explicit_ranks, full_ranks, parameters, ranks_by_ratio, ranks_text
 from fxlrd.layers.forms import form as layers_form
 from fxlrd.layers.kinds import CONVS, Conv, channel_axis, channels_per_group, kernel_area, kernel_text, op, spatial_dims
 from fxlrd.layers.kinds import TRANSPOSED as layers_TRANSPOSED
+from fxlrd.layers.weights import from_blocks, resized, weight_blocks
 
 SIZES = (9, 7, 6)
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -401,15 +402,15 @@ def test_a_transposed_layer_takes_the_size_of_its_weight(kind):
 # -- fitted to data
 
 
-def fitted_to(module, x, matters=None, by_patch=True):
+def fitted_to(module, x, importance=None, by_patch=True):
     """What calibration on ``x`` alone would have the layer's factors fitted to."""
     read = x.movedim(channel_axis(module, x.dim()), -1).flatten(0, -2)
-    saw = Statistics(Moments.empty(read.shape[1], x.device), None, matters)
-    saw.reads.add(read)
+    saw = Statistics(Moments.empty(read.shape[1], x.device), None, importance)
+    saw.input_moments.add(read)
     by_patch = by_patch and isinstance(module, CONVS) and kernel_area(module) > 1
     if by_patch and channels_per_group(module)[2] == 1:
-        saw.patches = Moments.empty(module.weight[0].numel(), x.device)
-        saw.patches.add(patches(module, x))
+        saw.patch_moments = Moments.empty(module.weight[0].numel(), x.device)
+        saw.patch_moments.add(patches(module, x))
     return saw.fit(module)
 
 
@@ -461,10 +462,10 @@ FITTED = [
 def test_the_bias_keeps_the_mean_of_the_output(make, ranks, weighted):
     module = double(make)
     x = data(module)
-    matters = torch.randn(20, 12).double().mT.cov() if weighted else None
-    if matters is not None:
-        matters = matters[: len(module.weight), : len(module.weight)]
-    form, _ = decomposed(module, ranks, fit=fitted_to(module, x, matters))
+    importance = torch.randn(20, 12).double().mT.cov() if weighted else None
+    if importance is not None:
+        importance = importance[: len(module.weight), : len(module.weight)]
+    form, _ = decomposed(module, ranks, fit=fitted_to(module, x, importance))
     torch.testing.assert_close(output_means(form, x), output_means(module, x), rtol=0, atol=1e-10)
     plain, _ = decomposed(module, ranks)
     assert (output_means(plain, x) - output_means(module, x)).abs().max() > 1e-3
@@ -488,10 +489,10 @@ def test_the_error_is_that_of_the_output_about_its_mean(make, ranks):
     change = (module.weight - rebuilt(module, form)).detach()
     # The ridge adds to each group its share of the mean variance of what that reads.
     groups, positions = channels_per_group(module)[2], module(x).numel() / len(module.weight)
-    if fit.patches is not None:
-        variance, share = fit.patches.diagonal().mean()[None], RIDGE + fit.patch_ridge
+    if fit.patch_covariance is not None:
+        variance, share = fit.patch_covariance.diagonal().mean()[None], RIDGE + fit.patch_ridge
     else:
-        variance, share = fit.second.diagonal().unflatten(0, (groups, -1)).mean(1), RIDGE + fit.ridge
+        variance, share = fit.covariance.diagonal().unflatten(0, (groups, -1)).mean(1), RIDGE + fit.ridge
 
     def size(outputs, weight):
         added = weight.detach().unflatten(0, (groups, -1)).flatten(1).square().sum(1) @ variance * share * positions
@@ -509,8 +510,8 @@ def test_the_error_is_that_of_the_output_about_its_mean(make, ranks):
 def test_the_error_is_weighted_by_what_matters(make, ranks):
     module = double(make)
     groups = channels_per_group(module)[2]
-    matters = torch.randn(len(module.weight), 40).double().cov()
-    fit = fitted_to(module, data(module), matters)
+    importance = torch.randn(len(module.weight), 40).double().cov()
+    fit = fitted_to(module, data(module), importance)
     form, error = decomposed(module, ranks, fit=fit)
 
     def size(weight):
@@ -518,8 +519,8 @@ def test_the_error_is_weighted_by_what_matters(make, ranks):
         total = 0.0
         for i in range(groups):
             ins, outs = (slice(i * n, (i + 1) * n) for n in (w.shape[2], w.shape[1]))
-            g = regularised(fit.second[ins, ins], RIDGE + fit.ridge)
-            gamma = regularised(matters[outs, outs], RIDGE + MATTERS_RIDGE)
+            g = regularised(fit.covariance[ins, ins], RIDGE + fit.ridge)
+            gamma = regularised(importance[outs, outs], RIDGE + IMPORTANCE_RIDGE)
             total += torch.einsum("st,sc,cd,td->", gamma, w[i], g, w[i]).item()
         return total
 
@@ -541,8 +542,8 @@ TRANSPOSED = [
 def test_a_transposed_conv_is_fitted_to_what_each_output_sees(make, ranks, weighted):
     module = double(make)
     x = data(module)
-    matters = torch.randn(12, 40).double().cov() if weighted else None
-    form, error = decomposed(module, ranks, fit=fitted_to(module, x, matters))
+    importance = torch.randn(12, 40).double().cov() if weighted else None
+    form, error = decomposed(module, ranks, fit=fitted_to(module, x, importance))
     torch.testing.assert_close(output_means(form, x), output_means(module, x), rtol=0, atol=1e-10)
     plain, worse = decomposed(module, ranks)
     assert (output_means(plain, x) - output_means(module, x)).abs().max() > 1e-3
@@ -553,7 +554,7 @@ def test_a_transposed_conv_is_fitted_to_what_each_output_sees(make, ranks, weigh
     axis = channel_axis(module, x.dim())
     centred = x - fit.mean.view(-1, *[1] * (x.dim() - axis - 1))
     groups = channels_per_group(module)[2]
-    variance = fit.second.diagonal().unflatten(0, (groups, -1)).mean(1) * (RIDGE + fit.ridge)
+    variance = fit.covariance.diagonal().unflatten(0, (groups, -1)).mean(1) * (RIDGE + fit.ridge)
     without = torch.zeros(12).double()
 
     def size(weight):
@@ -608,29 +609,29 @@ def test_one_mode_alone_at_full_rank_loses_nothing(ranks):
 @pytest.mark.parametrize(("kernel", "ranks"), [(1, (2,)), (3, (2, 3)), ((1, 3), (None, 2))])
 def test_each_group_is_fitted_alone(kind, kernel, ranks):
     conv = kind(8, 12, kernel, groups=2).double()
-    x, matters = data(conv), torch.randn(12, 40).double().cov()
-    form, _ = decomposed(conv, ranks, fit=fitted_to(conv, x, matters))
+    x, importance = data(conv), torch.randn(12, 40).double().cov()
+    form, _ = decomposed(conv, ranks, fit=fitted_to(conv, x, importance))
     for ins, outs in ((slice(4), slice(6)), (slice(4, 8), slice(6, 12))):
         alone = kind(4, 6, kernel).double()
         alone.weight.data = conv.weight.detach()[ins if alone.transposed else outs]
         alone.bias.data = conv.bias.detach()[outs]
-        fit = fitted_to(alone, x[:, ins], matters[outs, outs], by_patch=False)
+        fit = fitted_to(alone, x[:, ins], importance[outs, outs], by_patch=False)
         wanted, _ = decomposed(alone, ranks, fit=fit)
         assert_same_outputs(form(x)[:, outs], wanted(x[:, ins]), 1e-9)
 
 
 def test_the_roots_are_those_of_the_groups():
     conv = nn.Conv2d(6, 4, 1, groups=2).double()
-    x, matters = data(conv), torch.randn(4, 40).double().cov()
-    fit = fitted_to(conv, x, matters)
+    x, importance = data(conv), torch.randn(4, 40).double().cov()
+    fit = fitted_to(conv, x, importance)
     reads, weights = roots(conv, fit)
     for i in range(2):
         ins, outs = slice(3 * i, 3 * i + 3), slice(2 * i, 2 * i + 2)
-        wanted = regularised(fit.second[ins, ins], RIDGE + fit.ridge)
+        wanted = regularised(fit.covariance[ins, ins], RIDGE + fit.ridge)
         torch.testing.assert_close(reads.root[i] @ reads.root[i], wanted, rtol=1e-10, atol=1e-10)
-        wanted = regularised(matters[outs, outs], RIDGE + MATTERS_RIDGE)
+        wanted = regularised(importance[outs, outs], RIDGE + IMPORTANCE_RIDGE)
         torch.testing.assert_close(weights.root[i] @ weights.root[i], wanted, rtol=1e-10, atol=1e-10)
-    assert roots(conv, fit._replace(matters=None))[1] is None
+    assert roots(conv, fit._replace(importance=None))[1] is None
 
 
 POOR = {
@@ -646,12 +647,12 @@ POOR = {
 @pytest.mark.parametrize("poor", POOR)
 @pytest.mark.parametrize(("make", "ranks"), [*FITTED, *TRANSPOSED])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("matters", [None, 0.0, 1.0])
-def test_poor_data_give_a_form_that_is_fit_for_use(poor, make, ranks, dtype, matters):
+@pytest.mark.parametrize("importance", [None, 0.0, 1.0])
+def test_poor_data_give_a_form_that_is_fit_for_use(poor, make, ranks, dtype, importance):
     module = make().to(dtype)
     x = data(module)
     _, c_out, groups = channels_per_group(module)
-    gamma = None if matters is None else matters * torch.eye(c_out * groups)
+    gamma = None if importance is None else importance * torch.eye(c_out * groups)
     form, error = decomposed(module, ranks, fit=fitted_to(module, POOR[poor](x), gamma))
     assert 0 <= error <= 1
     assert {p.dtype for p in form.parameters()} == {dtype}

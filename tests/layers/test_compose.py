@@ -8,7 +8,7 @@ from fxlrd.layers.compose import (
     affine,
     composed,
     fold_inputs,
-    importance,
+    input_importance,
     keep_channels,
     keep_outputs,
     scaled,
@@ -152,14 +152,14 @@ def test_an_interpolation_is_folded_in(module, block):
 def test_importance_is_what_the_weights_make_of_a_channel(block):
     conv = nn.Conv2d(6, 5, 3).double()
     w = conv.weight.detach().flatten(2).permute(0, 2, 1).flatten(0, 1)  # outputs and positions by inputs
-    a = importance(conv)
+    a = input_importance(conv)
     assert_close(a, w.mT @ w)
     linear = nn.Linear(6, 5).double()
     x = torch.randn(6 // block).double()
     energy = sum(
         linear.weight[:, i::block].detach().mv(x).square().sum() for i in range(block)
     )  # the same x at each place of the block
-    assert_close(x @ importance(linear, block) @ x, energy)
+    assert_close(x @ input_importance(linear, block) @ x, energy)
 
 
 def test_nothing_is_changed_and_dtype_stays():

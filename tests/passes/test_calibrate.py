@@ -184,7 +184,7 @@ def test_effects_leave_no_gradients_and_the_model_as_it_was():
     assert [p.requires_grad for p in net.parameters()] == [True] + [False] * 5
     assert all(p.grad is None for p in net[1:].parameters())
     assert all(m.training for m in net)
-    assert sum(statistics(n).matters is not None for n in gm.graph.nodes if statistics(n) is not None) == 2
+    assert sum(statistics(n).importance is not None for n in gm.graph.nodes if statistics(n) is not None) == 2
 
 
 def test_a_model_without_layers_has_nothing_to_measure():

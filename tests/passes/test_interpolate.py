@@ -21,7 +21,7 @@ from fxlrd.graph.facts import provenance, retained_channels, shape, statistics
 from fxlrd.graph.guards import replaceable
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import calls, fork, layers
-from fxlrd.layers.compose import importance
+from fxlrd.layers.compose import input_importance
 from fxlrd.layers.kinds import channel_axis
 from fxlrd.passes import Branch, Calibrate, Decompose, Freeze, Merge
 from tests.support.merging import Net, calibrated, conv, hooked_conv, merged, randomised
@@ -145,7 +145,7 @@ def test_retained_channels_and_interpolation_come_from_the_moments_on_the_nodes(
         target = consumer.node.target
         retained = retained_channels(calls(result.graph_module, name)[0])
         second = moments(consumer.seen, 1).second
-        assert torch.equal(retained, select(second, len(retained), importance(original.get_submodule(target))))
+        assert torch.equal(retained, select(second, len(retained), input_importance(original.get_submodule(target))))
         matrix = interpolation(original, consumer, retained).matrix
         folded = torch.einsum("scij,cr->srij", original.get_submodule(target).weight, matrix)
         torch.testing.assert_close(result.graph_module.get_submodule(target).weight, folded, rtol=1e-12, atol=1e-12)
@@ -512,7 +512,7 @@ def test_a_layer_that_is_cut_on_both_sides_knows_what_its_remaining_outputs_matt
     assert {"features.4.block.0.0", "features.4.block.2.fc1"} <= set(site_names(result))
     for graph in (result.graph_module, gm):  # the graph that came in keeps its own
         (node,) = calls(graph, "features.4.block.2.fc2")
-        assert len(statistics(node).matters) == graph.get_submodule("features.4.block.2.fc2").out_channels
+        assert len(statistics(node).importance) == graph.get_submodule("features.4.block.2.fc2").out_channels
 
 
 def propagated(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from fxlrd.allocation.plan import Plan, planned, sketch
 from fxlrd.graph import cost
 from fxlrd.graph.facts import provenance, statistics
 from fxlrd.graph.surgery import calls
-from fxlrd.layers.build import weight_blocks
+from fxlrd.layers.weights import weight_blocks
 from fxlrd.layers.kinds import TRANSPOSED
 from fxlrd.passes import Allocate, Branch, Calibrate, Decompose, Freeze, Merge, Refit, Snap
 from fxlrd.passes.snap import _places
@@ -58,7 +58,7 @@ def test_decompose_gives_a_form_with_factors_of_the_kind(kind):
 def test_calibrate_and_decompose_without_a_batch_axis(kind):
     model, x = nn.Sequential(KINDS[kind][0]()), inputs(kind)[0]
     gm = Calibrate(x)(captured(model, x)).graph_module
-    assert statistics(calls(gm, "0")[0]).reads.count == x[0].numel()
+    assert statistics(calls(gm, "0")[0]).input_moments.count == x[0].numel()
     full = Decompose(ranks=99)(gm).graph_module
     torch.testing.assert_close(full(x), model(x), rtol=1e-9, atol=1e-9)
     fitted = Decompose(ranks=8)(gm).graph_module
@@ -136,7 +136,7 @@ def test_importance_has_the_size_of_the_channel_axis():
     """Γ of a Conv1d and of what comes before an upsampling: their axes are those of the channels."""
     model = nn.Sequential(nn.Conv1d(5, 6, 3), nn.ConvTranspose1d(6, 7, 2, 2), nn.Flatten(), nn.Linear(56, 3))
     gm = Calibrate(torch.randn(4, 5, 6).double(), effects=4)(captured(model, torch.randn(4, 5, 6))).graph_module
-    sizes = [len(statistics(calls(gm, name)[0]).matters) for name in "013"]
+    sizes = [len(statistics(calls(gm, name)[0]).importance) for name in "013"]
     assert sizes == [6, 7, 3]
 
 
