@@ -124,7 +124,7 @@ def test_of_nothing_there_is_nothing_to_lose(name, dtype, nothing):
     if nothing == "weight":
         nn.init.zeros_(module.weight)
     fit = fit._replace(
-        **{"inputs": {"second": 0 * fit.covariance}, "effect": {"importance": 0 * fit.importance}}.get(nothing, {})
+        **{"inputs": {"covariance": 0 * fit.covariance}, "effect": {"importance": 0 * fit.importance}}.get(nothing, {})
     )
     size = module.weight.detach().double().square().sum().item()
     assert all(0 <= Curve(module, fit).error(ranks) <= 1e-25 * size for ranks in every_rank(module))

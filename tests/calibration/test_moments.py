@@ -334,18 +334,18 @@ def test_moments_of_patches():
         check(found.patch_moments, torch.cat([patches(model.get_submodule(name), x) for x in batches]))
         check(found.input_moments, rows(torch.cat(batches), 1))
     for name in ("c", "point", "grouped"):  # too large, nothing to it, and not of one kernel
-        assert statistics(node(gm, name)).patches is None
-    assert all(statistics(node(swept(model, batches), name)).patches is None for name in "ab")
+        assert statistics(node(gm, name)).patch_moments is None
+    assert all(statistics(node(swept(model, batches), name)).patch_moments is None for name in "ab")
 
 
 def test_an_image_without_a_batch_has_the_same_patches():
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), torch.randn(3, 6, 8)
-    check(statistics(node(swept(model, [x], patches=27), "0")).patches, patches(model[0], x[None]))
+    check(statistics(node(swept(model, [x], patches=27), "0")).patch_moments, patches(model[0], x[None]))
 
 
 def test_of_large_images_enough_patches_are_taken():
     model, x = nn.Sequential(nn.Conv2d(1, 2, 2)), torch.randn(20, 1, 33, 33)
-    found = statistics(node(swept(model, [x], patches=4), "0")).patches
+    found = statistics(node(swept(model, [x], patches=4), "0")).patch_moments
     assert PATCHES * 4 / 2 < found.count < PATCHES * 4 * 2
     # Every place is as good as another: moments are near those of all patches, ±6 standard deviations.
     assert (found.second - torch.eye(4)).abs().max() < 6 * (2 / found.count) ** 0.5
@@ -367,8 +367,8 @@ def test_what_a_layer_is_fitted_to():
     torch.testing.assert_close(fit.patch_mean, seen_there.mean(0), rtol=1e-12, atol=1e-12)
     assert (fit.ridge, fit.patch_ridge) == (0.0, saw.patch_moments.ridge)
     assert torch.equal(fit.importance, saw.importance)
-    assert statistics(node(gm, "grouped")).fit(model.grouped).second.shape == (3, 3)
-    assert statistics(node(gm, "point")).fit(model.point).patches is None
+    assert statistics(node(gm, "grouped")).fit(model.grouped).covariance.shape == (3, 3)
+    assert statistics(node(gm, "point")).fit(model.point).patch_covariance is None
 
 
 def test_what_was_seen_of_another_layer_fits_none():
@@ -376,7 +376,7 @@ def test_what_was_seen_of_another_layer_fits_none():
     saw = statistics(node(gm, "a"))
     assert saw.fit(nn.Conv2d(4, 4, 3)) is None
     assert saw.fit(nn.Linear(4, 2)) is None
-    assert saw.fit(nn.Conv2d(3, 4, 5)).patches is None, "the patches are of another kernel"
+    assert saw.fit(nn.Conv2d(3, 4, 5)).patch_covariance is None, "the patches are of another kernel"
     assert Statistics().fit(nn.Conv2d(3, 4, 3)) is None
     assert Statistics(Moments.empty(3, torch.device("cpu"))).fit(nn.Conv2d(3, 4, 3)) is None, "it has seen nothing"
 
