@@ -14,8 +14,8 @@ from fxlrd.allocation.plan import Plan, planned, sketch
 from fxlrd.graph import cost
 from fxlrd.graph.facts import provenance, statistics
 from fxlrd.graph.surgery import calls
-from fxlrd.layers.weights import weight_blocks
 from fxlrd.layers.kinds import TRANSPOSED
+from fxlrd.layers.weights import weight_blocks
 from fxlrd.passes import Allocate, Branch, Calibrate, Decompose, Freeze, Merge, Refit, Snap
 from fxlrd.passes.snap import _places
 from fxlrd.timing.cache import example, layout
