@@ -28,12 +28,13 @@ from torch import fx, nn
 from fxlrd.errors import FxlrdError, Reason, unknown
 from fxlrd.graph.facts import Provenance, provenance
 from fxlrd.graph.layer import statistics_of
-from fxlrd.graph.surgery import calls, fork, infer_shape, restore
+from fxlrd.graph.surgery import calls, infer_shape, restore
 from fxlrd.layers.build import decomposed
 from fxlrd.layers.fit import Fit
 from fxlrd.layers.forms import Ranks, parameters, ranks_text
 from fxlrd.layers.kinds import channels_per_group
 from fxlrd.passes.contract import PassResult, Site, Skip
+from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.cache import Stopwatch
 from fxlrd.timing.clock import Timer, Timing, compare
@@ -77,29 +78,30 @@ class Snap:
 
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` at the snapped ranks. Nodes need shapes: capture or propagate first."""
-        gm = fork(gm)
-        sites: list[Site] = []
-        skipped: list[Skip] = []
+        run = start(self, gm, progress)
         stopwatch = self._stopwatch()
         measured: dict[str, dict[str, Timing]] = {}
-        for name, place in progress(list(_places(gm).items()), "snap"):
+
+        def visit(item: tuple[str, Decomposed | Reason]) -> Site | Skip:
+            name, place = item
             if isinstance(place, Reason):
-                skipped.append(Skip(name, place))
-                continue
-            if self.search == "algorithm1":  # which times each layer, also those of one signature
-                stopwatch = self._stopwatch()
-            timings = time_ranks(place.where, self._candidates(place), stopwatch)
-            measured[name] = timings
-            chosen = self._choose(place, timings)
-            _apply(gm, name, place, chosen, timings)
-            if chosen == place.ranks:
-                text = f"rank {ranks_text(place.ranks)} stays: no step below it pays"
-                skipped.append(Skip(name, Reason("no-faster-rank", text)))
-            else:
-                sites.append(Site(name, False, _note(place, chosen, timings), timings, chosen, place.ranks))
-        gm.graph.lint()
-        gm.recompile()
-        return PassResult(gm, tuple(sites), tuple(skipped), timings=measured)
+                return Skip(name, place)
+            # algorithm1 times each layer, also those of one signature.
+            shared = self._stopwatch() if self.search == "algorithm1" else stopwatch
+            measured[name] = time_ranks(place.where, self._candidates(place), shared)
+            return self._snap(run.gm, name, place, measured[name])
+
+        run.each(_places(run.gm).items(), visit)
+        return run.result(timings=measured)
+
+    def _snap(self, gm: fx.GraphModule, name: str, place: Decomposed, timings: dict[str, Timing]) -> Site | Skip:
+        """Move one layer to the ranks that its timings speak for."""
+        chosen = self._choose(place, timings)
+        _apply(gm, name, place, chosen, timings)
+        if chosen == place.ranks:
+            text = f"rank {ranks_text(place.ranks)} stays: no step below it pays"
+            return Skip(name, Reason("no-faster-rank", text))
+        return Site(name, False, _note(place, chosen, timings), timings, chosen, place.ranks)
 
     def _stopwatch(self) -> Stopwatch:
         return Stopwatch(self.compile, self.seconds, self.cache, self.timer)
