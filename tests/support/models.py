@@ -73,6 +73,20 @@ class BottleneckNet(nn.Module):
         return self.head(self.drop(self.fc(x)))
 
 
+def classifier(width: int = 32) -> nn.Sequential:
+    """Return images → 20 scores: two convs, a BatchNorm, the mean over positions, a dropout, a linear layer."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, width, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(width, 20),
+    )
+
+
 class CalledTwice(nn.Module):
     """One layer with two calls: layer(relu(layer(x)))."""
 
