@@ -21,7 +21,6 @@ from fxlrd.report.report import Report
 from fxlrd.report.table import summary
 from fxlrd.request import check_context, check_model, pipeline_for
 from fxlrd.saving.architecture import original_shapes
-from fxlrd.spec import options
 from fxlrd.timing.clock import Timer, Timing, compare
 from fxlrd.timing.models import device_of, time_models
 
@@ -116,9 +115,8 @@ def compress(
         skip=skip,
         calibration=calibration,
         compile=compile,
+        timer=timer,
     )
-    if timer is not compare and any("timer" in options(step) for step in passes.passes):
-        passes = passes.with_options(timer=timer)
     original = capture_any(model, Inputs.of(example_inputs), original_shapes(model))
     run = passes(original, verify=verify, progress=bar if progress else quiet)
     timings = _timed(model, original, run.graph_module, compile, timer) if measure else {}

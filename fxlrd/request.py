@@ -16,6 +16,7 @@ from fxlrd.layers.kinds import LAYERS
 from fxlrd.passes import Allocate
 from fxlrd.passes.contract import Pass
 from fxlrd.pipeline import Pipeline
+from fxlrd.timing.clock import Timer, compare
 
 DEFAULT_PRESET = "lrd"
 BUDGET_PRESET = "auto"
@@ -62,6 +63,7 @@ def pipeline_for(
     skip: str | Sequence[str] = (),
     calibration: Any = None,
     compile: bool = False,
+    timer: Timer = compare,
 ) -> Pipeline:
     """Return the passes that these options of `fxlrd.compress` ask for.
 
@@ -79,6 +81,8 @@ def pipeline_for(
         passes = _with_calibration(passes, calibration)
     if compile and passes.reads("compile"):
         passes = passes.with_options(compile=True)
+    if timer is not compare and passes.reads("timer"):
+        passes = passes.with_options(timer=timer)
     return passes
 
 
