@@ -20,7 +20,7 @@ from fxlrd.graph.surgery import fork
 
 @dataclass(frozen=True)
 class Holdout:
-    """Inputs that no fit has seen, with the outputs that the original model gives for them."""
+    """Inputs that are in no fit, with the outputs of the original model for them."""
 
     inputs: tuple[Inputs, ...]
     outputs: tuple[list[Tensor], ...]
@@ -65,9 +65,9 @@ reference = Fact("reference", fx.GraphModule)
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a change is kept, and the errors on held-out inputs, in words."""
+    """Whether to keep a change, and the errors on held-out inputs, in words."""
 
-    kept: bool
+    keep: bool
     note: str = ""
 
 

@@ -46,7 +46,7 @@ def sweep(
         gm: the graph module, whose nodes are written to when all batches are read.
         batches: the inputs, each of which is run once.
         outputs: measure what layers make, besides what they read.
-        patches: measure whole patches where a conv's kernel reads at most so many numbers.
+        patches: measure patches too where a conv's kernel reads at most so many numbers.
         effects: the number of inputs on which the importance of the layers' outputs is measured.
 
     Raises:

@@ -26,12 +26,12 @@ class Stepper:
             self.runs.append((run, inputs))
 
     def before(self, node: fx.Node) -> None:
-        """Run the nodes that are left before ``node``."""
+        """Run the remaining nodes before ``node``."""
         while self.pending and self.pending[0] is not node:
             self._step()
 
     def through(self, node: fx.Node) -> None:
-        """Run the nodes that are left up to ``node``, and that."""
+        """Run the remaining nodes up to and including ``node``."""
         self.before(node)
         if self.pending:
             self._step()

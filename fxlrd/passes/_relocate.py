@@ -58,7 +58,7 @@ class Relocate(Targets):
         run.each(layers(run.gm), lambda name: self._visit(run.gm, calls(run.gm, name)[0], guards))
 
     def _visit(self, gm: fx.GraphModule, node: fx.Node, guards: Mapping[str, Reason | None]) -> Site | Skip | None:
-        """Move a layer into rank space; None for one without a kernel, of which there is nothing to say."""
+        """Move a layer into rank space; None for one without a k×k kernel, which the report leaves out."""
         place = self._bottleneck(gm, node, guards)
         if isinstance(place, Reason):
             skip = self.refusal(node, place)

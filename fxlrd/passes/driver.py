@@ -53,14 +53,14 @@ NEEDS = {
 
 def check_needs(steps: Sequence[Pass], gm: fx.GraphModule) -> None:
     """Raise FxlrdError for the first pass that needs what neither ``gm`` has nor an earlier pass leaves."""
-    left: set[str] = set()
+    available: set[str] = set()
     for step in steps:
         if not hasattr(step, "needs"):  # it declares nothing, so it may leave anything
             return
         for name in step.needs:
-            if name not in left and not NEEDS[name].met(step, gm):
+            if name not in available and not NEEDS[name].met(step, gm):
                 raise FxlrdError(f"{label(step)}: {NEEDS[name].error}")
-        left.update(getattr(step, "leaves", ()))
+        available.update(getattr(step, "leaves", ()))
 
 
 def label(step: Pass) -> str:
@@ -80,7 +80,7 @@ class Run:
     skipped: list[Skip] = field(default_factory=list)
 
     def each(self, items: Iterable[T], visit: Callable[[T], Site | Skip | None]) -> None:
-        """Visit each item and record what was done there; None is nothing to speak of.
+        """Visit each item and record what was done; None stands for nothing to report.
 
         The items are listed first, so that a visit may change the graph.
         """

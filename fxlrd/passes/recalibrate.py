@@ -73,7 +73,7 @@ class Recalibrate:
         except _OneValueError:
             return run.undone(ONE_VALUE)
         verdict = keep_if_better(inputs_held_out, gm, run.gm)
-        return run.result(verdict.note) if verdict.kept else run.undone(WORSE, verdict.note)
+        return run.result(verdict.note) if verdict.keep else run.undone(WORSE, verdict.note)
 
 
 class _OneValueError(Exception):

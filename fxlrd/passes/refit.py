@@ -91,7 +91,7 @@ class Refit:
             steppers = Stepper(run.gm, batches), Stepper(original, batches)
             run.each(places, lambda name: _refit(run.gm, name, places[name], *steppers))
         verdict = keep_if_better(inputs_held_out, gm, run.gm)
-        return run.result(verdict.note) if verdict.kept else run.undone(WORSE, verdict.note)
+        return run.result(verdict.note) if verdict.keep else run.undone(WORSE, verdict.note)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _place(gm: fx.GraphModule, original: fx.GraphModule, name: str, nodes: list[
 
 
 def _refit(gm: fx.GraphModule, name: str, place: Place, compressed: Stepper, original: Stepper) -> Site | Skip:
-    """Refit the module at a place to what the original layer makes; both networks run up to there."""
+    """Refit the module at a place to the output of the original layer. Both networks run up to it."""
     read = source(place.call)
     assert read is not None
     original.through(place.original)

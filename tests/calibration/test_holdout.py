@@ -65,7 +65,7 @@ def test_a_change_is_kept_if_it_lowers_the_error_on_held_out_inputs():
     assert keep_if_better(judge, far, near) == Verdict(True, f"output error on held-out inputs {was:.3g} → {now:.3g}")
     worse = keep_if_better(judge, near, far)
     assert worse == Verdict(False, f"output error on held-out inputs {now:.3g} → {was:.3g}: not kept")
-    assert not keep_if_better(judge, near, near).kept, "equal is not better"
+    assert not keep_if_better(judge, near, near).keep, "equal is not better"
     assert keep_if_better(Disabled(), near, far) == keep_if_better(TooFew(), near, far) == Verdict(True)
 
 
