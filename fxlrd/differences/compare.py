@@ -48,12 +48,19 @@ if TYPE_CHECKING:
 def diff(before: Any, after: Any, *, report: Any = None, values: bool = True) -> Diff:
     """Return what differs between two graph modules, or two models, or results of `compress` or of a pipeline.
 
+    >>> import fxlrd, torch
+    >>> gm = fxlrd.capture(torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.randn(2, 64))
+    >>> print(fxlrd.diff(gm, fxlrd.Pipeline.parse("decompose{ratio=2}")(gm)))
+    parameters  4,160 → 2,112 (-49.2 %)
+    ...
+      - 0        Linear(in_features=64, out_features=64, bias=True)  2×64
+      + 0.first  Linear(in_features=64, out_features=16, bias=False)  2×16
+      + 0.last   Linear(in_features=16, out_features=64, bias=True)  2×64
+    ...
+
     ``report`` adds which pass did what and why layers were left alone: a `Report`, the result of `compress` or of a
     pipeline, or a ledger; by default that of ``after``, if it is a result. ``values=False`` compares neither the
     weights nor which of them train. Raises FxlrdError for an argument that is no model.
-
-    >>> gm = fxlrd.capture(model, example_inputs)
-    >>> print(fxlrd.diff(gm, fxlrd.Pipeline.parse("decompose{ratio=2}")(gm)))
     """
     passes = pass_records(after if report is None else report)
     a, b = _model(before, "before"), _model(after, "after")
@@ -86,9 +93,14 @@ class Steps:
     ``graphs`` are the graph modules and ``names`` those of the passes that made them; the pipeline's input is the
     first, named ``input``.
 
+    >>> import fxlrd, torch
+    >>> gm = fxlrd.capture(torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.randn(2, 64))
     >>> steps = Steps()
-    >>> pipeline(gm, callback=steps)
-    >>> print(steps.diff(0, 1))
+    >>> run = fxlrd.Pipeline.parse("decompose,freeze")(gm, callback=steps)
+    >>> steps.names
+    ['input', 'decompose', 'freeze']
+    >>> [(change.name, change.kind) for change in steps.diff(1, 2).changes]
+    [('0', 'trainable')]
     """
 
     def __init__(self) -> None:

@@ -37,6 +37,15 @@ _ATTEMPTS = 3
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Return the compressed model that was saved at ``path``, as a model of the user's own class.
 
+    >>> import fxlrd, tempfile, torch
+    >>> folder, x = tempfile.TemporaryDirectory(), torch.randn(2, 64)
+    >>> result = fxlrd.compress(torch.nn.Sequential(torch.nn.Linear(64, 64)), x, measure=False)
+    >>> fxlrd.save(result, folder.name)
+    >>> model = fxlrd.load(folder.name, torch.nn.Sequential(torch.nn.Linear(64, 64)))  # the architecture, any weights
+    >>> torch.equal(model(x), result.model(x))
+    True
+    >>> folder.cleanup()
+
     Args:
         path: a directory that `save` wrote.
         model: the architecture that was compressed, with any weights or, made under ``torch.device("meta")``, with

@@ -38,6 +38,15 @@ class HasModel(Protocol):
 def save(result: HasModel | nn.Module, path: str | os.PathLike[str], *, source: str | None = None) -> None:
     """Write a compressed model to the directory ``path``, replacing the checkpoint in it, if there is one.
 
+    >>> import fxlrd, tempfile, torch
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    >>> result = fxlrd.compress(model, torch.randn(2, 64), measure=False)
+    >>> fxlrd.save(result, folder.name)
+    >>> sorted(fxlrd.load(folder.name, model).state_dict())
+    ['0.first.weight', '0.last.bias', '0.last.weight']
+    >>> folder.cleanup()
+
     Args:
         result: what `compress` returned, or its model, or one from `load`; also after fine-tuning.
         path: the directory; it is made, with its parents. Other files in it are not touched.
