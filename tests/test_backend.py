@@ -42,8 +42,8 @@ def images(n=2, **changes):
 
 
 def compiled(model, **options):
-    given = {k: options.pop(k) for k in ("fullgraph", "dynamic") if k in options}
-    return torch.compile(model, backend="fxlrd", options={**EAGER, **options}, **given)
+    arguments = {k: options.pop(k) for k in ("fullgraph", "dynamic") if k in options}
+    return torch.compile(model, backend="fxlrd", options={**EAGER, **options}, **arguments)
 
 
 def expected(model, x, **options):
@@ -58,13 +58,13 @@ def close(a, b):
 def refused(match, *args, model=None, **options):
     with torch.no_grad(), pytest.raises(BackendCompilerFailed, match=match) as caught:
         compiled(model or net(), **options)(*(args or (images(),)))
-    said = str(caught.value.inner_exception)
+    message = str(caught.value.inner_exception)
     assert isinstance(caught.value.inner_exception, fxlrd.FxlrdError)
-    assert "\n" not in said
-    return said
+    assert "\n" not in message
+    return message
 
 
-# The door
+# Entry
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_same_numbers_as_compress(options):
 
 
 @torch.no_grad()
-def test_ranks_times_on_the_example_inputs():
+def test_preset_ranks_is_timed_on_the_example_inputs():
     model, x = net(), images()
     close(compiled(model, preset="ranks", passes=None)(x), expected(model, x, preset="ranks"))
 
@@ -113,17 +113,17 @@ def test_ranks_times_on_the_example_inputs():
 @torch.no_grad()
 def test_ranks_are_timed_under_the_inner_compiler(monkeypatch):
     model, x = nn.Sequential(nn.Conv2d(128, 256, 1)).eval(), torch.randn(2, 128, 28, 28)
-    found = []
-    monkeypatch.setattr(fxlrd.Pipeline, "__call__", _keeping(found, fxlrd.Pipeline.__call__))
+    runs = []
+    monkeypatch.setattr(fxlrd.Pipeline, "__call__", _collecting(runs, fxlrd.Pipeline.__call__))
     got = torch.compile(model, backend="fxlrd", options={"passes": "decompose{ratio=8},snap{seconds=0.2}"})(x)
-    assert found[0].ledger[1].text == "snap{compile=true,seconds=0.2}"
-    close(got, found[0].graph_module(x)[0])
+    assert runs[0].ledger[1].text == "snap{compile=true,seconds=0.2}"
+    close(got, runs[0].graph_module(x)[0])
 
 
-def _keeping(found, call):
+def _collecting(runs, call):
     def recorded(self, *args, **others):
-        found.append(call(self, *args, **others))
-        return found[-1]
+        runs.append(call(self, *args, **others))
+        return runs[-1]
 
     return recorded
 
@@ -164,7 +164,7 @@ def serving(call):
 # Options
 
 
-def test_options_that_are_wrong():
+def test_invalid_options():
     assert "did you mean ratio" in refused("unknown option", rato=2.0)
     assert "did you mean decompose" in refused("unknown pass", passes="decompos")
     assert "did you mean branch" in refused("unknown preset", preset="branhc")
@@ -196,9 +196,9 @@ def test_a_name_to_skip_that_fits_nothing_warns():
 @torch.no_grad()
 def test_inner_options_and_mode():
     x = images()
-    for given in ({"inner_options": {"max_autotune": False}}, {"inner_mode": "reduce-overhead"}):
+    for options in ({"inner_options": {"max_autotune": False}}, {"inner_mode": "reduce-overhead"}):
         torch._dynamo.reset()
-        close(torch.compile(net(), backend="fxlrd", options=given)(x), expected(net(), x))
+        close(torch.compile(net(), backend="fxlrd", options=options)(x), expected(net(), x))
     torch._dynamo.reset()
     close(torch.compile(net(), backend="fxlrd", mode="reduce-overhead")(x), expected(net(), x))
     with pytest.raises(RuntimeError, match="Either mode or options"):
@@ -224,11 +224,11 @@ def _recording(seen, call):
     return recorded
 
 
-# What is handed through
+# Graphs that stay as they are, gradients
 
 
 @torch.no_grad()
-def test_graphs_without_layers_and_all_left_alone(recwarn):
+def test_graphs_without_layers_or_with_all_of_them_skipped_stay_as_they_are(recwarn):
     x = torch.randn(3, 5)
     assert torch.equal(compiled(lambda v: v.sin() + 1)(x), x.sin() + 1)
     model = net()
@@ -240,7 +240,7 @@ def test_training_is_refused():
         compiled(net())(images())
 
 
-def test_gradients_off_in_the_weights_are_enough():
+def test_weights_that_require_no_gradient_may_run_outside_of_no_grad():
     model, x = net().requires_grad_(False), images()
     close(compiled(model)(x), expected(model, x))
 
@@ -253,7 +253,7 @@ def test_gradient_of_the_input():
     close(x.grad, y.grad)
 
 
-# Never stale, never foreign
+# Factors follow the weights
 
 
 @pytest.mark.parametrize("inner", cases(["eager", "aot_eager", "inductor"], slow=["aot_eager", "inductor"]))
@@ -272,7 +272,7 @@ def test_two_instances_take_turns(inner, monkeypatch):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_few_sets_are_kept():
+def test_the_number_of_factor_sets_is_limited():
     x = images()
     f = torch.compile(lambda m, v: m(v), backend="fxlrd", options=EAGER)
     models = [net(i) for i in range(LIMIT + 2)]
@@ -304,7 +304,7 @@ def _data(model):
 
 def _data_beside(model):
     """The old data live on elsewhere."""
-    model.kept = model.head.weight.data
+    model.old_data = model.head.weight.data
     model.head.weight.data = torch.randn_like(model.head.weight)
 
 
@@ -337,7 +337,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_changed_weights_are_served(change):
+def test_changed_weights_get_new_factors(change):
     model, x = net(), images()
     f = compiled(model)
     before = f(x)
@@ -357,7 +357,7 @@ def test_new_data_at_the_same_address():
     memory = bytearray(weight.numel() * weight.element_size())
 
     def place(value):
-        weight.data = torch.empty(0)  # what was there before is gone
+        weight.data = torch.empty(0)  # frees the data before
         torch.frombuffer(memory, dtype=torch.float32).fill_(value)
         weight.data = torch.frombuffer(memory, dtype=torch.float32).view(weight_shape)
         return weight._version, weight.data_ptr()
@@ -371,7 +371,7 @@ def test_new_data_at_the_same_address():
 
 @torch.no_grad()
 def test_writes_that_torch_does_not_count():
-    """What the README says is not seen: where this fails, torch has come to count them."""
+    """The README says that these are not noticed. Where this fails, torch counts them by now."""
     model, x = net(), images()
     f = compiled(model)
     before = f(x)
@@ -384,7 +384,7 @@ def test_writes_that_torch_does_not_count():
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [_load, _step, _replace, _data, _in_place])
 @torch.no_grad()
-def test_changed_weights_that_are_frozen(change):
+def test_changed_weights_are_compiled_again_where_they_are_frozen(change):
     model, x = net(), images()
     f = torch.compile(model, backend="fxlrd")
     with config.patch(freezing=True):
@@ -431,7 +431,7 @@ def test_factors_freeze():
 
 
 @torch.no_grad()
-def test_factors_are_static_and_untouched_layers_as_they_were():
+def test_factors_are_static_and_other_layers_stay_as_they_are():
     model, x = net(), images()
     seen = []
     with pytest.MonkeyPatch.context() as patch:
@@ -445,9 +445,9 @@ def test_factors_are_static_and_untouched_layers_as_they_were():
         for n in placeholders
         if "_parameters_" in n.name or n.name.startswith("fxlrd_")
     )
-    given = {id(t) for t in inputs}
-    assert id(model.blocks[1].conv1.weight) in given
-    assert id(model.stem.bias) in given
+    arguments = {id(t) for t in inputs}
+    assert id(model.blocks[1].conv1.weight) in arguments
+    assert id(model.stem.bias) in arguments
     assert any(n.target is torch.conv2d and "blocks_modules_1" in str(n.args[1]) for n in gm.graph.nodes)
     metadata = torch._functorch._aot_autograd.frontend_utils._try_get_metadata_from_dynamo
     given_too = [[]][: len(inspect.signature(metadata).parameters) - 3]  # newer versions of torch take one more
@@ -457,7 +457,7 @@ def test_factors_are_static_and_untouched_layers_as_they_were():
 
 
 @torch.no_grad()
-def test_no_weight_is_kept_alive():
+def test_weights_are_freed_with_their_model():
     models, x = [net()], images()
     f = torch.compile(lambda m, v: m(v), backend="fxlrd", options=EAGER)
     (served,) = serving(lambda: f(models[0], x))
@@ -470,7 +470,7 @@ def test_no_weight_is_kept_alive():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_newcomer_at_the_same_address():
+def test_a_new_weight_at_the_address_of_a_freed_one_gets_its_own_factors():
     x = images()
     f = torch.compile(lambda m, v: m(v), backend="fxlrd", options=EAGER)
     for seed in range(4):
@@ -488,7 +488,7 @@ def test_weights_without_versions_are_refused():
         compiled(model)(images())
 
 
-# Dynamo's ways
+# Shapes, graph breaks, modes
 
 
 @pytest.mark.slow
@@ -508,7 +508,7 @@ def test_dynamic_shapes(inner):
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch.no_grad()
-def test_new_weights_that_call_for_another_graph(dynamic):
+def test_new_weights_that_need_another_graph(dynamic):
     """As where a pass chooses other ranks for other weights."""
     model = net()
     f = torch.compile(model, backend="fxlrd", dynamic=dynamic, options={"inner": "aot_eager"})
@@ -644,7 +644,7 @@ def test_a_graph_that_does_not_run_on_its_own():
 
 
 @torch.no_grad()
-def test_the_random_state_is_left_alone():
+def test_the_random_state_stays():
     model, x = net(), images()
     state = torch.get_rng_state()
     compiled(model)(x)
