@@ -13,7 +13,6 @@ import fxlrd
 from fxlrd.errors import Reason
 
 GOLDEN = Path(__file__).parent / "golden" / "reasons.txt"
-MAKERS = ("Reason", "_Mixes")
 
 
 def template(node: ast.expr, names: dict[str, ast.expr]) -> str:
@@ -33,7 +32,7 @@ def reasons(function: ast.AST) -> Iterator[tuple[str, str, str]]:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             names[node.targets[0].id] = node.value
     for node in ast.walk(function):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in MAKERS:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Reason":
             code, text, *remedy = node.args
             if isinstance(code, ast.Constant):  # else it hands on another reason
                 yield code.value, template(text, names), template(remedy[0], names) if remedy else ""

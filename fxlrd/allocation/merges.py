@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from fxlrd.calibration.moments import LARGEST, moments
 from fxlrd.errors import Reason
 from fxlrd.factor.interpolative import greedy, least_squares, lost, residual, select
-from fxlrd.graph.channels import Consumer, Group, group
+from fxlrd.graph.channels import Consumer, Group, group_of
 from fxlrd.graph.facts import FACTORS, provenance, shape, statistics
 from fxlrd.graph.guards import is_stem, matches, stem_reason
 from fxlrd.layers.compose import input_importance
@@ -46,7 +46,7 @@ def mergeable(
         return Reason("depthwise", "a depthwise conv is cut with the layer that feeds it, which stays")
     if is_stem(gm, name, gm.get_submodule(name)) and not stem:
         return stem_reason(gm.get_submodule(name))
-    whole = group(gm, node, reasons)
+    whole = group_of(gm, node, reasons)
     if isinstance(whole, Reason):
         return whole
     for member in [*whole.producers, *(c.node for c in whole.consumers)]:
@@ -78,10 +78,10 @@ def readers(gm: fx.GraphModule, whole: Group) -> list[Reader] | Reason:
 
 def _seen(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments | None:
     """Return the moments of the ``count`` channels where the consumer reads them; none that an earlier cut outdated."""
-    sizes = shape(consumer.seen)
+    sizes = shape(consumer.source)
     assert sizes is not None
     axis = channel_axis(gm.get_submodule(str(consumer.node.target)), len(sizes))
-    found = moments(consumer.seen, axis, consumer.block)
+    found = moments(consumer.source, axis, consumer.block)
     return found if found is not None and len(found.total) == count else None
 
 

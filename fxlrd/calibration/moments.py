@@ -13,9 +13,9 @@ from fxlrd.calibration.importance import Importance
 from fxlrd.calibration.patches import patches
 from fxlrd.errors import FxlrdError
 from fxlrd.graph.captured import feed
-from fxlrd.graph.channels import flattened
 from fxlrd.graph.facts import output_moments, shape, statistics
 from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.operations import features_per_channel
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import layers, source
 from fxlrd.layers.fit import Moments, Statistics
@@ -90,7 +90,7 @@ class _Sweep(fx.Interpreter):
             self.wanted.setdefault(read, set()).add((module, 1))
             if outputs:
                 self.wanted.setdefault(node, set()).add((module, 1))
-            if isinstance(module, nn.Linear) and (block := flattened(gm, read)) > 1:
+            if isinstance(module, nn.Linear) and (block := features_per_channel(gm, read)) > 1:
                 self.wanted[read].add((module, block))
             c_in, _, groups = channels_per_group(module)
             if isinstance(module, CONVS) and groups == 1 and 1 < kernel_area(module) <= patches // c_in:

@@ -23,7 +23,7 @@ from functools import partial
 from torch import fx, nn
 
 from fxlrd.errors import Reason
-from fxlrd.graph.channels import MERGED
+from fxlrd.graph.channels import MERGEABLE
 from fxlrd.graph.facts import FACTORS, provenance, shape
 from fxlrd.graph.guards import matches, replaceable, skip_reason
 from fxlrd.graph.layer import origin
@@ -72,7 +72,7 @@ class Compose:
 
     def _why_not(self, gm: fx.GraphModule, chain: Chain, guards: Mapping[str, Reason | None]) -> Reason | None:
         """Return why the modules of a chain must stay as they are, if they must."""
-        if not isinstance(gm.get_submodule(str(chain.first.target)), MERGED):
+        if not isinstance(gm.get_submodule(str(chain.first.target)), MERGEABLE):
             return UNMERGED
         for node in chain.nodes:
             name = str(node.target)

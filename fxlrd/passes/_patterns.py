@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from fxlrd.graph.channels import ELEMENTWISE_MODULES, MERGED, MERGED_NORMS
+from fxlrd.graph.channels import MERGEABLE, MERGEABLE_NORMS
 from fxlrd.graph.facts import shape
+from fxlrd.graph.operations import ELEMENTWISE_MODULES
 from fxlrd.graph.surgery import source
 from fxlrd.layers.kinds import kernel_area
 
@@ -42,20 +43,20 @@ def affine_chain(gm: fx.GraphModule, first: fx.Node) -> Chain:
     while second is None and len(node.users) == 1:
         (user,) = node.users
         module = gm.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if isinstance(module, MERGED):
+        if isinstance(module, MERGEABLE):
             second = user
         elif module is not None and (type(module) in _IDENTITIES or _is_affine_norm(module, node, linear)):
             between.append(user)
             node = user
         else:
             break
-    norms = [n for n in between if type(gm.get_submodule(str(n.target))) in MERGED_NORMS]
+    norms = [n for n in between if type(gm.get_submodule(str(n.target))) in MERGEABLE_NORMS]
     return Chain(first, tuple(between), tuple(norms), second)
 
 
 def _is_affine_norm(module: nn.Module, node: fx.Node, linear: bool) -> bool:
     """Whether the module is a BatchNorm of fixed statistics over the channels that the layer before it makes."""
-    if type(module) not in MERGED_NORMS or module.running_mean is None:
+    if type(module) not in MERGEABLE_NORMS or module.running_mean is None:
         return False
     sizes = shape(node)
     # On (N, L, C) a BatchNorm1d counts L as channels.

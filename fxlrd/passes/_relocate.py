@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from fxlrd.errors import Reason
 from fxlrd.factor.tucker import tucker2
-from fxlrd.graph.channels import MERGED
+from fxlrd.graph.channels import MERGEABLE
 from fxlrd.graph.guards import matches, replaceable
 from fxlrd.graph.layer import origin
 from fxlrd.graph.surgery import calls, layers
@@ -106,7 +106,7 @@ class Relocate(Targets):
 def _why_no_core(module: nn.Module) -> Reason | None:
     """Return why a layer has no Tucker-2 form of one core, if it has none."""
     groups = channels_per_group(module)[2]
-    if not isinstance(module, MERGED):
+    if not isinstance(module, MERGEABLE):
         return UNMERGED
     if groups > 1:
         return Reason("grouped", f"groups={groups}: only groups=1 has a Tucker form")

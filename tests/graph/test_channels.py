@@ -1,19 +1,19 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import fx, nn
 from torchvision import models
 
 from fxlrd import capture
 from fxlrd.errors import Reason
-from fxlrd.graph.channels import Group, flattened, group, is_elementwise, is_flatten
+from fxlrd.graph.channels import Group, group_of
 from fxlrd.graph.guards import replaceable
+from fxlrd.graph.operations import features_per_channel
 from fxlrd.graph.surgery import calls
 
 
 def of(gm: fx.GraphModule, producer: str) -> Group | Reason:
-    return group(gm, calls(gm, producer)[0], replaceable(gm, norms=True))
+    return group_of(gm, calls(gm, producer)[0], replaceable(gm, norms=True))
 
 
 def targets(nodes) -> list[str]:
@@ -49,7 +49,7 @@ def test_an_inverted_residual_is_one_group_with_its_squeeze_excitation():
             [f"{block}.0.1", f"{block}.1.0", f"{block}.1.1"],
             {f"{block}.2.fc1": 1, f"{block}.3.0": 1},
         )
-        assert {c.seen.name for c in found.consumers if "fc1" in str(c.node.target)} == {
+        assert {c.source.name for c in found.consumers if "fc1" in str(c.node.target)} == {
             next(c.node for c in found.consumers if "fc1" in str(c.node.target)).all_input_nodes[0].name
         }
     assert parts(of(gm, f"{block}.2.fc1")) == ([f"{block}.2.fc1"], [], {f"{block}.2.fc2": 1})
@@ -61,9 +61,9 @@ def test_a_flatten_makes_blocks():
     )
     gm = capture(model, torch.randn(2, 3, 9, 9))
     (consumer,) = of(gm, "0").consumers
-    assert (consumer.block, consumer.seen.target) == (6, "4")
-    assert flattened(gm, consumer.seen) == 6
-    assert flattened(gm, calls(gm, "2")[0]) == 1
+    assert (consumer.block, consumer.source.target) == (6, "4")
+    assert features_per_channel(gm, consumer.source) == 6
+    assert features_per_channel(gm, calls(gm, "2")[0]) == 1
 
 
 def test_a_flatten_of_one_position_makes_none():
@@ -111,42 +111,3 @@ def test_nothing_reads_it():
             return x
 
     assert of(fx.symbolic_trace(Dead()), "a").code == "unread"
-
-
-OPERATIONS = {
-    "relu": (lambda x: torch.relu(x), True, False),
-    "method": (lambda x: x.sigmoid(), True, False),
-    "scalar": (lambda x: x * 2, True, False),
-    "scalar first": (lambda x: 1 - x, True, False),
-    "division": (lambda x: x / 6, True, False),
-    "in place": (lambda x: x.clone().mul(1).relu_(), True, False),
-    "two tensors": (lambda x: x * x.flip(0), False, False),
-    "softmax": (lambda x: x.softmax(1), False, False),
-    "sum": (lambda x: x.sum(1), False, False),
-    "flatten": (lambda x: x.flatten(1), False, True),
-    "named": (lambda x: x.flatten(start_dim=1), False, True),
-    "function": (lambda x: torch.flatten(x, 1, -1), False, True),
-    "view": (lambda x: x.view(x.size(0), -1), False, True),
-    "named size": (lambda x: x.view(x.size(dim=0), -1), False, True),
-    "reshape": (lambda x: x.reshape(x.shape[0], -1), False, True),
-    "spatial": (lambda x: x.flatten(2), False, False),
-    "all": (lambda x: x.flatten(), False, False),
-    "fixed": (lambda x: x.view(-1, 12), False, False),
-    "by channel": (lambda x: x.view(x.size(1), -1), False, False),
-    "by width": (lambda x: x.reshape(x.shape[3], -1), False, False),
-}
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_what_kind_of_operation_it_is(name):
-    f, elementwise, flatten = OPERATIONS[name]
-
-    class Model(nn.Module):
-        def forward(self, x):
-            return f(x)
-
-    gm = fx.symbolic_trace(Model())
-    (output,) = gm.graph.find_nodes(op="output")
-    node = output.args[0]
-    assert is_elementwise(gm, node) == elementwise
-    assert is_flatten(gm, node) == flatten

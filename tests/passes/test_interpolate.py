@@ -16,7 +16,7 @@ from fxlrd.calibration.moments import moments
 from fxlrd.factor.interpolative import least_squares, select
 from fxlrd.graph import cost
 from fxlrd.graph.captured import propagate
-from fxlrd.graph.channels import Consumer, Group, group
+from fxlrd.graph.channels import Consumer, Group, group_of
 from fxlrd.graph.facts import provenance, retained_channels, shape, statistics
 from fxlrd.graph.guards import replaceable
 from fxlrd.graph.inputs import Inputs
@@ -43,15 +43,15 @@ class Interpolate(nn.Module):
         return full.flatten(-2).movedim(-1, self.axis)
 
 
-def group_of(gm: fx.GraphModule, name: str) -> Group:
+def group_made_by(gm: fx.GraphModule, name: str) -> Group:
     """Return the group of the channels that a layer makes."""
-    return group(gm, calls(gm, name)[0], replaceable(gm, norms=True))
+    return group_of(gm, calls(gm, name)[0], replaceable(gm, norms=True))
 
 
 def interpolation(gm: fx.GraphModule, consumer: Consumer, retained: torch.Tensor) -> Interpolate:
     """Return the least squares interpolation, by the moments in the graph, of what a consumer reads."""
-    axis = channel_axis(gm.get_submodule(consumer.node.target), len(shape(consumer.seen)))
-    measured = moments(consumer.seen, axis, consumer.block)
+    axis = channel_axis(gm.get_submodule(consumer.node.target), len(shape(consumer.source)))
+    measured = moments(consumer.source, axis, consumer.block)
     matrix = least_squares(measured.second, retained, measured.ridge)
     linear = isinstance(gm.get_submodule(consumer.node.target), nn.Linear)
     return Interpolate(retained, matrix, -1 if linear else 1, consumer.block)
@@ -62,7 +62,7 @@ def interpolated(original: fx.GraphModule, result) -> fx.GraphModule:
     gm = fork(original)
     for i, name in enumerate(site_names(result)):
         retained = retained_channels(calls(result.graph_module, name)[0])
-        for j, consumer in enumerate(group_of(original, name).consumers):
+        for j, consumer in enumerate(group_made_by(original, name).consumers):
             (node,) = calls(gm, consumer.node.target)
             (read,) = node.all_input_nodes
             gm.add_submodule(f"fit{i}_{j}", interpolation(original, consumer, retained))
@@ -141,10 +141,10 @@ def test_retained_channels_and_interpolation_come_from_the_moments_on_the_nodes(
     result = Merge()(original)
     assert len(result.sites) == 8
     for name in site_names(result):
-        (consumer,) = group_of(original, name).consumers
+        (consumer,) = group_made_by(original, name).consumers
         target = consumer.node.target
         retained = retained_channels(calls(result.graph_module, name)[0])
-        second = moments(consumer.seen, 1).second
+        second = moments(consumer.source, 1).second
         assert torch.equal(retained, select(second, len(retained), input_importance(original.get_submodule(target))))
         matrix = interpolation(original, consumer, retained).matrix
         folded = torch.einsum("scij,cr->srij", original.get_submodule(target).weight, matrix)
