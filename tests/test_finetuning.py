@@ -103,11 +103,11 @@ def test_the_papers_freezing_trains_one_factor():
 
 def test_the_sequential_schedule_alternates():
     model = small_factors()
-    seen = []
+    states = []
     history = finetune(
-        model, loader(), epochs=3, schedule="sequential", evaluate=lambda m: seen.append(state(m)) or 0.0
+        model, loader(), epochs=3, schedule="sequential", evaluate=lambda m: states.append(state(m)) or 0.0
     )
-    first, last = [s["4.first.weight"] for s in seen], [s["4.last.weight"] for s in seen]
+    first, last = [s["4.first.weight"] for s in states], [s["4.last.weight"] for s in states]
     assert torch.equal(first[0], first[2]) is False
     assert torch.equal(last[0], last[1])
     assert torch.equal(first[1], first[2])

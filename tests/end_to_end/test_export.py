@@ -175,11 +175,11 @@ def test_onnx(case):
     model, x = case.model, case.x
     program = torch.onnx.export(model, (), kwargs=x, dynamo=True, dynamic_shapes=batches(x), verbose=False)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    for given in (x, few(x)):
-        found = session.run(None, {i.name: given[i.name].numpy() for i in session.get_inputs()})
-        wanted = outputs(model(**given))
-        assert len(found) == len(wanted)
-        for a, b in zip(found, wanted, strict=True):
+    for batch in (x, few(x)):
+        actual = session.run(None, {i.name: batch[i.name].numpy() for i in session.get_inputs()})
+        expected = outputs(model(**batch))
+        assert len(actual) == len(expected)
+        for a, b in zip(actual, expected, strict=True):
             # Other kernels, and float32, as onnxruntime has no convs in float64 on CPUs.
             torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-5, atol=1e-6)
 

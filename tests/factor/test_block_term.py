@@ -12,7 +12,7 @@ def orthogonal(n: int) -> torch.Tensor:
 
 
 def planted(groups: int, r2: int, r1: int, positions: int, noise: float = 0.0, equal: bool = False):
-    """Return a core that is block-diagonal in hidden bases, and the energy share of its blocks there."""
+    """Return a core that is block-diagonal in hidden bases, and the energy share of its blocks in those."""
     core = torch.zeros(groups * r2, groups * r1, positions).double()
     for n in range(groups):
         block = torch.randn(r2, r1, positions).double()

@@ -121,6 +121,6 @@ def test_zero_weight(dtype):
 def test_the_scale_of_the_weight_does_not_matter(scale):
     w = torch.randn(1, 12, 16, 3, 3, dtype=torch.float64)
     triple = tucker2((w * scale).float(), 4, 5)
-    wanted = tucker2(w.float(), 4, 5).error
-    assert triple.error == pytest.approx(wanted, rel=1e-5)
-    assert ((w - tucker_product(triple) / scale).norm() / w.norm()).item() == pytest.approx(wanted, rel=1e-5)
+    expected = tucker2(w.float(), 4, 5).error
+    assert triple.error == pytest.approx(expected, rel=1e-5)
+    assert ((w - tucker_product(triple) / scale).norm() / w.norm()).item() == pytest.approx(expected, rel=1e-5)

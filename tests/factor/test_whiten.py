@@ -65,18 +65,18 @@ def finite(*factors):
 def test_a_root_squares_to_the_regularised_moments(shape, ridge):
     x = randn(*shape[:-2], 40, shape[-1])
     g = x.mT @ x
-    found = root(g, ridge)
+    roots = root(g, ridge)
     eye = torch.eye(shape[-1], dtype=torch.float64)
-    wanted = g + g.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * (RIDGE + ridge) * eye
-    torch.testing.assert_close(found.root @ found.root, wanted, rtol=1e-12, atol=1e-10)
-    torch.testing.assert_close(found.root @ found.inverse, eye.expand(shape), rtol=0, atol=1e-10)
-    torch.testing.assert_close(found.root, found.root.mT, rtol=0, atol=1e-12)
+    expected = g + g.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * (RIDGE + ridge) * eye
+    torch.testing.assert_close(roots.root @ roots.root, expected, rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(roots.root @ roots.inverse, eye.expand(shape), rtol=0, atol=1e-10)
+    torch.testing.assert_close(roots.root, roots.root.mT, rtol=0, atol=1e-12)
 
 
 def test_the_root_of_zero_moments_is_invertible():
-    found = root(torch.stack([torch.zeros(4, 4), torch.eye(4)]))
-    torch.testing.assert_close(found.root @ found.inverse, torch.eye(4).double().expand(2, 4, 4), rtol=0, atol=1e-12)
-    assert found.root[0].abs().max() < 1e-12, "what never varies counts for nothing beside what does"
+    roots = root(torch.stack([torch.zeros(4, 4), torch.eye(4)]))
+    torch.testing.assert_close(roots.root @ roots.inverse, torch.eye(4).double().expand(2, 4, 4), rtol=0, atol=1e-12)
+    assert roots.root[0].abs().max() < 1e-12, "a channel that is always zero is negligible beside others"
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8])
@@ -198,16 +198,16 @@ def test_the_tucker_error_is_the_error_on_the_patches(ranks, weighted, ridge):
     triple = tucker(w, ranks, x, gamma, ridge)
     data = sampled(regularised(second_moments(unfolded(x, KERNEL)), ridge))
     weight = None if gamma is None else regularised(gamma)
-    found = error(w[0].flatten(1), tucker_product(triple)[0].flatten(1), data, weight)
-    assert found == pytest.approx(triple.error, rel=1e-8)
+    actual = error(w[0].flatten(1), tucker_product(triple)[0].flatten(1), data, weight)
+    assert actual == pytest.approx(triple.error, rel=1e-8)
     plain = tucker_product(tucker2(w, *ranks, sweeps=5))[0].flatten(1)
-    assert found < error(w[0].flatten(1), plain, data, weight)
+    assert actual < error(w[0].flatten(1), plain, data, weight)
 
 
 def test_tucker_error_on_actual_outputs():
     w, x = randn(1, 7, 6, *KERNEL), image(20)
     triple = tucker(w, (3, 4), x)
-    wanted, lost = F.conv2d(x, w[0]), F.conv2d(x, w[0] - tucker_product(triple)[0])
+    expected, lost = F.conv2d(x, w[0]), F.conv2d(x, w[0] - tucker_product(triple)[0])
     # The ridge adds about RIDGE · mean variance · ‖W − W'‖², in relation to the outputs' size.
     patches = unfolded(x, KERNEL)
     extra = RIDGE * second_moments(patches).diagonal().mean() * len(patches)
@@ -215,8 +215,8 @@ def test_tucker_error_on_actual_outputs():
     def size(outputs, weight):
         return outputs.square().sum() + extra * weight.square().sum()
 
-    found = (size(lost, w[0] - tucker_product(triple)[0]) / size(wanted, w[0])).sqrt().item()
-    assert found == pytest.approx(triple.error, rel=1e-8)
+    actual = (size(lost, w[0] - tucker_product(triple)[0]) / size(expected, w[0])).sqrt().item()
+    assert actual == pytest.approx(triple.error, rel=1e-8)
 
 
 @pytest.mark.parametrize("ranks", CASES)
@@ -267,12 +267,12 @@ def test_no_perturbation_of_refined_factors_lowers_the_error(ranks, monkeypatch)
             assert error(w[0].flatten(1), tucker_product(moved)[0].flatten(1), data) > triple.error
 
 
-@pytest.mark.parametrize("given", ["moments", "patches"])
+@pytest.mark.parametrize("source", ["moments", "patches"])
 @pytest.mark.parametrize("ranks", [(6, 7), (None, 7), (6, None)])
-def test_tucker_at_full_rank_is_exact(given, ranks):
+def test_tucker_at_full_rank_is_exact(source, ranks):
     w, x = randn(1, 7, 6, *KERNEL), image()
     gamma = second_moments(correlated(99, 7))
-    if given == "patches":
+    if source == "patches":
         triple = tucker(w, ranks, x, gamma)
     else:
         triple = whitened_tucker2(w, *ranks, rooted(second_moments(x.movedim(1, -1).flatten(0, -2))), rooted(gamma))
@@ -280,12 +280,14 @@ def test_tucker_at_full_rank_is_exact(given, ranks):
     assert triple.error < 1e-7, "the square root of rounding"
 
 
-@pytest.mark.parametrize("given", ["moments", "patches"])
-def test_a_planted_form_is_reproduced(given):
+@pytest.mark.parametrize("source", ["moments", "patches"])
+def test_a_planted_form_is_reproduced(source):
     w = torch.einsum("so,orkl,rc->sckl", randn(7, 3), randn(3, 2, *KERNEL), randn(2, 6))[None]
     x = image()
     reads = rooted(second_moments(x.movedim(1, -1).flatten(0, -2)))
-    triple = whitened_tucker2(w, 2, 3, reads, None, second_moments(unfolded(x, KERNEL)) if given == "patches" else None)
+    triple = whitened_tucker2(
+        w, 2, 3, reads, None, second_moments(unfolded(x, KERNEL)) if source == "patches" else None
+    )
     torch.testing.assert_close(tucker_product(triple), w, rtol=0, atol=1e-7)
 
 
@@ -297,16 +299,16 @@ def test_images_of_few_independent_channels_are_fitted_up_to_the_ridge():
     assert error(w[0].flatten(1), plain, patches) > 0.1
 
 
-@pytest.mark.parametrize("given", ["nothing", "moments", "patches"])
+@pytest.mark.parametrize("source", ["nothing", "moments", "patches"])
 @pytest.mark.parametrize("ranks", CASES)
-def test_outer_tucker_factors_are_orthonormal(given, ranks):
+def test_outer_tucker_factors_are_orthonormal(source, ranks):
     w, x, gamma = randn(1, 7, 6, *KERNEL), image(), rooted(second_moments(correlated(99, 7)))
     reads = rooted(second_moments(x.movedim(1, -1).flatten(0, -2)))
     triple = {
         "nothing": lambda: whitened_tucker2(w, *ranks, None),
         "moments": lambda: whitened_tucker2(w, *ranks, reads, gamma),
         "patches": lambda: whitened_tucker2(w, *ranks, reads, gamma, second_moments(unfolded(x, KERNEL))),
-    }[given]()
+    }[source]()
     r1, r2 = ranks
     assert triple.core.shape == (1, r2 or 7, r1 or 6, *KERNEL)
     assert (triple.first is None, triple.last is None) == (r1 is None, r2 is None)
@@ -368,12 +370,12 @@ def test_tucker_of_poor_data_is_finite(poor, weighted, ridge):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_everything_runs_in_float64_whatever_the_weight(dtype):
     w, x = torch.randn(1, 7, 6, *KERNEL).to(dtype), image()
-    for found, wanted in (
+    for actual, expected in (
         (tucker(w, (3, 4), x), tucker(w.double(), (3, 4), x)),
         (whitened_svd(w.flatten(2), 4, None), whitened_svd(w.double().flatten(2), 4, None)),
     ):
-        assert found.error == wanted.error
-        assert all(torch.equal(a, b) for a, b in zip(found[:-1], wanted[:-1], strict=True))
+        assert actual.error == expected.error
+        assert all(torch.equal(a, b) for a, b in zip(actual[:-1], expected[:-1], strict=True))
 
 
 def test_inputs_that_are_always_zero_give_the_factors_of_the_weight_alone():

@@ -104,16 +104,16 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_alone(kind):
 
 @pytest.mark.parametrize("kind", ["Conv1d", "Conv3d"])
 def test_the_predicted_error_is_measured_on_the_calibration_inputs(kind):
-    # All patches of so many inputs are seen.
+    # So few inputs that all of their patches are sampled.
     model, x = nn.Sequential(KINDS[kind][0]()), inputs(kind, {"Conv1d": 90, "Conv3d": 25}[kind]) + 1
     gm = Decompose(ranks=7)(Calibrate(x, patches=999)(captured(model, x)).graph_module).graph_module
-    y, found = model(x).transpose(0, 1).flatten(1), gm(x).transpose(0, 1).flatten(1)
+    y, actual = model(x).transpose(0, 1).flatten(1), gm(x).transpose(0, 1).flatten(1)
     (last,) = calls(gm, "0.last")
-    error = (found - y).norm() / (y - y.mean(1, keepdim=True)).norm()
+    error = (actual - y).norm() / (y - y.mean(1, keepdim=True)).norm()
     assert provenance(last).fitted
     # But for a ridge, by which few samples are regularised.
     assert provenance(last).error == pytest.approx(error.item(), rel=1e-3)
-    torch.testing.assert_close(found.mean(1), y.mean(1), rtol=0, atol=1e-10)
+    torch.testing.assert_close(actual.mean(1), y.mean(1), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -150,9 +150,9 @@ def test_merge_leaves_other_kinds_than_conv2d_alone(kind, options):
     result = Merge(**options)(gm)
     assert not result.modified
     assert result.graph_module.code == gm.code
-    found = set(reasons(result).values())
-    assert found <= {"layer-type"}
-    assert found or options.get("mode") == "exact" or kind.endswith("3d")
+    codes = set(reasons(result).values())
+    assert codes <= {"layer-type"}
+    assert codes or options.get("mode") == "exact" or kind.endswith("3d")
 
 
 def test_merge_folds_a_norm_into_a_conv_before_an_upsampling():
@@ -188,8 +188,8 @@ def test_branch_error_and_outputs(kind, ranks):
     assert [(type(m).__name__, m.groups) for m in form][1] == (kind, 4)
     weight = weight_blocks(model[0])[0].flatten(2)
     error = ((stood_for(form) - weight).norm() / weight.norm()).item()
-    known = provenance(calls(result.graph_module, "0.core")[0])
-    assert known.error == pytest.approx(error, rel=1e-9)
+    core = provenance(calls(result.graph_module, "0.core")[0])
+    assert core.error == pytest.approx(error, rel=1e-9)
     # It does what the layer with that weight does.
     stand_in = copy.deepcopy(model[0])
     kernel = stood_for(form).unflatten(2, stand_in.kernel_size)
@@ -260,9 +260,9 @@ def test_snap_times_volumes_in_their_memory_format():
 def test_the_report_has_the_memory_format_of_volumes():
     model = nn.Sequential(nn.Conv3d(5, 8, 3)).to(memory_format=torch.channels_last_3d)
     x = torch.randn(1, 5, 4, 5, 6)
-    for batch, said in ((x, "contiguous"), (x.to(memory_format=torch.channels_last_3d), "channels_last")):
+    for batch, layout_name in ((x, "contiguous"), (x.to(memory_format=torch.channels_last_3d), "channels_last")):
         result = fxlrd.compress(model, batch, ratio=1.2, measure=False)
-        assert result.report.settings["layout"] == said
+        assert result.report.settings["layout"] == layout_name
 
 
 @pytest.mark.parametrize("bias", [True, False])
