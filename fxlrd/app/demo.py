@@ -92,8 +92,8 @@ def run(share: float = SHARE, progress: bool = True, timer: Timer = compare) -> 
     models["auto"] = result.model
     timings = time_models(models, Inputs.of(x), seconds=6.0, timer=timer)
     rows = tuple(_row(name, m, timings[name], x, batches, test) for name, m in models.items())
-    here = Setting.current(x.device, False)
-    setting = f"{here.device}, eager, channels_last, {here.threads} threads, torch {here.torch_version}"
+    machine = Setting.current(x.device, False)
+    setting = f"{machine.device}, eager, channels_last, {machine.threads} threads, torch {machine.torch_version}"
     return Comparison(rows, setting, _measured(result.report, rows[0], rows[-1]))
 
 

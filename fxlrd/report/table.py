@@ -127,8 +127,8 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     headers = ["layer", "op", "weight", "decision", "ranks", "params", "now", "error", "reason"]
-    right = ("left",) * 5 + ("right",) * 3 + ("left",)
-    return tabulate(cells, headers=headers, tablefmt=_STYLE, disable_numparse=True, colalign=right)
+    align = ("left",) * 5 + ("right",) * 3 + ("left",)
+    return tabulate(cells, headers=headers, tablefmt=_STYLE, disable_numparse=True, colalign=align)
 
 
 def ranks_table(ledger: Sequence[Record], rows: Sequence[Mapping[str, Any]]) -> str:
