@@ -57,6 +57,7 @@ class Record:
     depth: int
     note: str = ""
     timings: Mapping[str, Mapping[str, Timing]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,4 +191,5 @@ def _record(step: Pass, result: PassResult, errors: Errors, seconds: float) -> R
         cost.depth(gm),
         result.note,
         result.timings,
+        result.warnings,
     )

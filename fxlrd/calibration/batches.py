@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fxlrd.errors import FxlrdError, one_line
+from fxlrd.errors import FxlrdError, VerificationError, one_line
 from fxlrd.graph.captured import captured_or_bare
+from fxlrd.graph.compare import difference, rounding
 from fxlrd.graph.inputs import Inputs, tensors
 
 HOLDOUT_PERIOD = 5
@@ -33,20 +36,64 @@ def as_batches(data: Any) -> Iterable[Any]:
 
 
 def as_inputs(gm: fx.GraphModule, batches: Iterable[Any]) -> Iterator[Inputs]:
-    """Yield each batch as inputs of the graph: tensors, dicts, or tuples, whose surplus (labels) is dropped.
+    """Yield each batch as inputs of the model, given to it as the example inputs were.
 
-    Raises FxlrdError for a batch that holds NaN or Inf, or no tensors.
+    Raises FxlrdError for a batch that holds NaN or +Inf, no tensors, or nothing that the example inputs have.
     """
-    count = captured_or_bare(gm).arguments(gm)
+    model = captured_or_bare(gm)
+    names, example = model.parameters(gm), model.inputs
+    if not example.args and not example.kwargs:  # a graph that its user has traced
+        example = Inputs((None,) * len([n for n in gm.graph.find_nodes(op="placeholder") if not n.args]))
     for i, batch in enumerate(batches):
         try:
-            inputs = Inputs.of(tuple(batch)[: max(count, 1)] if isinstance(batch, (tuple, list)) else batch)
+            inputs = given_as(example, batch, names)
         except FxlrdError as error:
             raise FxlrdError(f"calibration: batch {i}: {str(error).removeprefix('example inputs: ')}") from error
         for t in tensors((inputs.args, inputs.kwargs)):
-            if t.is_floating_point() and not t.is_meta and not bool(t.isfinite().all()):
+            if t.is_floating_point() and not t.is_meta and _is_invalid(t):
                 raise FxlrdError(f"calibration: batch {i} holds NaN or Inf")
         yield inputs
+
+
+def given_as(example: Inputs, batch: Any, names: Sequence[str]) -> Inputs:
+    """Return a batch as the arguments of a call that is made as the ``example`` was.
+
+    What the example has not, such as labels, is dropped. A dict fills the arguments of its keys, or is the one argument
+    where the example's one argument is a dict. A tuple fills the example's arguments in order, those by name last.
+
+    Args:
+        example: the example inputs.
+        batch: a tensor, a tuple or list, a dict, or a tuple whose first element is a dict.
+        names: the names of the model's parameters, in order.
+
+    Raises:
+        FxlrdError: for a batch that has no tensors, or a dict with none of the names.
+    """
+    if isinstance(batch, Mapping):
+        if len(example.args) == 1 and isinstance(example.args[0], Mapping):
+            return Inputs((batch,))
+        wanted = [*names[: len(example.args)], *example.kwargs]
+        arguments = {name: batch[name] for name in wanted if name in batch}
+        if not arguments:
+            raise FxlrdError(
+                f"a dict of {', '.join(map(str, batch)) or 'nothing'}, but the model was given {', '.join(wanted)}: "
+                "rename its keys, or give tuples in the order of the example inputs"
+            )
+        return Inputs((), arguments)
+    if isinstance(batch, Inputs):
+        return batch
+    values = tuple(batch) if isinstance(batch, (tuple, list)) else Inputs.of(batch).args
+    if values and isinstance(values[0], Mapping) and example.kwargs and not example.args:
+        return given_as(example, values[0], names)
+    count = len(example.args)
+    by_name = values[count:] if len(values) >= count + len(example.kwargs) else ()
+    return Inputs(values[:count], dict(zip(example.kwargs, by_name if count else values, strict=False)))
+
+
+def _is_invalid(t: Tensor) -> bool:
+    """Whether a tensor holds NaN or +Inf. Masks are written with -Inf."""
+    values = t.to_dense() if t.layout != torch.strided else t
+    return bool((values.isnan() | (values == math.inf)).any())
 
 
 def failure(i: int, inputs: Inputs, error: Exception) -> FxlrdError:
@@ -55,11 +102,40 @@ def failure(i: int, inputs: Inputs, error: Exception) -> FxlrdError:
     return FxlrdError(f"calibration: the model fails on batch {i} ({inputs.describe()}): {cause}")
 
 
-def to_fit(batches: Iterable[Inputs], held_out: list[Inputs] | None = None) -> Iterator[Inputs]:
+Divisible = Callable[[Inputs, Inputs], bool]
+"""Whether the second inputs, the first rows of the first ones, are examples of their own; see `rows_are_examples`."""
+
+
+def rows_are_examples(gm: fx.GraphModule, inputs: Inputs, first_rows: Inputs) -> bool:
+    """Whether the first axis of the inputs is a batch: the first rows alone give the first rows of the outputs.
+
+    It is not where the rows are the nodes of a graph, or the entries of one vector.
+    """
+    captured = captured_or_bare(gm)
+    try:
+        all_outputs, first_outputs = captured.outputs(gm, inputs), captured.outputs(gm, first_rows)
+    except Exception:  # whatever stops the model on some of the rows: they are no examples
+        return False
+    count, end = examples(inputs), examples(first_rows)
+    pairs = list(zip(all_outputs, first_outputs, strict=False))
+    if not pairs or len(all_outputs) != len(first_outputs):
+        return False
+    if any(not a.dim() or not b.dim() or len(a) * end != len(b) * count for a, b in pairs):
+        return False
+    try:
+        moved = difference(first_outputs, [a[: len(b)] for a, b in pairs], "first rows")
+    except VerificationError:
+        return False
+    return moved.relative <= rounding(all_outputs)
+
+
+def to_fit(
+    batches: Iterable[Inputs], held_out: list[Inputs] | None = None, divisible: Divisible = lambda inputs, rows: True
+) -> Iterator[Inputs]:
     """Yield the batches to fit to; every `HOLDOUT_PERIOD`-th is appended to ``held_out`` instead.
 
-    Of fewer batches than that, the last rows of each are held out. What is held out depends on the order alone, so that
-    all passes that read the same data hold out the same.
+    Of fewer batches than that, the last rows of each are held out, where it is ``divisible``. What is held out depends
+    on the data and their order alone, so that all passes that read the same data hold out the same.
     """
     held_out = [] if held_out is None else held_out
     first: list[Inputs] = []
@@ -75,6 +151,8 @@ def to_fit(batches: Iterable[Inputs], held_out: list[Inputs] | None = None) -> I
             yield inputs
     for inputs in first:
         fitted, last = _cut_rows(inputs)
+        if last is not None and not divisible(inputs, fitted):
+            fitted, last = inputs, None
         yield fitted
         if last is not None:
             held_out.append(last)
@@ -94,6 +172,36 @@ def _cut_rows(inputs: Inputs) -> tuple[Inputs, Inputs | None]:
         return Inputs(args, kwargs)
 
     return rows(slice(end)), rows(slice(end, None))
+
+
+class Variety:
+    """Whether inputs differ at all: fits to many copies of one input follow it, and predict no error for any other."""
+
+    def __init__(self) -> None:
+        self.first_rows: list[Tensor] | None = None
+        self.rows = 0
+        self.alike = True
+
+    def watch(self, batches: Iterable[Inputs]) -> Iterator[Inputs]:
+        """Yield the batches, and compare their rows with the very first one meanwhile."""
+        for inputs in batches:
+            if self.alike:
+                self._compare([t for t in tensors((inputs.args, inputs.kwargs)) if t.dim() and not t.is_meta])
+            yield inputs
+
+    def _compare(self, batch: list[Tensor]) -> None:
+        if self.first_rows is None:
+            self.first_rows = [t[:1].clone() for t in batch]
+        self.rows += max((len(t) for t in batch), default=1)
+        self.alike = len(batch) == len(self.first_rows) and all(
+            t.shape[1:] == row.shape[1:] and bool((t == row).all())
+            for t, row in zip(batch, self.first_rows, strict=True)
+        )
+
+    @property
+    def none(self) -> bool:
+        """Whether there were several inputs, and all of them alike."""
+        return self.alike and self.rows > 1
 
 
 def examples(inputs: Inputs) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -41,15 +41,18 @@ class Holdout:
             return math.inf
 
 
+TOO_FEW = Reason(
+    "too-few-inputs",
+    "too few calibration inputs to hold some out, to judge it by",
+    f"give {HOLDOUT_PERIOD} batches, or {HOLDOUT_PERIOD} inputs in one",
+)
+
+
 @dataclass(frozen=True)
 class TooFew:
-    """Inputs were to be held out, but there were too few for it."""
+    """Inputs were to be held out, but there were too few for it, or they say too little."""
 
-    reason: ClassVar[Reason] = Reason(
-        "too-few-inputs",
-        "too few calibration inputs to hold some out, to judge it by",
-        f"give {HOLDOUT_PERIOD} batches, or {HOLDOUT_PERIOD} inputs in one",
-    )
+    reason: Reason = TOO_FEW
 
 
 @dataclass(frozen=True)

@@ -66,61 +66,88 @@ def sweep(
     measured.record(importance)
 
 
+def forget_statistics(gm: fx.GraphModule) -> None:
+    """Remove what `sweep` recorded."""
+    for node in gm.graph.nodes:
+        output_moments.drop(node)
+        statistics.drop(node)
+
+
 class _Sweep(fx.Interpreter):
     """Runs a graph and adds up the moments of the tensors that layers read and make.
 
+    What a layer reads is measured when it reads it: an operation in place may have changed it since it was made.
+
     Attributes:
-        layers: the modules of the layers' calls.
-        wanted: by node, the layers that read or make its value, with the entries of a channel; these say which axes.
-        patch_readers: by node, the convs that read its value and whose patches are measured.
-        sums: the moments so far, by node and axis.
+        layers: by call of a layer, its module and the node that it reads.
+        outputs: whether what layers make is measured too.
+        blocks: by call of a linear layer behind a flatten, the entries of one channel.
+        patch_readers: the calls of convs whose patches are measured.
+        read_as: by call of a layer, the node that it reads and the number of changes in place before it does.
+        sums: the moments so far, by node, number of changes in place since its value was made, and axis.
         patches: the moments of patches so far, by conv.
     """
 
     def __init__(self, gm: fx.GraphModule, outputs: bool, patches: int) -> None:
         super().__init__(gm)
         self.gm = gm
-        self.layers: dict[fx.Node, nn.Module] = {}
-        self.wanted: dict[fx.Node, set[tuple[nn.Module, int]]] = {}
-        self.patch_readers: dict[fx.Node, list[fx.Node]] = {}
-        self.sums: dict[fx.Node, dict[Axis, Moments]] = {}
+        self.outputs = outputs
+        self.layers: dict[fx.Node, tuple[nn.Module, fx.Node]] = {}
+        self.blocks: dict[fx.Node, int] = {}
+        self.patch_readers: set[fx.Node] = set()
+        self.sums: dict[tuple[fx.Node, int], dict[Axis, Moments]] = {}
         self.patches: dict[fx.Node, Moments] = {}
+        self.read_as: dict[fx.Node, tuple[fx.Node, int]] = {}
+        self._added: set[tuple[fx.Node, int, Axis]] = set()  # in this run
+        self._versions: dict[fx.Node, int] = {}
         for node, module, read in _layer_calls(gm):
-            self.layers[node] = module
-            self.wanted.setdefault(read, set()).add((module, 1))
-            if outputs:
-                self.wanted.setdefault(node, set()).add((module, 1))
+            self.layers[node] = module, read
             if isinstance(module, nn.Linear) and (block := features_per_channel(gm, read)) > 1:
-                self.wanted[read].add((module, block))
+                self.blocks[node] = block
             c_in, _, groups = channels_per_group(module)
             if isinstance(module, CONVS) and groups == 1 and 1 < kernel_area(module) <= patches // c_in:
-                self.patch_readers.setdefault(read, []).append(node)
+                self.patch_readers.add(node)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self._added.clear()
+        return super().run(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
+        module, read = self.layers.get(n, (None, None))
+        if module is not None and read is not None and _is_real(value := self.env[read]):
+            changes = value._version - self._versions[read]
+            self.read_as[n] = read, changes
+            for block in {1, self.blocks.get(n, 1)}:
+                self._add(read, changes, value, module, block)
+            if n in self.patch_readers:
+                self._add_patches(n, module, value)
         value = super().run_node(n)
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        for axis, block in {(channel_axis(m, value.dim()), block) for m, block in self.wanted.get(n, ())}:
-            count = value.shape[axis] // block
-            if count > LARGEST:
-                continue
-            by_axis = self.sums.setdefault(n, {})
-            if (axis, block) not in by_axis:
-                by_axis[axis, block] = Moments.empty(count, value.device)
-            by_axis[axis, block].add(value.movedim(axis, -1).unflatten(-1, (count, block)).mT.reshape(-1, count))
-        for reader in self.patch_readers.get(n, ()):
-            self._add_patches(reader, value)
+        if _is_real(value):
+            self._versions[n] = value._version
+            if module is not None and self.outputs:
+                self._add(n, 0, value, module, 1)
         return value
 
-    def _add_patches(self, node: fx.Node, value: Tensor) -> None:
-        conv = self.layers[node]
+    def _add(self, node: fx.Node, changes: int, value: Tensor, module: nn.Module, block: int) -> None:
+        """Add a tensor that the layer reads or makes, once in a run whatever the number of its readers."""
+        axis = channel_axis(module, value.dim())
+        count = value.shape[axis] // block
+        if count > LARGEST or (node, changes, (axis, block)) in self._added:
+            return
+        self._added.add((node, changes, (axis, block)))
+        by_axis = self.sums.setdefault((node, changes), {})
+        if (axis, block) not in by_axis:
+            by_axis[axis, block] = Moments.empty(count, value.device)
+        by_axis[axis, block].add(value.movedim(axis, -1).unflatten(-1, (count, block)).mT.reshape(-1, count))
+
+    def _add_patches(self, node: fx.Node, conv: nn.Module, value: Tensor) -> None:
         assert isinstance(conv, Conv)
         sums = self.patches.setdefault(node, Moments.empty(conv.weight[0].numel(), value.device))
         sums.add(patches(conv, value, PATCHES * len(sums.total)))
 
     def check(self) -> None:
         """Raise FxlrdError for moments that are not finite, or of no inputs."""
-        tensors = [(node, each) for node, by_axis in self.sums.items() for each in by_axis.values()]
+        tensors = [(node, each) for (node, _), by_axis in self.sums.items() for each in by_axis.values()]
         for node, each in [*tensors, *self.patches.items()]:
             if not bool(each.products.isfinite().all()):
                 dtype = next((p.dtype for p in self.gm.parameters()), torch.get_default_dtype())
@@ -133,14 +160,21 @@ class _Sweep(fx.Interpreter):
 
     def record(self, importance: Importance) -> None:
         """Record the moments and the layers' statistics on the nodes."""
-        for node, by_axis in self.sums.items():
+        made: dict[fx.Node, dict[Axis, Moments]] = {}
+        for (node, _), by_axis in sorted(self.sums.items(), key=lambda item: item[0][1]):
+            made.setdefault(node, {}).update(by_axis)
+        for node, by_axis in made.items():
             output_moments.record(node, by_axis)
-        for node, module, read in _layer_calls(self.gm):
-            sizes, by_axis = shape(read), self.sums.get(read, {})
+        for node, (module, read) in self.layers.items():
+            sizes, by_axis = shape(read), self.sums.get(self.read_as.get(node, (read, 0)), {})
             axis = None if sizes is None else channel_axis(module, len(sizes))
             reads = [each for (a, block), each in by_axis.items() if block == 1 and axis in (None, a)]
             one = reads[0] if len(reads) == 1 else None
             statistics.record(node, Statistics(one, self.patches.get(node), importance.estimate(node)))
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _layer_calls(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module, fx.Node]]:

@@ -7,6 +7,7 @@ the two apart.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -64,9 +65,9 @@ class Whole:
     def __deepcopy__(self, memo: dict[int, Any]) -> Whole:
         return self
 
-    def arguments(self, gm: fx.GraphModule) -> int:
-        """Return how many positional arguments the model takes."""
-        return len([n for n in gm.graph.nodes if n.op == "placeholder" and not n.args])
+    def parameters(self, gm: fx.GraphModule) -> list[str]:
+        """Return the names of the model's parameters, in order."""
+        return [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
 
     def feed(self, gm: fx.GraphModule, inputs: Inputs) -> list[Any]:
         """Return what the placeholders of ``gm`` get for the model's ``inputs``; defaults fill what is not given.
@@ -147,9 +148,9 @@ class Regions:
     def __deepcopy__(self, memo: dict[int, Any]) -> Regions:
         return self
 
-    def arguments(self, gm: fx.GraphModule) -> int:
-        """Return how many positional arguments the model takes."""
-        return len(self.inputs.args)
+    def parameters(self, gm: fx.GraphModule) -> list[str]:
+        """Return the names of the model's parameters, in order."""
+        return list(inspect.signature(self.model.forward).parameters)
 
     def feed(self, gm: fx.GraphModule, inputs: Inputs) -> list[Any]:
         """Return what the placeholders get while the model runs on ``inputs``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,5 +54,11 @@ class Inputs:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Return the tensors in an output of any structure, in order."""
-    return [t for t in tree_flatten(value)[0] if isinstance(t, Tensor)]
+    """Return the tensors in an output of any structure, in order; also those in dataclasses, which are no pytrees."""
+    found: list[Tensor] = []
+    for leaf in tree_flatten(value)[0]:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+    return found

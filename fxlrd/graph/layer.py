@@ -15,6 +15,8 @@ from fxlrd.graph.guards import FACTOR, is_factor, is_stem, matches, replaceable,
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.fit import Statistics
 
+NOT_REACHED = Reason("not-reached", "no calibration input reached it", "calibrate on more inputs")
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -65,9 +67,12 @@ def layers_of(gm: fx.GraphModule) -> list[Layer]:
     for name, module in layers(gm).items():
         nodes = calls(gm, name)
         p = provenance(nodes[0])
+        measured = statistics_of(nodes)
         left_alone = FACTOR if p is not None and p.role in FACTORS else reasons[name]
+        if left_alone is None and measured is not None and measured.reads is not None and not measured.reads.count:
+            left_alone = NOT_REACHED
         stem = is_stem(gm, name, module)
-        found.append(Layer(name, module, tuple(nodes), origin(nodes[0]), p, statistics_of(nodes), left_alone, stem))
+        found.append(Layer(name, module, tuple(nodes), origin(nodes[0]), p, measured, left_alone, stem))
     return found
 
 

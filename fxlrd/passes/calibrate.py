@@ -12,17 +12,21 @@ counts as modified. Later passes read what is recorded on the nodes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import fx
 
-from fxlrd.calibration.batches import as_batches, as_inputs, to_fit
-from fxlrd.calibration.holdout import Disabled, held_out_of, record_calibrated
-from fxlrd.calibration.moments import sweep
+from fxlrd.calibration.batches import Variety, as_batches, as_inputs, rows_are_examples, to_fit
+from fxlrd.calibration.holdout import Disabled, TooFew, held_out_of, record_calibrated
+from fxlrd.calibration.moments import forget_statistics, sweep
+from fxlrd.errors import Reason
 from fxlrd.graph.inputs import Inputs
 from fxlrd.passes.contract import PassResult
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
+
+ALIKE = Reason("inputs-alike", "all calibration inputs are alike", "give inputs that differ as the real ones do")
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Calibrate:
     ``patches`` is the largest number of inputs to a kernel (channels × positions) for which moments of patches are
     measured. ``effects`` is the number of inputs on which the layers' effects on the model's output are measured, by
     two backward passes. ``holdout`` holds every fifth batch out of the fit, with the model's outputs for it, so that
-    later passes can check what they do. Raises FxlrdError for data that is empty, does not fit the model or is not
-    finite.
+    later passes can check what they do. To inputs that are all alike nothing is fitted, with a warning. Raises
+    FxlrdError for data that is empty, does not fit the model or is not finite.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("calibration",)
@@ -50,8 +54,18 @@ class Calibrate:
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with moments on its nodes."""
         run = start(self, gm, progress)
-        batches = as_inputs(run.gm, progress(as_batches(self.calibration), run.label))
-        rest: list[Inputs] = []
-        sweep(run.gm, to_fit(batches, rest) if self.holdout else batches, self.outputs, self.patches, self.effects)
-        record_calibrated(run.gm, held_out_of(run.gm, rest) if self.holdout else Disabled())
+        variety, rest = Variety(), list[Inputs]()
+        batches = variety.watch(as_inputs(run.gm, progress(as_batches(self.calibration), run.label)))
+        sweep(
+            run.gm,
+            to_fit(batches, rest, partial(rows_are_examples, run.gm)) if self.holdout else batches,
+            self.outputs,
+            self.patches,
+            self.effects,
+        )
+        if variety.none:
+            forget_statistics(run.gm)
+            run.warnings.append(f"{run.label}: {ALIKE}; nothing is fitted to them, and predicted errors mean little")
+        held_out = held_out_of(run.gm, rest) if self.holdout else Disabled()
+        record_calibrated(run.gm, TooFew(ALIKE) if variety.none and self.holdout else held_out)
         return run.result()

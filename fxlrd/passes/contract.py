@@ -46,8 +46,8 @@ class Skip:
 class PassResult:
     """The rewritten graph module, and what was rewritten and skipped. The pass's input is not changed.
 
-    ``note`` is what there is to say of the whole, in words. ``timings`` holds what was measured on the way, by
-    layer and ranks ("original", "32x32"), also of layers that stay as they are.
+    ``note`` is what there is to say of the whole, in words; ``warnings`` are what a user should act on. ``timings``
+    holds what was measured on the way, by layer and ranks ("original", "32x32"), also of layers that stay as they are.
     """
 
     graph_module: fx.GraphModule
@@ -55,6 +55,7 @@ class PassResult:
     skipped: tuple[Skip, ...] = ()
     note: str = ""
     timings: Mapping[str, Mapping[str, Timing]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def modified(self) -> bool:

@@ -78,6 +78,7 @@ class Run:
     progress: Progress[Any]
     sites: list[Site] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def each(self, items: Iterable[T], visit: Callable[[T], Site | Skip | None]) -> None:
         """Visit each item and record what was done; None stands for nothing to report.
@@ -98,7 +99,7 @@ class Run:
         """Return what the pass did, once its graph is checked and its code is up to date."""
         self.gm.graph.lint()
         self.gm.recompile()
-        return PassResult(self.gm, tuple(self.sites), tuple(self.skipped), note, timings or {})
+        return PassResult(self.gm, tuple(self.sites), tuple(self.skipped), note, timings or {}, tuple(self.warnings))
 
     def undone(self, reason: Reason, note: str = "") -> PassResult:
         """Return the graph module as it came in; every site becomes a skip for this reason."""

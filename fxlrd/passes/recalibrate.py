@@ -14,16 +14,18 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxlrd.calibration.batches import NO_INPUTS, as_batches, as_inputs, failure, to_fit
-from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better
+from fxlrd.calibration.batches import NO_INPUTS, as_batches, as_inputs, failure, rows_are_examples, to_fit
+from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better, reference
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.captured import feed
 from fxlrd.graph.guards import hooked
+from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.layer import origin
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import called, calls
@@ -69,7 +71,8 @@ class Recalibrate:
         if isinstance(inputs_held_out, TooFew):
             return run.undone(inputs_held_out.reason)
         try:
-            _estimate(run.gm, norms, progress(as_batches(self.calibration), run.label))
+            batches = as_inputs(run.gm, progress(as_batches(self.calibration), run.label))
+            _estimate(run.gm, norms, to_fit(batches, divisible=partial(rows_are_examples, reference(gm) or gm)))
         except _OneValueError:
             return run.undone(ONE_VALUE)
         verdict = keep_if_better(inputs_held_out, gm, run.gm)
@@ -80,13 +83,13 @@ class _OneValueError(Exception):
     """A BatchNorm was to estimate a variance from one value."""
 
 
-def _estimate(gm: fx.GraphModule, norms: list[nn.Module], batches: Iterable[Any]) -> None:
+def _estimate(gm: fx.GraphModule, norms: list[nn.Module], batches: Iterable[Inputs]) -> None:
     """Set the statistics of ``norms`` to the mean over the batches."""
     count = 0
     with evaluating(gm), torch.no_grad(), ExitStack() as stack:
         for norm in norms:
             stack.enter_context(_averaging(norm))
-        for i, inputs in enumerate(to_fit(as_inputs(gm, batches))):
+        for i, inputs in enumerate(batches):
             try:
                 gm(*feed(gm, inputs))
             except _OneValueError:

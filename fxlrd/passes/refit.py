@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxlrd.calibration.batches import as_batches, as_inputs, first_examples, to_fit
+from fxlrd.calibration.batches import as_batches, as_inputs, first_examples, rows_are_examples, to_fit
 from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better, reference
 from fxlrd.calibration.patches import patches, stride_for
 from fxlrd.calibration.stepper import Stepper
@@ -86,7 +87,10 @@ class Refit:
             return run.result()
         if not places:
             return run.result()
-        batches = first_examples(to_fit(as_inputs(run.gm, as_batches(self.calibration))), self.inputs)
+        batches = first_examples(
+            to_fit(as_inputs(run.gm, as_batches(self.calibration)), divisible=partial(rows_are_examples, original)),
+            self.inputs,
+        )
         with evaluating(run.gm), evaluating(original), torch.no_grad():
             steppers = Stepper(run.gm, batches), Stepper(original, batches)
             run.each(places, lambda name: _refit(run.gm, name, places[name], *steppers))

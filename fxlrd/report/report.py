@@ -85,7 +85,11 @@ class Report:
             after=_figures(gm, installed.outside, timings.get("after"), installed.flops),
             layers=[asdict(row) for row in rows],
             passes=[asdict(PassRow.of(record)) for record in run.ledger],
-            warnings=[*capture.warnings, *advice(pipeline, rows, timings.get("after") if run.modified else None)],
+            warnings=[
+                *capture.warnings,
+                *(text for record in run.ledger for text in record.warnings),
+                *advice(pipeline, rows, timings.get("after") if run.modified else None),
+            ],
             ledger=run.ledger,
             diff=diff,
         )

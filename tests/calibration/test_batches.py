@@ -8,7 +8,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxlrd import FxlrdError, capture
-from fxlrd.calibration.batches import HOLDOUT_PERIOD, as_batches, as_inputs, failure, to_fit
+from fxlrd.calibration.batches import (
+    HOLDOUT_PERIOD,
+    Variety,
+    as_batches,
+    as_inputs,
+    failure,
+    given_as,
+    rows_are_examples,
+    to_fit,
+)
 from fxlrd.graph.inputs import Inputs
 
 X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12)
@@ -69,7 +78,11 @@ def test_what_is_no_calibration_data(data):
     [
         ([X, X / 0], "calibration: batch 1 holds NaN or Inf"),
         ([X, "a.png"], "calibration: batch 1: a str is not a tensor"),
-        ([{"input": X, "mask": [X * float("nan")]}], "calibration: batch 0 holds NaN or Inf"),
+        ([{"input": [X * float("nan")]}], "calibration: batch 0 holds NaN or Inf"),
+        (
+            [{"image": X, "target": Y}],
+            r"calibration: batch 0: a dict of image, target, but the model was given input: rename",
+        ),
     ],
 )
 def test_a_bad_batch_is_named(data, message):
@@ -163,3 +176,94 @@ def test_a_stream_is_not_read_ahead_of_more_than_it_must():
     for _ in range(HOLDOUT_PERIOD - 1):
         next(found)
     assert len(read) == HOLDOUT_PERIOD + 1, "the fifth is held out, the sixth handed on at once"
+
+
+# -- a call is made as the example inputs were
+
+
+def one(example, batch, names=("x", "mask")):
+    return given_as(Inputs.of(example), batch, names)
+
+
+@pytest.mark.parametrize(
+    ("example", "batch", "args", "kwargs"),
+    [
+        ({"x": 0}, {"x": X, "labels": Y}, (), {"x": X}),
+        ({"x": 0}, ({"x": X}, Y), (), {"x": X}),
+        ({"x": 0, "mask": 0}, (X, Y), (), {"x": X, "mask": Y}),
+        ({"x": 0}, X, (), {"x": X}),
+        ({"x": 0}, (X, Y), (), {"x": X}),
+        ((0,), {"x": X, "labels": Y}, (), {"x": X}),
+        ((0, 0), {"x": X, "mask": Y}, (), {"x": X, "mask": Y}),
+        ((0,), (X, Y), (X,), {}),
+        (({"image": 0},), {"image": X, "target": Y}, ({"image": X, "target": Y},), {}),
+        (({"image": 0},), ({"image": X}, Y), ({"image": X},), {}),
+        (Inputs((0,), {"mask": 0}), (X, Y), (X,), {"mask": Y}),
+        (Inputs((0,), {"mask": 0}), (X,), (X,), {}),
+    ],
+)
+def test_a_batch_is_given_as_the_example_was(example, batch, args, kwargs):
+    inputs = one(example, batch)
+    assert inputs.args == args or all(a is b for a, b in zip(inputs.args, args, strict=True))
+    assert list(inputs.kwargs) == list(kwargs)
+    assert all(inputs.kwargs[k] is v for k, v in kwargs.items())
+
+
+def test_minus_infinity_is_how_masks_are_written():
+    mask = torch.full((6, 6), float("-inf")).triu(1)
+    assert len(list(as_inputs(capture(Two(), (X[:6], mask)), [(X[:6], mask)]))) == 1
+    with pytest.raises(FxlrdError, match="batch 0 holds NaN or Inf"):
+        list(as_inputs(capture(net(), X), [X.abs() / 0]))
+
+
+class Aggregate(nn.Module):
+    """The rows of x are the nodes of one graph, the second argument is its adjacency matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x, adjacency):
+        return adjacency @ self.fc(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "wanted"),
+    [
+        (net(), (X,), True),
+        (nn.Sequential(nn.Linear(6, 3), nn.Flatten(0)), (X,), True),
+        (Aggregate(), (X, torch.eye(12)), False),
+        (nn.Linear(12, 3), (X[:, 0],), False),
+        (nn.Sequential(nn.Linear(6, 3), nn.Softmax(0)), (X,), False),
+    ],
+    ids=["images", "flat outputs", "graph", "vector", "normalised over rows"],
+)
+def test_rows_are_examples_only_if_the_outputs_are_cut_alike(model, inputs, wanted):
+    gm = capture(model, inputs)
+    first = Inputs(tuple(t[:9] for t in inputs))
+    assert rows_are_examples(gm, Inputs(inputs), first) is wanted
+
+
+def test_what_is_not_divisible_is_fitted_to_as_a_whole():
+    held_out: list[Inputs] = []
+    (fit,) = to_fit([Inputs((X,))], held_out, lambda inputs, rows: False)
+    assert fit.args[0] is X
+    assert not held_out
+
+
+@pytest.mark.parametrize(
+    ("batches", "none"),
+    [
+        ([X], False),
+        ([X[:1]], False),
+        ([X[:1], X[:1]], True),
+        ([torch.ones(4, 6)] * 3, True),
+        ([torch.ones(4, 6), torch.ones(4, 6) * 2], False),
+        ([torch.ones(4, 6), torch.ones(4, 5)], False),
+        ([], False),
+    ],
+)
+def test_inputs_that_are_all_alike(batches, none):
+    variety = Variety()
+    assert len(list(variety.watch(Inputs((b,)) for b in batches))) == len(batches)
+    assert variety.none is none

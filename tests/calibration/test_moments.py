@@ -208,7 +208,7 @@ NAN = torch.full((2, 6), float("nan"))
         ([X, NAN], "calibration: batch 1 holds NaN or Inf"),
         ([(X / 0, Y)], "calibration: batch 0 holds NaN or Inf"),
         (["a.png"], "calibration: batch 0: a str is not a tensor"),
-        ([{"image": X}], "calibration: the model fails on batch 0 .* argument 'input' is missing"),
+        ([{"image": X}], "calibration: batch 0: a dict of image, but the model was given input: rename its keys"),
         ([X.clamp(-1, 1) * 3e38], "gives NaN or Inf for these inputs; is their scale right, and does float32 hold"),
     ],
 )
@@ -443,3 +443,33 @@ def test_patches_of_zeros_are_like_any():
     assert not fit.covariance.any()
     assert not fit.patch_covariance.any()
     assert fit.importance.isfinite().all()
+
+
+class ReadAfterAnInPlaceActivation(nn.Module):
+    def __init__(self, inplace):
+        super().__init__()
+        self.enter, self.deep, self.short = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 3), nn.Conv2d(4, 2, 3)
+        self.act = nn.ReLU(inplace=inplace)
+
+    def forward(self, x):
+        y = self.enter(x)
+        z = self.act(y)
+        return self.deep(z) + self.short(y if self.act.inplace else z)
+
+
+@pytest.mark.parametrize("outputs", [True, False])
+def test_moments_are_of_what_is_really_read(outputs):
+    x = torch.randn(5, 3, 6, 6, dtype=torch.float64)
+    fits = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        model = ReadAfterAnInPlaceActivation(inplace).double().eval()
+        gm = capture(model, x)
+        sweep(gm, [Inputs((x,))], outputs=outputs, patches=100)
+        fits.append([statistics(node(gm, name)) for name in ("deep", "short")])
+    for one, other in zip(*fits, strict=True):
+        torch.testing.assert_close(one.reads.second, other.reads.second, rtol=1e-14, atol=0)
+        torch.testing.assert_close(one.patches.second, other.patches.second, rtol=1e-14, atol=0)
+    if outputs:
+        made = moments(node(capture(model, x), "enter"), 1)
+        assert made is None, "a sweep writes to its own graph only"

@@ -147,7 +147,7 @@ BAD = {
     "whole numbers": (lambda: images().long(), "the model fails on batch 0 (int64["),
     "text": (lambda: ["a"], "batch 0: a str is not a tensor"),
     "labels first": (lambda: [(torch.arange(6), images())], "the model fails on batch 0 (int64["),
-    "wrong name": (lambda: {"pixels": images()}, "the model's argument 'input' is missing"),
+    "wrong name": (lambda: {"pixels": images()}, "a dict of pixels, but the model was given input: rename its keys"),
     "empty batch": (lambda: [images(0)], "there are no inputs"),
 }
 
@@ -190,3 +190,41 @@ def test_effects_leave_no_gradients_and_the_model_as_it_was():
 def test_a_model_without_layers_has_nothing_to_measure():
     net = nn.Sequential(nn.ReLU(), nn.Flatten())
     assert not Calibrate(images(), effects=6)(capture(net, images())).modified
+
+
+def test_inputs_that_are_all_alike_are_said_and_nothing_is_fitted_to_them():
+    net = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)).eval()
+    x = torch.randn(4, 8, 9, 9)
+    steps = "calibrate{effects=8,holdout=true},decompose{ratio=2},refit"
+    alike = fxlrd.compress(net, x, pipeline=steps, calibration=[torch.ones(4, 8, 9, 9)] * 6, measure=False)
+    plain = fxlrd.compress(net, x, pipeline="decompose{ratio=2}", measure=False)
+    assert any("all calibration inputs are alike" in text for text in alike.report.warnings)
+    assert all(torch.equal(a, b) for a, b in zip(alike.model.parameters(), plain.model.parameters(), strict=True))
+    assert not any(
+        "alike" in text
+        for text in fxlrd.compress(
+            net, x, pipeline=steps, calibration=[torch.randn(4, 8, 9, 9) for _ in range(6)], measure=False
+        ).report.warnings
+    )
+
+
+class Experts(nn.Module):
+    """Each row goes to one of two experts, by its first entry."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x, chosen):
+        y = torch.zeros_like(x)
+        y = y.index_put((chosen == 0,), self.a(x[chosen == 0]))
+        return y.index_put((chosen == 1,), self.b(x[chosen == 1]))
+
+
+def test_an_expert_that_no_input_reached_is_left_alone():
+    x, chosen = torch.randn(40, 32), torch.arange(40) % 2
+    data = [(torch.randn(40, 32), torch.zeros(40, dtype=torch.int64)) for _ in range(5)]
+    gm = capture(Experts().eval(), (x, chosen))
+    result = Pipeline.parse("calibrate,decompose").with_options(calibration=data)(gm)
+    (skip,) = result.ledger[1].skipped
+    assert (skip.name, skip.reason.code) == ("b", "not-reached")
