@@ -79,8 +79,8 @@ def readers(gm: fx.GraphModule, whole: Group) -> list[Reader] | Reason:
 def _seen(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments | None:
     """Return the moments of the ``count`` channels where the consumer reads them; none that an earlier cut outdated."""
     measured = statistics(consumer.node)
-    if consumer.block == 1 and measured is not None and measured.reads is not None:
-        return measured.reads if len(measured.reads.total) == count else None
+    if consumer.block == 1 and measured is not None and measured.input_moments is not None:
+        return measured.input_moments if len(measured.input_moments.total) == count else None
     sizes = shape(consumer.source)
     assert sizes is not None
     axis = channel_axis(gm.get_submodule(str(consumer.node.target)), len(sizes))

@@ -69,7 +69,7 @@ def layers_of(gm: fx.GraphModule) -> list[Layer]:
         p = provenance(nodes[0])
         measured = statistics_of(nodes)
         left_alone = FACTOR if p is not None and p.role in FACTORS else reasons[name]
-        if left_alone is None and measured is not None and measured.reads is not None and not measured.reads.count:
+        if left_alone is None and measured is not None and measured.input_moments is not None and not measured.input_moments.count:
             left_alone = NOT_REACHED
         stem = is_stem(gm, name, module)
         found.append(Layer(name, module, tuple(nodes), origin(nodes[0]), p, measured, left_alone, stem))

@@ -468,8 +468,8 @@ def test_moments_are_of_what_is_really_read(outputs):
         sweep(gm, [Inputs((x,))], outputs=outputs, patches=100)
         fits.append([statistics(node(gm, name)) for name in ("deep", "short")])
     for one, other in zip(*fits, strict=True):
-        torch.testing.assert_close(one.reads.second, other.reads.second, rtol=1e-14, atol=0)
-        torch.testing.assert_close(one.patches.second, other.patches.second, rtol=1e-14, atol=0)
+        torch.testing.assert_close(one.input_moments.second, other.input_moments.second, rtol=1e-14, atol=0)
+        torch.testing.assert_close(one.patch_moments.second, other.patch_moments.second, rtol=1e-14, atol=0)
     if outputs:
         made = moments(node(capture(model, x), "enter"), 1)
         assert made is None, "a sweep writes to its own graph only"
