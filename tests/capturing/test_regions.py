@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fxlrd.capturing.regions import ASKED, UNLIKE, capture_regions
 from fxlrd.errors import CaptureError, FxlrdError
 from fxlrd.graph.captured import captured
+from fxlrd.graph.guards import NEVER_CALLED
 from fxlrd.graph.surgery import layers
 
 X = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(4, 8)
@@ -436,7 +437,7 @@ def test_what_fails_is_told_in_one_line():
     with pytest.raises(FxlrdError, match="the model fails on the example inputs") as caught:
         capture_regions(stopped(lambda self, x: self.fc(x), fc=linear()), X[:, :4])
     assert "\n" not in str(caught.value)
-    with pytest.raises(CaptureError, match="no conv or linear layer in it could be captured; fc: it is never called"):
+    with pytest.raises(CaptureError, match=f"no conv or linear layer in it could be captured; fc: {NEVER_CALLED}"):
         capture_regions(stopped(lambda self, x: x, fc=linear()), X)
     locked = stopped(lambda self, x: self.fc(x), fc=linear())
     locked.lines = (i for i in range(3))

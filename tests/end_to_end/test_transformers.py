@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxlrd import Budget
+from fxlrd.graph.guards import shared_parameter
 from tests.support.compression import FULL_RANK, assert_same_outputs, decisions, largest_error, layer_reasons, quick
 
 pytestmark = pytest.mark.slow
@@ -122,7 +123,7 @@ def test_conv1d_of_gpt2_is_a_linear_layer_and_its_cache_is_not_written_into():
     rows = {row["name"]: row for row in result.report.layers}
     assert rows["transformer.h.0.attn.c_attn"]["op"] == "Linear"
     assert rows["transformer.h.0.attn.c_attn"]["shape"] == [48, 16]
-    assert rows["lm_head"]["reason"] == "its weight is shared with transformer.wte.weight"
+    assert rows["lm_head"]["reason"] == str(shared_parameter("weight", "transformer.wte.weight"))
     assert result.model.lm_head.weight is result.model.transformer.wte.weight
     with torch.no_grad():
         cache = model(ids((1, 6))).past_key_values
