@@ -2,13 +2,13 @@
 
     x ─ first ─ core (r1→r2) ─ last   →   x ─ P·first ─ core' (r1→r2, N groups) ─ last·Qᵀ
 
-With both ranks multiples of N, the cut core is N parallel branches of ranks r1/N and r2/N, and a grouped conv is
-their sum; it has 1/N of the core's parameters. Cutting throws the off-diagonal blocks away, unless the bases
-are rotated first so that they hold little (factor/block_term.py): the paper cuts without. Ranks that are no
-multiples of N are rounded down by another Tucker-2 of the core itself.
+With both ranks multiples of N, a grouped conv is the sum of N parallel branches of ranks r1/N and r2/N. It has 1/N of
+the core's parameters and drops the off-diagonal blocks of the core. The bases are rotated first, by P and Q, so that
+these blocks have little energy (fxlrd/factor/block_term.py); the paper drops them without a rotation. Ranks that are
+not multiples of N are rounded down by another Tucker-2 of the core.
 
-Approximate; exact for a core that is block-diagonal in hidden bases. Each site tells the energy kept with and
-without the rotation.
+Approximate; exact for a core that is block-diagonal in some bases. Each site reports the share of energy that the
+branches retain, with and without the rotation.
 """
 
 from __future__ import annotations
@@ -46,9 +46,14 @@ ONE_BRANCH = Reason("one-branch", "one branch is the core itself")
 class Branch:
     """Split the core of each Tucker-2 form into ``groups`` branches.
 
-    ``timed`` chooses N among 1, 2, 4, 8, 16 instead, the smallest that no other beats by more than the
-    measurement's noise; ``compile`` times under Inductor. ``rotate=False`` cuts as the paper does. ``skip`` takes names
-    and globs. ``steps`` bounds the search for the rotation.
+    Attributes:
+        groups: N, the number of branches.
+        timed: choose N among 1, 2, 4, 8 and 16 by timing: the smallest that no other beats by more than the noise.
+        rotate: rotate the bases first; without, the core is split as in the paper.
+        skip: names and globs of layers to leave as they are.
+        steps: a bound on the steps of the search for the rotation.
+        compile: time under Inductor.
+        timer: what times.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -85,13 +90,15 @@ class Branch:
         if groups == 1:
             return Skip(layer.name, ONE_BRANCH)
         blocks, first, last = _split(parts, groups, self.steps if self.rotate else 0)
-        error = _install(gm, layer.name, blocks, first, last, groups)
+        error = _install(gm, layer, blocks, first, last)
         return Site(
             layer.name,
             False,
             f"core {core.in_channels}→{core.out_channels} in {groups} branches: "
             f"{100 * blocks.retained:.1f} % of its energy kept ({100 * blocks.unrotated:.1f} % without rotation)"
             + (f", weight error {error:.2g}" if error is not None else ""),
+            ranks=(first.shape[0], last.shape[1]),
+            ranks_before=(core.in_channels, core.out_channels),
         )
 
     def _fastest(self, gm: fx.GraphModule, name: str, core: Conv) -> int:
@@ -117,7 +124,7 @@ def _why_no_core(parts: Mapping[str, nn.Module]) -> Reason | None:
 def _split(parts: dict[str, nn.Module], groups: int, steps: int) -> tuple[Blocks, Tensor, Tensor]:
     """Return the blocks of the core and the outer factors (r1×C, S×r2) in their bases."""
     core = weight_blocks(parts["core"])[0].double().flatten(2)
-    # Orthonormal outer factors, as training may have left them otherwise: the core's energy is then the weight's.
+    # With orthonormal outer factors, which training may have changed, the core's energy is that of the weight.
     rows, mix_in = torch.linalg.qr(as_layer(parts["first"]).weight.detach().double().flatten(1).mT)
     columns, mix_out = torch.linalg.qr(as_layer(parts["last"]).weight.detach().double().flatten(1))
     core = torch.einsum("ai,ijk,bj->abk", mix_out, core, mix_in)
@@ -132,32 +139,37 @@ def _split(parts: dict[str, nn.Module], groups: int, steps: int) -> tuple[Blocks
     return blocks, blocks.p.to(first) @ first, last @ blocks.q.to(last).mT
 
 
-def _install(gm: fx.GraphModule, name: str, blocks: Blocks, first: Tensor, last: Tensor, groups: int) -> float | None:
-    """Put the branched form where the Tucker-2 form was, and return the layer's weight error if it is known."""
-    old = dict(gm.get_submodule(name).named_children())
-    core = as_layer(old["core"])
+def _install(gm: fx.GraphModule, layer: Layer, blocks: Blocks, first: Tensor, last: Tensor) -> float | None:
+    """Put the branched form in the place of the Tucker-2 form; return its weight error if the original is known."""
     cores = blocks.cores.to(first)
-    bias = as_layer(old["last"]).bias
-    ones = (1,) * spatial_dims(core)
-    form = nn.Sequential()
-    form.add_module("first", resized(old["first"], first.view(*first.shape, *ones), None))
-    weight = from_blocks(core, cores.unflatten(3, core.weight.shape[2:]))
-    form.add_module("core", resized(core, weight, None, groups=groups))
-    form.add_module(
-        "last", resized(old["last"], last.view(*last.shape, *ones), None if bias is None else bias.detach())
-    )
-    gm.set_submodule(name, form.train(core.training))
-    error = None
-    for node in (node for role in old for node in calls(gm, f"{name}.{role}")):
+    gm.set_submodule(layer.name, _branched(dict(layer.module.named_children()), cores, first, last))
+    for node in layer.calls:
         infer_shape(node, gm.get_submodule(str(node.target)))
-        p = provenance(node)
-        if p is None or p.name != name:  # the model came compressed: its original is not known
-            continue
-        error = _weight_error(p.original, cores, first, last)
-        role = "branch" if p.role == "core" else p.role
+    p = layer.provenance
+    if p is None or p.name != layer.name:  # the model was already compressed: the original is not known
+        return None
+    error = _weight_error(p.original, cores, first, last)
+    for node in layer.calls:
+        factor = provenance(node)
+        assert factor is not None
+        role = "branch" if factor.role == "core" else factor.role
         ranks = (first.shape[0], last.shape[1])
-        provenance.record(node, changed(p, role=role, ranks=ranks, error=error, latency=None))
+        provenance.record(node, changed(factor, role=role, ranks=ranks, error=error, latency=None))
     return error
+
+
+def _branched(parts: Mapping[str, nn.Module], cores: Tensor, first: Tensor, last: Tensor) -> nn.Sequential:
+    """Return the form of N cores (N×r2/N×r1/N×K) with its outer factors, configured as ``parts``."""
+    core = as_layer(parts["core"])
+    bias = as_layer(parts["last"]).bias
+    ones = (1,) * spatial_dims(core)
+    weight = from_blocks(core, cores.unflatten(3, core.weight.shape[2:]))
+    form = nn.Sequential()
+    form.add_module("first", resized(parts["first"], first.view(*first.shape, *ones), None))
+    form.add_module("core", resized(core, weight, None, groups=len(cores)))
+    bias = None if bias is None else bias.detach()
+    form.add_module("last", resized(parts["last"], last.view(*last.shape, *ones), bias))
+    return form.train(core.training)
 
 
 def _weight_error(original: nn.Module | None, cores: Tensor, first: Tensor, last: Tensor) -> float | None:

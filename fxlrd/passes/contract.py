@@ -19,11 +19,15 @@ UNNAMED = Reason("unnamed", "ranks= does not name it")
 
 @dataclass(frozen=True)
 class Site:
-    """A layer that a pass rewrote: its name in the captured model, whether that was exact in eval mode, and
-    what was done, in words.
+    """A layer that a pass rewrote.
 
-    ``ranks`` are those of its low-rank form now, ``ranks_before`` those that it had before this pass; None where it has
-    no such form. ``timings`` holds what was measured on the way, by ranks ("original", "32x32").
+    Attributes:
+        name: its name in the captured model.
+        exact: whether the rewrite is exact in eval mode.
+        note: what was done, in words.
+        timings: what was measured on the way, by ranks ("original", "32x32").
+        ranks: those of its low-rank form now; None where it has none.
+        ranks_before: those of its low-rank form before this pass; None where it had none.
     """
 
     name: str
@@ -44,10 +48,15 @@ class Skip:
 
 @dataclass(frozen=True)
 class PassResult:
-    """The rewritten graph module, and what was rewritten and skipped. The pass's input is not changed.
+    """What a pass returns. Its input is not changed.
 
-    ``note`` is what there is to say of the whole, in words; ``warnings`` are what a user should act on. ``timings``
-    holds what was measured on the way, by layer and ranks ("original", "32x32"), also of layers that stay as they are.
+    Attributes:
+        graph_module: the rewritten copy.
+        sites: the layers that were rewritten.
+        skipped: the layers that were left alone.
+        note: what the pass did to the model, in words.
+        timings: what was measured on the way, by layer and ranks ("original", "32x32"), also of layers left alone.
+        warnings: what a user should act on.
     """
 
     graph_module: fx.GraphModule
@@ -68,13 +77,13 @@ class PassResult:
         return all(site.exact for site in self.sites)
 
 
-def names(given: str | Sequence[str]) -> tuple[str, ...]:
-    """Return names or globs as a tuple; one string is one name."""
-    found = (given,) if isinstance(given, str) else tuple(given)
-    for name in found:
-        if not isinstance(name, str):
-            raise FxlrdError(f"skip: {name!r} is not a name or glob of layers")
-    return found
+def names(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """Return names or globs as a tuple; one string is one name. Raises FxlrdError for what is no string."""
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise FxlrdError(f"skip: {pattern!r} is not a name or glob of layers")
+    return patterns
 
 
 class Pass(Protocol):

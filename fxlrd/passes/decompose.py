@@ -3,14 +3,14 @@
     Linear, 1×1 conv:   W ≈ last · first                    (truncated SVD, balanced)
     k×k conv:           W ≈ core ×_C first ×_S last         (Tucker-2, orthonormal outer factors)
 
-and so for convs of one and three dimensions and transposed ones, of which the core or the last factor is transposed.
-Where `calibrate` has left moments, the factors are those of the least error of the layer's *output* on the calibration
-inputs (fxlrd/factor/whiten.py), and a bias keeps the mean of that. Where `allocate` has left ranks, those are taken.
+and in the same way for convs of one and three dimensions and for transposed ones. After `calibrate`, the factors
+minimise the error of the layer's *output* on the calibration inputs (fxlrd/factor/whiten.py), and the bias restores the
+mean output. After `allocate`, the ranks are those of its plan.
 
-Approximate: the weight's relative error, or the output's where it was fitted, is recorded at each site. At full rank
-it is exact. Everything but the weight is carried over exactly (fxlrd/layers/build.py). Left alone: the stem (a conv
-that reads the model's input, of at most four channels), what ``skip`` names, and whatever cannot be cut, each with the
-reason.
+Approximate; exact at full rank. The relative error of the weight, or of the output where the factors were fitted to
+data, is recorded in the provenance. Everything but the weight is carried over exactly (fxlrd/layers/build.py). Left
+alone, each with the reason: the stem (a conv that reads the model's input, of at most four channels), what ``skip``
+names, and layers that must not be replaced or have no form with fewer parameters.
 
     x ─ conv2 ─ y     →     x ─ conv2.first ─ conv2.core ─ conv2.last ─ y
 """
@@ -44,12 +44,15 @@ UNPLANNED = Reason("original-planned", "allocate keeps it as it is")
 class Decompose:
     """Replace conv and linear layers by their low-rank factors.
 
-    ``ratio`` is the compression ratio of each layer (parameters before / after). ``ranks`` overrides it: one
-    int or tuple for all layers, or a mapping from names or globs to those, in which case only the layers it
-    names are decomposed. A Tucker-2 form takes (r1, r2), an int stands for both; ranks are clipped to full
-    rank. Without ``ranks``, those that `allocate` left come before ``ratio``. ``skip`` takes names and globs of
-    layers or of modules around them. ``beta`` is r2/r1. ``sweeps`` of orthogonal iteration refine a Tucker-2 form of
-    the weights. ``fit=False`` approximates the weights alone, whatever was calibrated.
+    Attributes:
+        ratio: the compression ratio of each layer: parameters before / after. A plan of `Allocate` overrides it.
+        ranks: the ranks, in the place of ``ratio`` and of a plan: for all layers, or by name or glob, in which case
+            only the layers named are decomposed. A Tucker-2 form takes (r1, r2) or an int for both. Ranks are clipped
+            to full rank.
+        skip: names and globs of layers, or of modules that contain them, to leave as they are.
+        beta: r2/r1, for ``ratio``.
+        sweeps: sweeps of orthogonal iteration that refine a Tucker-2 form of the weight.
+        fit: fit to the statistics of `Calibrate`, if there are any; without, to the weights alone.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()

@@ -3,8 +3,8 @@
     first (frozen) → last                   an SVD pair
     first (frozen) → core → last (frozen)   a Tucker triple
 
-Only the weights of a factor freeze; a bias trains on. Exact: the forward does not change. With ``sequential`` the
-factors take turns, epoch by epoch: on even epochs as above, on odd ones the factors that were frozen.
+Only weights are frozen; a bias still trains. Exact: the forward does not change. With the schedule ``sequential``, even
+epochs train the factors above, odd epochs the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMS = (("first", "last"), ("first", "core", "last"), ("first", "core"), ("core
 
 @dataclass(frozen=True)
 class Freeze:
-    """Set ``requires_grad`` of the factors by ``schedule`` (paper or sequential) as of ``epoch``."""
+    """Set ``requires_grad`` of the factors by ``schedule`` (paper or sequential) for ``epoch``, counted from 0."""
 
     needs: ClassVar[tuple[str, ...]] = ()
 
@@ -63,7 +63,7 @@ class Freeze:
 def freeze_factors(model: nn.Module, schedule: str = "paper", epoch: int = 0) -> list[str]:
     """Set ``requires_grad`` of a model's factors in place and return the names of the weights that train.
 
-    Factors are known by name (``….first``, ``….core``, ``….last``), so that this works on a loaded model too.
+    Factors are recognised by name (``….first``, ``….core``, ``….last``), so that this works on a loaded model too.
     Training loops call it at the start of each epoch. Raises FxlrdError for an unknown schedule.
     """
     check_schedule(schedule)
@@ -77,10 +77,10 @@ def check_schedule(schedule: str) -> None:
 
 
 def forms(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that are the factors of one layer, by name.
+    """Return the containers of the factors of each decomposed layer, by name.
 
-    The nodes of a graph tell which those are. Elsewhere (in the user's own model, or unpickled) it is any bare
-    container of conv and linear layers that are called as factors are, with a bias in the last at most.
+    The provenance of a graph's nodes says which those are. In a model without it (the user's own, or unpickled) every
+    bare container counts whose convs and linears have the names of factors, and at most the last one a bias.
     """
     names = _decomposed_names(model)
     return {
