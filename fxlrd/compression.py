@@ -117,7 +117,7 @@ def compress(
         compile=compile,
         timer=timer,
     )
-    original = capture_any(model, Inputs.of(example_inputs), original_shapes(model))
+    original = capture_any(model, Inputs.of(example_inputs), original_shapes(model), complete=inplace)
     run = passes(original, verify=verify, progress=bar if progress else quiet)
     timings = _timed(model, original, run.graph_module, compile, timer) if measure else {}
     installed = install(original, run.graph_module, model, inplace=inplace, verify=verify)

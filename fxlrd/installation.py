@@ -14,7 +14,6 @@ from torch import fx, nn
 
 from fxlrd.calibration.holdout import let_go
 from fxlrd.errors import FxlrdError, VerificationError, one_line
-from fxlrd.graph import cost
 from fxlrd.graph.captured import Captured, captured_or_bare
 from fxlrd.graph.compare import difference, rounding
 from fxlrd.graph.cost import NOTHING, Cost
@@ -61,7 +60,7 @@ def install(
     """
     capture = captured_or_bare(original)
     if inplace or capture.user_forward:
-        return _inside(capture, cost.params(original), gm, model, inplace, verify)
+        return _inside(capture, gm, model, inplace, verify)
     result = _independent(gm, model)
     remember(result, origin_of_graph(model, original, gm))
     return Installed(result, complete=False)
@@ -86,10 +85,7 @@ def _restore_modes(result: nn.Module, model: nn.Module) -> None:
         module.training = modes[container]
 
 
-def _inside(
-    capture: Captured, graph_params: int, gm: fx.GraphModule, model: nn.Module, inplace: bool, verify: bool
-) -> Installed:
-    outside = Cost(cost.params(model) - graph_params, capture.outside.flops)
+def _inside(capture: Captured, gm: fx.GraphModule, model: nn.Module, inplace: bool, verify: bool) -> Installed:
     reference = seeded(model, capture.inputs) if capture.user_forward and verify else None
     target = model if inplace else structural_copy(model)
     replaced = capture.install(gm, target)
@@ -104,7 +100,7 @@ def _inside(
     result = target if inplace else independent_copy(target)
     remember(result, origin_of(target, model, replaced))
     output_error = _output_error(outputs, reference) if capture.user_forward and verify else None
-    return Installed(result, True, outside, flops, output_error)
+    return Installed(result, True, capture.outside, flops, output_error)
 
 
 def _checked(capture: Captured, gm: fx.GraphModule, target: nn.Module) -> tuple[Any, int | None]:

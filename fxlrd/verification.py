@@ -57,7 +57,7 @@ class Verification:
     def _compared(self, step: Pass, result: PassResult, outputs: list[Tensor]) -> Errors:
         moved = difference(outputs, self.outputs, label(step))
         total = difference(outputs, self.reference, label(step))
-        allowed = rounding(outputs)
+        allowed = rounding([*outputs, *result.graph_module.parameters()])
         if result.exact and moved.relative > allowed:
             raise VerificationError(
                 f"{label(step)}: said to be exact, but the outputs moved by {moved.relative:.2g} relative "

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import googlenet
 
 import fxlrd
@@ -170,3 +171,28 @@ def test_inplace_undoes_everything_if_the_model_then_fails():
         fxlrd.compress(model, torch.randn(2, 32, 8, 8), inplace=True, measure=False)
     assert model.conv is conv
     assert model.fc is fc
+
+
+class UnusedOutput(nn.Module):
+    """The output of ``b`` is not used, so that no graph has it; a model changed in place still runs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.b(x)
+        return self.c(self.a(x).relu())
+
+
+def test_inplace_counts_and_budgets_what_is_run_though_its_output_is_not_used():
+    x, model = torch.randn(8, 64), UnusedOutput().eval()
+    data = [torch.randn(8, 64) for _ in range(6)]
+    with FlopCounterMode(display=False) as original:
+        model(x)
+    report = quick(model, x, budget=Budget(params=0.5), calibration=data, inplace=True).report
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert (report.before["flops"], report.after["flops"]) == (original.get_total_flops(), counter.get_total_flops())
+    assert report.after["params"] == sum(p.numel() for p in model.parameters())
+    assert report.after["params"] <= 0.5 * report.before["params"]

@@ -151,3 +151,25 @@ def test_the_ledger_has_what_a_pass_says_of_the_whole():
     assert done.ledger[1].sites == ()
     assert done.ledger[1].step_error == 0, "a plan changes nothing"
     assert done.ledger[2].params <= 0.8 * done.ledger[0].params
+
+
+class BfloatBody(nn.Module):
+    """A bfloat16 body and a float32 head, as detectors have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(8, 32, 3), nn.BatchNorm2d(32), nn.ReLU()).bfloat16()
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).mean((2, 3)).float())
+
+
+def test_rounding_is_that_of_the_coarsest_dtype_on_the_way():
+    model, x = BfloatBody().eval(), torch.randn(4, 8, 9, 9).bfloat16()
+    with torch.no_grad():
+        model.body[1].running_var.uniform_(0.5, 2)
+    result = Pipeline.parse("merge{mode=exact,norms=true}")(capture(model, x))
+    (record,) = result.ledger
+    assert [site.name for site in record.sites] == ["body.0"]
+    assert 0 < record.relative_error < 0.05

@@ -10,23 +10,38 @@ from torch import fx, nn
 from fxlrd.capturing.regions import capture_regions
 from fxlrd.capturing.whole import capture
 from fxlrd.errors import CaptureError
-from fxlrd.graph.captured import Regions, captured, warn
+from fxlrd.graph import cost
+from fxlrd.graph.captured import Regions, Whole, captured, warn
+from fxlrd.graph.cost import Cost
 from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.run import counted
 from fxlrd.graph.surgery import layers
 
 
 def capture_any(
-    model: nn.Module, inputs: Inputs, weight_shapes: Mapping[str, tuple[int, ...]] | None = None
+    model: nn.Module,
+    inputs: Inputs,
+    weight_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    complete: bool = False,
 ) -> fx.GraphModule:
     """Return the model as a graph or, where it cannot be traced as a whole, its regions.
 
-    ``weight_shapes`` are those of a model that was already compressed, before that, by module name.
+    ``weight_shapes`` are those of a model that was already compressed, before that, by module name. ``complete`` says
+    that the result will be the model itself, with what no node of the graph stands for: its cost then counts.
     """
     gm = _captured(model, inputs)
-    capture_record = captured(gm)
-    assert capture_record is not None
-    captured.record(gm, replace(capture_record, weight_shapes=dict(weight_shapes or {})))
+    record = captured(gm)
+    assert record is not None
+    if complete and isinstance(record, Whole):
+        record = replace(record, outside=_outside(model, gm, inputs))
+    captured.record(gm, replace(record, weight_shapes=dict(weight_shapes or {})))
     return gm
+
+
+def _outside(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> Cost:
+    """Return the cost of what the model has and the graph has not: layers never called, or whose output is not used."""
+    _, flops = counted(model, inputs)
+    return Cost(cost.params(model) - cost.params(gm), max(0, flops - cost.flops(gm)))
 
 
 def _captured(model: nn.Module, inputs: Inputs) -> fx.GraphModule:

@@ -49,6 +49,7 @@ class Whole:
         warnings: what capture had to freeze or leave out.
         weight_shapes: for a model that was already compressed, the shapes of weights before that, by module name.
         modules: the modules that the graph calls, by name, as they were captured.
+        outside: parameters and FLOPs that no node of the graph stands for, where the result keeps them.
     """
 
     inputs: Inputs
@@ -56,9 +57,8 @@ class Whole:
     warnings: tuple[str, ...] = ()
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
+    outside: Cost = NOTHING
 
-    outside = NOTHING
-    """Parameters and FLOPs of the model that no node of the graph stands for."""
     user_forward = False
     """Whether the result runs the user's own forward, with the graph's layers inside, rather than the graph."""
 
