@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,43 +79,62 @@ class _Slot:
 
 def graph_items(gm: fx.GraphModule) -> list[Item]:
     """Return the nodes of a graph, in its order."""
-    modules = dict(gm.named_modules(remove_duplicate=False))
-    texts: dict[int, str] = {}
+    module_texts: dict[int, str] = {}  # a module may have thousands of calls
     items: dict[fx.Node, Item] = {}
     for index, node in enumerate(gm.graph.nodes):
-        inputs: list[Item] = []
-
-        def slot(n: fx.Node, inputs: list[Item] = inputs) -> Any:
-            inputs.append(items[n])
-            return _Slot()
-
-        args = fx.map_arg((node.args, dict(sorted(node.kwargs.items()))), slot)
-        item = Item(index, node.name, node.op, _target(node), "", _call_text(*args), inputs=inputs)
-        item.provenance = provenance(node)
-        stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        item.path = f"{stack[-1]}.{node.name}" if stack and stack[-1] else node.name
+        inputs, call = _call(node, items)
+        target, owner = _target(node), _owner(gm, node)
         if node.op == "call_module":
-            module = item.owner = modules[str(node.target)]
-            if id(module) not in texts:
-                texts[id(module)] = _module_text(module)
-            item.text = texts[id(module)]
+            if id(owner) not in module_texts:
+                module_texts[id(owner)] = _module_text(owner)
+            text = module_texts[id(owner)]
         elif node.op == "get_attr":
-            item.owner = _attribute(gm, str(node.target))
-            item.text = f"{type(item.owner).__name__}{list(getattr(item.owner, 'shape', ()))}"
+            text = f"{type(owner).__name__}{list(getattr(owner, 'shape', ()))}"
         else:
-            item.text = f"{item.target}{item.call}" if node.op.startswith("call") else node.op
+            text = f"{target}{call}" if node.op.startswith("call") else node.op
+        item = items[node] = Item(index, node.name, node.op, target, text, call, owner=owner, inputs=inputs)
+        item.provenance = provenance(node)
         if node.op in ("call_module", "get_attr"):
-            item.site = item.path = str(node.target) if item.provenance is None else item.provenance.name
+            item.site = item.path = target if item.provenance is None else item.provenance.name
+        else:
+            item.path = _path(node)
         metadata = tensor_meta(node)
         if metadata is not None:
             item.shape, item.dtype = tuple(metadata.shape), metadata.dtype
         item.flops = counted_flops(node)
         for each in dict.fromkeys(inputs):
             each.users.append(item)
-        items[node] = item
     in_order = list(items.values())
     _restore_sites_of_factors(in_order)
     return in_order
+
+
+def _call(node: fx.Node, items: Mapping[fx.Node, Item]) -> tuple[list[Item], str]:
+    """Return the inputs of a node, in the order of its arguments, and these arguments as text."""
+    inputs: list[Item] = []
+
+    def slot(source: fx.Node) -> Any:
+        inputs.append(items[source])
+        return _Slot()
+
+    args, kwargs = fx.map_arg((node.args, dict(sorted(node.kwargs.items()))), slot)
+    return inputs, f"({', '.join([*map(repr, args), *(f'{k}={v!r}' for k, v in kwargs.items())])})"
+
+
+def _path(node: fx.Node) -> str:
+    """Return the place of a function in the tree of modules: its name inside the module that called it."""
+    modules = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return f"{modules[-1]}.{node.name}" if modules and modules[-1] else node.name
+
+
+def _owner(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """Return the module that a node calls or the value that it reads."""
+    if node.op not in ("call_module", "get_attr"):
+        return None
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def tree_items(model: nn.Module, other: nn.Module) -> list[Item]:
@@ -191,16 +210,5 @@ def _target(node: fx.Node) -> str:
     return f"{module}.{name}" if module and module not in ("_operator", "builtins") else str(name)
 
 
-def _call_text(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-    return f"({', '.join([*map(repr, args), *(f'{k}={v!r}' for k, v in kwargs.items())])})"
-
-
 def _module_text(module: nn.Module) -> str:
     return re.sub(r"\s+", " ", repr(module))
-
-
-def _attribute(gm: fx.GraphModule, target: str) -> Any:
-    value: Any = gm
-    for part in target.split("."):
-        value = getattr(value, part, None)
-    return value

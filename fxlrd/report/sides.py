@@ -126,7 +126,7 @@ def _change_row(number: int, entry: Mapping[str, Any]) -> dict[str, Any]:
         "kind": entry["kind"],
         "form": f"{entry['form'] or ''} {ranks.replace('x', '×')}".strip(),
         "merged": entry["merged"],
-        "notes": [note for text, note in zip(entry["passes"], entry["notes"], strict=True) if not _shown(entry, text)],
+        "notes": _notes(entry),
         "sizes": sizes,
         "params": f"{sizes[0]:,} → {sizes[1]:,}" if sizes[0] != sizes[1] else "",
         "before": sides[0],
@@ -134,10 +134,11 @@ def _change_row(number: int, entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shown(entry: Mapping[str, Any], pass_text: str) -> bool:
-    """Whether a change's form and ranks, which are shown anyway, are all that the pass did."""
-    decomposed = pass_text.partition("{")[0] == "decompose" and entry["form"] in ("svd", "tucker2")
-    return decomposed and entry["error_of"] != "output"
+def _notes(entry: Mapping[str, Any]) -> list[str]:
+    """Return the notes of a change, unless its form and ranks, which are shown anyway, are all that was done."""
+    passes = [text.partition("{")[0] for text in entry["passes"]]
+    is_plain = entry["form"] in ("svd", "tucker2") and entry["ranks"] and entry["error_of"] != "output"
+    return [] if passes == ["decompose"] and is_plain else entry["notes"]
 
 
 def _node(node: Mapping[str, Any], site: str, sign: str, kind: str, pair: str, what: Sequence[str]) -> dict[str, Any]:

@@ -28,15 +28,15 @@ def browser() -> Iterator[Any]:
     if path is None:
         pytest.skip("no browser: install chromium, or set FXLRD_BROWSER to one")
     with playwright.sync_playwright() as p:
-        found = p.chromium.launch(executable_path=path)
-        yield found
-        found.close()
+        chromium = p.chromium.launch(executable_path=path)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture
 def show(browser, tmp_path) -> Iterator[Callable[..., Any]]:
     """Open a page; at the end nothing may have been requested, and the console has to be empty."""
-    seen: list[str] = []
+    events: list[str] = []
 
     @contextmanager
     def opened() -> Iterator[Callable[..., Any]]:
@@ -49,10 +49,10 @@ def show(browser, tmp_path) -> Iterator[Callable[..., Any]]:
             contexts.append(context)
             tab = context.new_page()
             tab.set_default_timeout(10_000)
-            tab.on("console", lambda m: seen.append(f"console: {m.text}"))
-            tab.on("pageerror", lambda e: seen.append(f"error: {e}"))
-            tab.on("dialog", lambda d: seen.append(f"dialog: {d.message}"))
-            tab.on("request", lambda r: seen.append(r.url) if r.url != path.as_uri() and r.url != "data:," else None)
+            tab.on("console", lambda m: events.append(f"console: {m.text}"))
+            tab.on("pageerror", lambda e: events.append(f"error: {e}"))
+            tab.on("dialog", lambda d: events.append(f"dialog: {d.message}"))
+            tab.on("request", lambda r: events.append(r.url) if r.url != path.as_uri() and r.url != "data:," else None)
             tab.goto(path.as_uri())
             return tab
 
@@ -62,7 +62,7 @@ def show(browser, tmp_path) -> Iterator[Callable[..., Any]]:
 
     with opened() as open_:
         yield open_
-    assert seen == []
+    assert events == []
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_sorting(show, full, plain):
     assert tab.locator("#layer-table th[aria-sort=ascending]").inner_text().startswith("layer")
     assert sorted(names(tab), key=str.lower) != order
     assert names(tab)[-1] == "stem"
-    # What is not known comes last either way.
+    # Empty cells come last in either direction.
     for _ in range(2):
         header(tab, "latency after").click()
         assert set(names(tab)[:2]) == {"stage.0.0", "stage.1.0"}

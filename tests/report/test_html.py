@@ -275,6 +275,38 @@ def test_blocks_that_changed_alike_are_closed_and_say_so():
     assert [(b["name"], b["open"], b["alike"]) for b in blocks] == alike
 
 
+def test_layers_of_one_part_that_changed_alike_say_so():
+    layers = [nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 16)]
+    model = nn.Sequential()
+    model.add_module("features", nn.Sequential(*layers))
+    gm = fxlrd.capture(model, torch.randn(1, 32))
+    shown = arranged(diff(gm, Pipeline.parse("decompose")(gm).graph_module).to_dict())
+    (section,) = (s for s in shown["sections"] if s["changes"])
+    assert (section["name"], section["open"]) == ("features", True)
+    changes = [(row["name"], row["alike"]) for row in section["rows"] if isinstance(row, dict)]
+    assert changes == [("features.0", None), ("features.2", None), ("features.3", "features.2")]
+
+
+def test_a_note_is_shown_unless_form_and_ranks_say_the_same():
+    gm = fxlrd.capture(nn.Sequential(nn.Linear(32, 32)), torch.randn(1, 32))
+
+    def notes(spec):
+        pipeline = Pipeline.parse(spec)
+        if pipeline.reads("calibration"):
+            pipeline = pipeline.with_options(calibration=[torch.randn(64, 32)])
+        data = diff(gm, pipeline(gm)).to_dict()
+        (change,) = data["changes"]
+        (row,) = (row for section in arranged(data)["sections"] for row in section["rows"] if isinstance(row, dict))
+        return change["notes"], row["notes"]
+
+    all_notes, shown = notes("decompose")
+    assert (len(all_notes), shown) == (1, [])
+    for spec, count in (("decompose,freeze", 2), ("calibrate,decompose", 1)):
+        all_notes, shown = notes(spec)
+        assert len(shown) == count
+        assert shown == all_notes
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [
