@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from fxlrd.layers.kinds import BATCH_NORMS, CONVS, LAYERS, OPTIONS, TRANSPOSED, is_stock, kernel_options, make, options
+from fxlrd.layers.kinds import (
+    BATCH_NORMS,
+    CONVS,
+    LAYERS,
+    OPTIONS,
+    TRANSPOSED,
+    is_stock,
+    kernel_options,
+    kernel_text,
+    make,
+    op,
+    options,
+)
 
 EXAMPLES = [
     nn.Linear(3, 5),
@@ -92,3 +104,11 @@ def test_a_subclass_is_stock_unless_it_redefines_a_method(attributes, stock, mix
 @pytest.mark.parametrize("kind", LAYERS)
 def test_stock_types_are_stock(kind):
     assert is_stock(kind.__new__(kind))
+
+
+def test_kernels_and_types_as_text():
+    assert kernel_text(nn.Conv2d(2, 2, (3, 5))) == "3×5"
+    assert kernel_text(nn.Linear(2, 2)) == "1×1"
+    assert (op(nn.Conv2d(2, 2, 1)), op(nn.Linear(2, 2))) == ("Conv2d", "Linear")
+    assert kernel_text(nn.ConvTranspose1d(2, 2, 5)) == "5"
+    assert op(nn.ConvTranspose1d(2, 2, 5)) == "ConvTranspose1d"
