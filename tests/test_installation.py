@@ -190,7 +190,8 @@ def test_inplace_counts_and_budgets_what_is_run_though_its_output_is_not_used():
     data = [torch.randn(8, 64) for _ in range(6)]
     with FlopCounterMode(display=False) as original:
         model(x)
-    report = quick(model, x, budget=Budget(params=0.5), calibration=data, inplace=True).report
+    steps = "calibrate{effects=8},allocate{params=0.5,merge=false},decompose"
+    report = quick(model, x, pipeline=steps, calibration=data, inplace=True).report
     with FlopCounterMode(display=False) as counter:
         model(x)
     assert (report.before["flops"], report.after["flops"]) == (original.get_total_flops(), counter.get_total_flops())
