@@ -135,10 +135,10 @@ def _change_row(number: int, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _notes(entry: Mapping[str, Any]) -> list[str]:
-    """Return the notes of a change, unless its form and ranks, which are shown anyway, are all that was done."""
+    """Return the notes of a change, but not that of decompose if it only repeats the form and the ranks."""
     passes = [text.partition("{")[0] for text in entry["passes"]]
-    is_plain = entry["form"] in ("svd", "tucker2") and entry["ranks"] and entry["error_of"] != "output"
-    return [] if passes == ["decompose"] and is_plain else entry["notes"]
+    repeats = entry["form"] in ("svd", "tucker2") and entry["ranks"] and entry["error_of"] != "output"
+    return [note for name, note in zip(passes, entry["notes"], strict=True) if not (repeats and name == "decompose")]
 
 
 def _node(node: Mapping[str, Any], site: str, sign: str, kind: str, pair: str, what: Sequence[str]) -> dict[str, Any]:
