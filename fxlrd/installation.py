@@ -16,11 +16,12 @@ from fxlrd.calibration.holdout import let_go
 from fxlrd.errors import FxlrdError, VerificationError, one_line
 from fxlrd.graph.captured import Captured, captured_or_bare
 from fxlrd.graph.compare import difference, rounding
+from fxlrd.graph.copies import independent_copy, structural_copy
 from fxlrd.graph.cost import NOTHING, Cost
 from fxlrd.graph.facts import forget
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import independent_copy, structural_copy, undo
-from fxlrd.graph.run import counted, seeded
+from fxlrd.graph.regions import undo
+from fxlrd.graph.run import counted, run
 from fxlrd.saving.architecture import origin_of, origin_of_graph, remember
 
 
@@ -86,7 +87,7 @@ def _restore_modes(result: nn.Module, model: nn.Module) -> None:
 
 
 def _inside(capture: Captured, gm: fx.GraphModule, model: nn.Module, inplace: bool, verify: bool) -> Installed:
-    reference = seeded(model, capture.inputs) if capture.user_forward and verify else None
+    reference = run(structural_copy(model), capture.inputs) if capture.user_forward and verify else None
     target = model if inplace else structural_copy(model)
     replaced = capture.install(gm, target)
     try:

@@ -42,12 +42,13 @@ from fxlrd.capturing.whole import check_weights
 from fxlrd.errors import CaptureError, Reason
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Regions, captured, propagate_values
+from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.cost import Cost
 from fxlrd.graph.facts import record_times
 from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import Call, Slot, copies, record, structural_copy
-from fxlrd.graph.run import evaluating
+from fxlrd.graph.regions import Call, Slot, copies, record
+from fxlrd.graph.run import evaluating, isolated
 from fxlrd.graph.surgery import annotate, attribute, called
 
 SHAPES = 4
@@ -78,7 +79,7 @@ class Region:
         """Whether the graph, or the layer alone, gives the recorded output for every recorded call."""
         module = stand_in(model.get_submodule(self.name)) if self.graph is None else self.graph
         try:
-            with evaluating(module), torch.no_grad():
+            with evaluating(module), isolated(module, seed=2), torch.no_grad():
                 outputs = [tensors(module(*copies(call.arguments))) for call in calls]
         except Exception:  # a graph that fails where the module ran is no region, whatever the cause
             return False

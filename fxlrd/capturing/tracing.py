@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 import os
+import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ from torch.fx._symbolic_trace import _assert_is_none
 from fxlrd.errors import CaptureError, FxlrdError, one_line
 from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import Inputs
-from fxlrd.graph.run import unmoved
+from fxlrd.graph.run import isolated, set_mode
 from fxlrd.graph.surgery import set_container_mode
 from fxlrd.layers.kinds import LAYERS
 
@@ -69,12 +70,20 @@ for _operation in _IN_PLACE:
 class _Tracer(fx.Tracer):
     """A tracer for which modules without layers and modules with hooks are leaves.
 
+    torch.fx patches nn.Module for the process while it traces. Calls and attributes in other threads pass through; of
+    this class one traces at a time, since each puts back what it found.
+
     ``failed_in`` names the innermost module whose forward could not be traced.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.failed_in: str | None = None
+        self._thread = threading.get_ident()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with _TRACING:
+            return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _InPlaceProxy(node, self)
@@ -90,12 +99,24 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed_in is None:
                 self.failed_in = f"{self.path_of_module(m)} ({type(m).__name__})"
             raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+_TRACING = threading.RLock()
+_SEED = 1
+"""Of random numbers that are drawn in a trace. It is not that of runs, which could not tell them from constants."""
 
 
 def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, list[str]]:
@@ -106,7 +127,7 @@ def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, lis
     tracer = _Tracer()
     attributes = set(vars(model))
     try:
-        with unmoved(model):
+        with isolated(model, _SEED):
             graph = tracer.trace(model, frozen or None)
     except Exception as error:
         _remove_constants(model, attributes)
@@ -170,9 +191,9 @@ def train_path_differs(model: nn.Module, frozen: dict[str, Any], gm: fx.GraphMod
     """Whether the trace in training mode is another graph than ``gm``, the trace in eval mode."""
     modes = [(m, m.training) for m in model.modules()]
     attributes = set(vars(model))
-    model.train()
+    set_mode(model, True)
     try:
-        with unmoved(model):
+        with isolated(model, _SEED):
             graph = _Tracer().trace(model, frozen or None)
     except Exception:  # whatever stops the trace, training takes another path
         return True

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.captured import Unreached
 from fxlrd.graph.compare import difference, rounding
+from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads, hooked, owners, shared_parameter
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import copies, describe, plain, structural_copy
+from fxlrd.graph.regions import copies, describe, plain
 from fxlrd.graph.run import counted
 from fxlrd.layers.kinds import LAYERS, op
 

@@ -19,10 +19,11 @@ from torch.fx.passes.shape_prop import ShapeProp, _extract_tensor_metadata
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph import cost
 from fxlrd.graph.compare import Difference, difference
+from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.cost import NOTHING, Cost
 from fxlrd.graph.facts import FACTORS, Fact, times
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import Slot, call_for, copies, install_layers, record, structural_copy
+from fxlrd.graph.regions import Slot, call_for, copies, install_layers, record
 from fxlrd.graph.run import counting, evaluating, run
 
 if TYPE_CHECKING:

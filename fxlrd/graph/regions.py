@@ -7,21 +7,18 @@ names.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.inputs import Inputs
-from fxlrd.graph.run import run
+from fxlrd.graph.run import run, set_mode
 from fxlrd.graph.surgery import called, chained
 from fxlrd.layers.kinds import LAYERS, OPTIONS
 
@@ -62,29 +59,11 @@ def call_for(slot: Slot, calls: Mapping[str, list[Call]]) -> Call | None:
     return usable[slot.call % len(usable)] if usable else None
 
 
-def structural_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the model with modules of its own that hold the very same parameters and buffers."""
-    return _copied(model, {id(t): t for t in chain(model.parameters(), model.buffers())})
-
-
-def independent_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the model that shares nothing with it."""
-    return _copied(model, {})
-
-
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    # A tensor with a gradient history that a forward stored on its module is no parameter, and deepcopy refuses it.
-    stored = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    try:
-        return copy.deepcopy(model, {id(t): t.detach().clone() for t in stored} | memo)
-    except Exception as error:
-        raise FxlrdError(
-            f"{type(model).__name__} cannot be copied ({one_line(error)}): does it hold a lock or an open file?"
-        ) from error
-
-
 def record(model: nn.Module, inputs: Inputs, names: Collection[str]) -> dict[str, list[Call]]:
-    """Run the model in eval mode and return the calls of the modules ``names``."""
+    """Run the model in eval mode and return the calls of the modules ``names``.
+
+    What a run leaves on the model, it leaves: give it a copy.
+    """
     calls: dict[str, list[Call]] = {}
     with _watching(model, names, lambda name, call: calls.setdefault(name, []).append(call), calls):
         run(model, inputs)
@@ -157,7 +136,8 @@ def set_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.
         for alias in [alias for alias, m in modules.items() if m is modules[name]]:
             replaced[alias] = modules[alias]
             describe(module, modules[alias])
-            model.set_submodule(alias, module.train(modules[alias].training))
+            set_mode(module, modules[alias].training)
+            model.set_submodule(alias, module)
     return replaced
 
 

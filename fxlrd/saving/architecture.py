@@ -18,9 +18,10 @@ from fxlrd.capturing.tracing import constants
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.captured import captured
 from fxlrd.graph.compare import difference, rounding
+from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.facts import FACTORS
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import install_layers, structural_copy
+from fxlrd.graph.regions import install_layers
 from fxlrd.graph.run import run
 from fxlrd.graph.surgery import called, fork
 from fxlrd.layers.kinds import LAYERS

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from fxlrd.capturing.tracing import trace
 from fxlrd.errors import FxlrdError, one_line
-from fxlrd.graph.regions import set_modules, structural_copy
+from fxlrd.graph.copies import structural_copy
+from fxlrd.graph.regions import set_modules
 from fxlrd.graph.run import evaluating
 from fxlrd.saving.architecture import remember, wrapped
 from fxlrd.saving.descriptions import mismatch

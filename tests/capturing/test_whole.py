@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
+import threading
 
 import pytest
 import torch
@@ -499,3 +500,26 @@ def test_a_trace_that_fails_where_the_model_runs_is_a_capture_error(capsys):
     with pytest.raises(CaptureError, match="the trace fails where the model runs"):
         capture(swin3d_t(), torch.randn(1, 3, 2, 32, 32))
     assert capsys.readouterr().err == ""
+
+
+def test_another_thread_notices_nothing_of_a_trace():
+    """Also where it runs the very model that is traced."""
+    m = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
+    expected, failures, stop = m(X), [], threading.Event()
+
+    def serve():
+        while not stop.is_set():
+            try:
+                assert torch.equal(m(X), expected)
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    graphs = [capture(m, X) for _ in range(10)]
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert all(targets(gm) == ["0", "1", "2"] for gm in graphs)

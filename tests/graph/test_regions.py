@@ -8,16 +8,15 @@ from fxlrd.capturing.regions import capture_regions
 from fxlrd.capturing.whole import capture
 from fxlrd.errors import VerificationError
 from fxlrd.graph.captured import captured, feed, runnable
+from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.regions import (
     CALLS,
-    independent_copy,
     install_layers,
     plain,
     record,
     rewritten,
     set_modules,
-    structural_copy,
     undo,
 )
 from fxlrd.passes import Decompose, Merge
@@ -255,23 +254,3 @@ def test_what_a_model_does_not_call_any_more_does_not_count():
         model.body[2].bias += 1e4  # now it leaves before fc
     assert "fc" not in record(model, captured(gm).inputs, ["fc"])
     assert captured(gm).difference_inside(model, gm).relative == 0
-
-
-# -- copies
-
-
-def test_a_structure_has_modules_of_its_own_around_the_very_same_tensors():
-    model = Loop()
-    twin = structural_copy(model)
-    assert not {id(m) for m in model.modules()} & {id(m) for m in twin.modules()}
-    assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
-    assert twin.again is twin.fc
-
-
-def test_an_own_copy_shares_nothing():
-    model = Loop()
-    model.last = model.fc(X)
-    twin = independent_copy(model)
-    mine = {t.data_ptr() for t in [*model.state_dict().values(), model.last]}
-    assert not mine & {t.data_ptr() for t in [*twin.state_dict().values(), twin.last]}
-    assert torch.equal(twin.last, model.last)
