@@ -38,8 +38,8 @@ def mergeable(
 ) -> Group | Reason:
     """Return the group of the channels that a layer's call makes, or why it is not to be merged.
 
-    ``reasons`` are those of `fxlrd.graph.guards.replaceable` with norms. A group is left alone if any of its layers
-    matches ``skip``; so is the stem's group, unless ``stem``.
+    ``reasons`` are those of `fxlrd.graph.guards.why_not_replaceable`, with norms. A group is left alone if any of its
+    layers matches ``skip``; so is the stem's group, unless ``stem``.
     """
     name = str(node.target)
     if depthwise(gm.get_submodule(name)):

@@ -71,7 +71,7 @@ class Group:
 def group_of(gm: fx.GraphModule, producer: fx.Node, reasons: Mapping[str, Reason | None]) -> Group | Reason:
     """Return the group of the channels that layer call ``producer`` makes, or why it has none.
 
-    ``reasons`` says which modules must not be replaced (`fxlrd.graph.guards.replaceable`, with norms).
+    ``reasons`` says which modules must not be replaced (`fxlrd.graph.guards.why_not_replaceable`, with norms).
     """
     walk = _Walk(gm, producer, reasons)
     try:

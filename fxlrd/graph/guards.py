@@ -20,7 +20,7 @@ NEVER_CALLED = Reason("never-called", "it is never called in eval mode and is no
 _STEM_CHANNELS = 4
 
 
-def replaceable(gm: fx.GraphModule, norms: bool = False) -> dict[str, Reason | None]:
+def why_not_replaceable(gm: fx.GraphModule, norms: bool = False) -> dict[str, Reason | None]:
     """Return for each layer why it must not be replaced by other modules, or None where it may.
 
     With ``norms``, also for every other module of torch.nn that has parameters or buffers (BatchNorm, PReLU).

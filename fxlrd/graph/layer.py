@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxlrd.errors import Reason
 from fxlrd.graph.facts import FACTORS, Provenance, provenance, statistics
-from fxlrd.graph.guards import FACTOR, is_factor, is_stem, matches, replaceable, skip_reason, stem_reason
+from fxlrd.graph.guards import FACTOR, is_factor, is_stem, matches, skip_reason, stem_reason, why_not_replaceable
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.fit import Statistics
 
@@ -62,7 +62,7 @@ class Layer:
 
 def layers_of(gm: fx.GraphModule) -> list[Layer]:
     """Return the convs and linears that the graph calls, factors included, in the order of the graph."""
-    reasons = replaceable(gm)
+    reasons = why_not_replaceable(gm)
     found = []
     for name, module in layers(gm).items():
         nodes = calls(gm, name)

@@ -25,7 +25,7 @@ from torch import fx, nn
 from fxlrd.errors import Reason
 from fxlrd.graph.channels import MERGEABLE
 from fxlrd.graph.facts import FACTORS, provenance, shape
-from fxlrd.graph.guards import matches, replaceable, skip_reason
+from fxlrd.graph.guards import matches, skip_reason, why_not_replaceable
 from fxlrd.graph.layer import origin
 from fxlrd.graph.surgery import calls, layers, source
 from fxlrd.layers.compose import affine, composed, scaled, why_not_composable
@@ -49,7 +49,7 @@ class Compose:
         while sites < len(run.sites):
             sites = len(run.sites)
             run.skipped.clear()  # only the last round says what stays
-            run.each(layers(run.gm), partial(self._visit, run.gm, replaceable(run.gm, norms=True)))
+            run.each(layers(run.gm), partial(self._visit, run.gm, why_not_replaceable(run.gm, norms=True)))
 
     def _visit(self, gm: fx.GraphModule, guards: Mapping[str, Reason | None], name: str) -> Site | Skip | None:
         """Compose the layer with what follows it; None where nothing affine does."""

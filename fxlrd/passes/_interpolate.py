@@ -30,7 +30,7 @@ from fxlrd.allocation.plan import planned
 from fxlrd.errors import Reason
 from fxlrd.graph.channels import Group
 from fxlrd.graph.facts import provenance, retained_channels, statistics
-from fxlrd.graph.guards import replaceable
+from fxlrd.graph.guards import why_not_replaceable
 from fxlrd.graph.layer import origin
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.compose import fold_inputs, keep_channels, keep_outputs
@@ -77,7 +77,7 @@ class Interpolate(Targets):
 
     def _cut_groups(self, run: Run) -> None:
         self.check_named(run.gm)
-        guards = replaceable(run.gm, norms=True)
+        guards = why_not_replaceable(run.gm, norms=True)
         done: set[fx.Node] = set()
         run.each(layers(run.gm), lambda name: self._visit(run.gm, calls(run.gm, name)[0], guards, done))
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from fxlrd.errors import Reason
 from fxlrd.factor.tucker import tucker2
 from fxlrd.graph.channels import MERGEABLE
-from fxlrd.graph.guards import matches, replaceable
+from fxlrd.graph.guards import matches, why_not_replaceable
 from fxlrd.graph.layer import origin
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.compose import affine, unit_norm
@@ -54,7 +54,7 @@ class Relocate(Targets):
     def rewrite(self, run: Run) -> None:
         """Move every k×k conv of the run's graph that the options do not leave alone into rank space."""
         self.check_named(run.gm)
-        guards = replaceable(run.gm, norms=True)
+        guards = why_not_replaceable(run.gm, norms=True)
         run.each(layers(run.gm), lambda name: self._visit(run.gm, calls(run.gm, name)[0], guards))
 
     def _visit(self, gm: fx.GraphModule, node: fx.Node, guards: Mapping[str, Reason | None]) -> Site | Skip | None:

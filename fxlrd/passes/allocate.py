@@ -34,7 +34,7 @@ from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Captured, captured, captured_or_bare, runnable
 from fxlrd.graph.facts import FACTORS, provenance, statistics, times
-from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, replaceable, skip_reason, stem_reason
+from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, skip_reason, stem_reason, why_not_replaceable
 from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import annotate, calls, fork, layers
 from fxlrd.layers.forms import depthwise_reason, parameters, ranks_text
@@ -110,7 +110,7 @@ class Allocate:
 
     def _add_layers(self, gm: fx.GraphModule, problem: Problem, progress: Progress) -> list[Skip]:
         skipped = []
-        reasons = replaceable(gm)
+        reasons = why_not_replaceable(gm)
         for name, module in progress(list(layers(gm).items()), "allocate"):
             reason = self._left_alone(gm, name, module, reasons[name])
             if reason is None or reason.code == "stem":
@@ -177,7 +177,7 @@ class Allocate:
         return [*pareto(c for c in priced if c.cost < original.cost), original]
 
     def _add_groups(self, gm: fx.GraphModule, problem: Problem, progress: Progress) -> None:
-        reasons = replaceable(gm, norms=True)
+        reasons = why_not_replaceable(gm, norms=True)
         done: set[fx.Node] = set()
         for name in progress(list(problem.items), "allocate: merges"):
             node = calls(gm, name)[0]

@@ -30,7 +30,7 @@ from fxlrd.errors import Reason
 from fxlrd.graph import cost, facts
 from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.facts import times
-from fxlrd.graph.guards import check_names, is_stem, matches, replaceable, skip_reason, stem_reason
+from fxlrd.graph.guards import check_names, is_stem, matches, skip_reason, stem_reason, why_not_replaceable
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.forms import Ranks, ranks_by_ratio, ranks_text
@@ -107,7 +107,7 @@ def profile(
     device = device_of(model, inputs)
     stopwatch = Stopwatch(compile, seconds, cache, timer)
     whole = _time_model(model, gm, inputs, compile, timer)
-    reasons = replaceable(gm)
+    reasons = why_not_replaceable(gm)
     rows = []
     for name, module in progress(list(layers(gm).items()), "profile"):
         ranks = _ranks(gm, name, module, ratio, skip, reasons[name])

@@ -10,7 +10,7 @@ from fxlrd.calibration.batches import as_inputs
 from fxlrd.calibration.moments import LARGEST, sweep
 from fxlrd.factor.interpolative import greedy, least_squares, lost, residual, select
 from fxlrd.graph.facts import statistics
-from fxlrd.graph.guards import replaceable
+from fxlrd.graph.guards import why_not_replaceable
 from fxlrd.graph.surgery import annotate
 from fxlrd.layers.compose import input_importance
 from fxlrd.layers.kinds import depthwise
@@ -29,7 +29,7 @@ def swept(model, x, **options):
 
 
 def found(gm, name, skip=(), stem=False):
-    return mergeable(gm, node(gm, name), replaceable(gm, norms=True), skip, stem)
+    return mergeable(gm, node(gm, name), why_not_replaceable(gm, norms=True), skip, stem)
 
 
 class Net(nn.Module):

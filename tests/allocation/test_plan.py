@@ -12,14 +12,14 @@ from fxlrd.allocation.merges import mergeable
 from fxlrd.allocation.plan import Plan, leave, planned, sketch
 from fxlrd.graph import cost
 from fxlrd.graph.captured import propagate
-from fxlrd.graph.guards import replaceable
+from fxlrd.graph.guards import why_not_replaceable
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import calls
 from fxlrd.passes import Calibrate, Decompose, Merge
 
 
 def groups_of(gm, *producers: str) -> dict:
-    return {name: mergeable(gm, calls(gm, name)[0], replaceable(gm, norms=True), ()) for name in producers}
+    return {name: mergeable(gm, calls(gm, name)[0], why_not_replaceable(gm, norms=True), ()) for name in producers}
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -8,7 +8,7 @@ from torch import nn
 from fxlrd.capturing.dynamo import has_layers, raise_graph, weights_of
 from fxlrd.capturing.lowering import lower_graph
 from fxlrd.graph.facts import provenance
-from fxlrd.graph.guards import replaceable
+from fxlrd.graph.guards import why_not_replaceable
 from fxlrd.graph.surgery import layers
 from fxlrd.layers.kinds import LAYERS
 from fxlrd.passes import Decompose
@@ -139,7 +139,7 @@ class Twice(nn.Module):
 def test_layers_that_share_and_layers_that_are_read():
     model, x = Twice().eval(), torch.randn(2, 6)
     gm, _, found = raised(model, x)
-    reasons = replaceable(found.graph_module)
+    reasons = why_not_replaceable(found.graph_module)
     assert list(reasons) == ["fc", "tied", "read"]
     assert reasons["fc"].code == "shared-parameter"
     assert reasons["read"].code == "read-directly"

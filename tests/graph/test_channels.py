@@ -7,13 +7,13 @@ from torchvision import models
 from fxlrd import capture
 from fxlrd.errors import Reason
 from fxlrd.graph.channels import Group, group_of
-from fxlrd.graph.guards import replaceable
+from fxlrd.graph.guards import why_not_replaceable
 from fxlrd.graph.operations import features_per_channel
 from fxlrd.graph.surgery import calls
 
 
 def of(gm: fx.GraphModule, producer: str) -> Group | Reason:
-    return group_of(gm, calls(gm, producer)[0], replaceable(gm, norms=True))
+    return group_of(gm, calls(gm, producer)[0], why_not_replaceable(gm, norms=True))
 
 
 def targets(nodes) -> list[str]:

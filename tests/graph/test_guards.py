@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 
 from fxlrd.capturing.whole import capture
 from fxlrd.errors import FxlrdError
-from fxlrd.graph.guards import check_names, is_stem, matches, replaceable, shared_parameter
+from fxlrd.graph.guards import check_names, is_stem, matches, shared_parameter, why_not_replaceable
 from tests.support.models import CalledTwice
 
 X = (2, 4, 6, 6)
@@ -61,22 +61,22 @@ HOOKS = [
 
 @pytest.mark.parametrize("register", HOOKS)
 def test_a_layer_with_hooks_is_left_alone(register):
-    assert replaceable(captured(with_hook(register)))["0"].code == "hooks"
+    assert why_not_replaceable(captured(with_hook(register)))["0"].code == "hooks"
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 def test_each_kind_of_addition_has_its_reason():
     old = captured(nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 6))))
-    assert replaceable(old)["0"].code == "hooks"
+    assert why_not_replaceable(old)["0"].code == "hooks"
     new = captured(nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6))))
-    assert replaceable(new)["0"].code == "parametrized"
+    assert why_not_replaceable(new)["0"].code == "parametrized"
     sub = captured(nn.Sequential(Scaled(6, 6)))
-    assert replaceable(sub)["0"].code == "subclass"
-    assert replaceable(captured(nn.Sequential(nn.Linear(6, 6)))) == {"0": None}
+    assert why_not_replaceable(sub)["0"].code == "subclass"
+    assert why_not_replaceable(captured(nn.Sequential(nn.Linear(6, 6)))) == {"0": None}
 
 
 def test_tied_weights_name_each_other():
-    assert replaceable(captured(Tied())) == {
+    assert why_not_replaceable(captured(Tied())) == {
         "a": shared_parameter("weight", "b.weight"),
         "b": shared_parameter("weight", "a.weight"),
         "c": None,
@@ -84,7 +84,7 @@ def test_tied_weights_name_each_other():
 
 
 def test_a_weight_read_beside_its_layer_is_left_alone():
-    reason = replaceable(captured(Read()))["a"]
+    reason = why_not_replaceable(captured(Read()))["a"]
     assert reason.code == "read-directly"
 
 
@@ -95,12 +95,12 @@ def test_a_layer_inside_a_module_that_is_called_too_is_left_alone():
     x = g.placeholder("x")
     g.output(g.call_module("a", (g.call_module("a.0", (x,)),)))
     gm = fx.GraphModule(root, g)
-    assert replaceable(gm)["a.0"].code == "container-called"
+    assert why_not_replaceable(gm)["a.0"].code == "container-called"
 
 
 def test_reasons_are_one_line():
     for model in (Tied(), with_hook("register_forward_hook"), nn.Sequential(Scaled(6, 6))):
-        assert not any("\n" in str(reason) for reason in replaceable(captured(model)).values())
+        assert not any("\n" in str(reason) for reason in why_not_replaceable(captured(model)).values())
 
 
 class Initialised(nn.Conv2d):
@@ -129,20 +129,20 @@ class Further(Initialised):
 def test_a_subclass_with_another_construction_is_like_its_stock_type():
     model = nn.Sequential(Initialised(6), Further(6)).double()
     gm = capture(model, torch.randn(1, 6, 5, 5).double())
-    assert replaceable(gm)["0"] is None
-    assert replaceable(gm)["1"].code == "subclass"
+    assert why_not_replaceable(gm)["0"] is None
+    assert why_not_replaceable(gm)["1"].code == "subclass"
 
 
 def test_a_module_that_is_called_twice_is_no_tie():
-    assert replaceable(captured(CalledTwice(nn.Linear(6, 6)))) == {"a": None}
+    assert why_not_replaceable(captured(CalledTwice(nn.Linear(6, 6)))) == {"a": None}
 
 
 def test_norms_are_guarded_where_asked():
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
     model[1].register_forward_hook(lambda *_: None)
     gm = captured(model)
-    assert replaceable(gm) == {"0": None}
-    reasons = replaceable(gm, norms=True)
+    assert why_not_replaceable(gm) == {"0": None}
+    reasons = why_not_replaceable(gm, norms=True)
     assert (reasons["0"], reasons["1"].code, reasons["2"]) == (None, "hooks", None)
 
 

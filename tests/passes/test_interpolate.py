@@ -18,7 +18,7 @@ from fxlrd.graph import cost
 from fxlrd.graph.captured import propagate
 from fxlrd.graph.channels import Consumer, Group, group_of
 from fxlrd.graph.facts import provenance, retained_channels, shape, statistics
-from fxlrd.graph.guards import NEVER_CALLED, replaceable
+from fxlrd.graph.guards import NEVER_CALLED, why_not_replaceable
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import calls, fork, layers
 from fxlrd.layers.compose import input_importance
@@ -45,7 +45,7 @@ class Interpolate(nn.Module):
 
 def group_made_by(gm: fx.GraphModule, name: str) -> Group:
     """Return the group of the channels that a layer makes."""
-    return group_of(gm, calls(gm, name)[0], replaceable(gm, norms=True))
+    return group_of(gm, calls(gm, name)[0], why_not_replaceable(gm, norms=True))
 
 
 def interpolation(gm: fx.GraphModule, consumer: Consumer, retained: torch.Tensor) -> Interpolate:
