@@ -10,7 +10,6 @@ from typing import Any
 from fxlrd.differences import text
 from fxlrd.differences.items import Item
 from fxlrd.files import write_out
-from fxlrd.report.html import diff_fragment, diff_page
 
 KINDS = (
     "rewritten", "merged", "changed", "moved", "renamed", "values", "trainable", "reshaped", "added", "removed",
@@ -124,6 +123,8 @@ class Diff:
 
     def _repr_html_(self) -> str:
         """Return figures and changes as HTML, for a notebook."""
+        from fxlrd.report.html import diff_fragment
+
         return diff_fragment(self.to_dict())
 
     def to_text(self, *, color: bool = False, times: bool = True) -> str:
@@ -137,6 +138,8 @@ class Diff:
 
     def to_html(self, path: str | Path) -> None:
         """Write the difference as one self-contained HTML page."""
+        from fxlrd.report.html import diff_page
+
         write_out(Path(path), diff_page(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
