@@ -10,8 +10,8 @@ from fxlrd.allocation.choices import Choice
 from fxlrd.allocation.knapsack import spend
 from fxlrd.allocation.plan import Plan
 from fxlrd.graph.channels import Group
-from fxlrd.timing.cache import Stopwatch
 from fxlrd.timing.clock import Timing
+from fxlrd.timing.stopwatch import Stopwatch
 
 _LAMBDAS = 25
 

@@ -39,10 +39,10 @@ from fxlrd.passes._merging import Targets, original_shape, put_merged
 from fxlrd.passes.contract import UNNAMED, Site, Skip
 from fxlrd.passes.driver import Run
 from fxlrd.ranks import tucker2_rank
-from fxlrd.timing.cache import Stopwatch
 from fxlrd.timing.clock import Timer
 from fxlrd.timing.groups import time_group
 from fxlrd.timing.search import best_share, grid
+from fxlrd.timing.stopwatch import Stopwatch
 
 PLANNED = Reason("original-planned", "allocate keeps all its channels")
 

@@ -41,11 +41,11 @@ from fxlrd.layers.forms import depthwise_reason, parameters, ranks_text
 from fxlrd.layers.kinds import as_layer, channels_per_group
 from fxlrd.passes.contract import PassResult, Skip, names
 from fxlrd.progress import Progress, quiet
-from fxlrd.timing.cache import Stopwatch
 from fxlrd.timing.clock import Timer, Timing, compare
 from fxlrd.timing.groups import time_group
 from fxlrd.timing.layers import ORIGINAL, placed, time_ranks
 from fxlrd.timing.models import time_models
+from fxlrd.timing.stopwatch import Stopwatch
 
 WITHIN = 0.02
 """Share of a latency budget by which the measured latency may differ from it."""

@@ -33,8 +33,8 @@ from fxlrd.passes.contract import PassResult, Site, Skip, names
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.branches import time_branches
-from fxlrd.timing.cache import Stopwatch
 from fxlrd.timing.clock import Timer, compare
+from fxlrd.timing.stopwatch import Stopwatch
 
 GROUPS = (1, 2, 4, 8, 16)
 NO_CORE = Reason("no-core", "no Tucker-2 form with both outer factors: there is no core to split")

@@ -36,10 +36,10 @@ from fxlrd.layers.kinds import channels_per_group
 from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
-from fxlrd.timing.cache import Stopwatch
 from fxlrd.timing.clock import Timer, Timing, compare
 from fxlrd.timing.layers import ORIGINAL, Place, placed, time_ranks
 from fxlrd.timing.search import best_share, grid, reaches
+from fxlrd.timing.stopwatch import Stopwatch
 
 SEARCHES = ("grid", "algorithm1")
 _NO_ORIGINAL = Reason("no-original", "its original layer is not known any more", "snap before the model is handed out")

@@ -1,69 +1,122 @@
 """Where a model's time goes, and which of its layers are worth decomposing: profile(model, example_inputs).
 
-Each conv and linear layer is timed in place, as `snap` does: on an input of the shape, dtype and layout that it gets in
-the model, with the timing cache. Beside it stands its low-rank form at one ratio, with arbitrary weights: at the ranks
-of the ratio and at the hardware multiples below them, the fastest counts. What a layer could save is
+Each conv and linear layer is timed in place, as `snap` does: on an input of the shape, dtype and memory format that it
+gets in the model, with the timing cache. Its low-rank form at one ratio is timed beside it, with arbitrary weights: at
+the ranks of the ratio and at the hardware multiples below them; the fastest counts. What a layer could save is
 
     saves = its time · (1 − time of the form / time of the layer)
 
 or nothing where the form is not faster by more than the noise. A layer is *worth* decomposing where that is at least a
-tenth of its own time, and a thousandth of the model's: small layers count, since a deep model has many. The measured
+tenth of its own time and a thousandth of the model's: small layers count, since a deep model has many. The measured
 rate of each layer is set against that of a large matrix multiply in the same dtype on as many threads, the fastest of a
 few sizes: a layer far below is bound by memory, by overhead or by its shape, and fewer FLOPs may not make it faster.
 
-What is left of the model's time is all the rest: norms, activations, pooling, and overhead. Layers are timed alone, so
-that the sum may be off by some percent: in the model inputs may be in the cache, and Inductor fuses over layers.
+The rest of the model's time goes to norms, activations, pooling, and overhead. Layers are timed alone, so that the sum
+may be off by some percent: in the model inputs may be in the processor's cache, and Inductor fuses over layers. All
+seconds are of the minutes of the profile (fxlrd/timing/stopwatch.py). Figures that cannot be true, as may come of other
+load on the machine, are named in ``warnings``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tabulate import tabulate
-from torch import fx, nn
+from torch import nn
 
 from fxlrd.capturing.model import capture_any
 from fxlrd.errors import Reason
 from fxlrd.graph import cost, facts
-from fxlrd.graph.captured import captured_or_bare, runnable
+from fxlrd.graph.captured import Unreached, captured_or_bare, runnable
 from fxlrd.graph.facts import times
-from fxlrd.graph.guards import check_names, is_stem, matches, skip_reason, stem_reason, why_not_replaceable
+from fxlrd.graph.guards import check_names
 from fxlrd.graph.inputs import Inputs
-from fxlrd.graph.surgery import calls, layers
+from fxlrd.graph.layer import Layer, layers_of
 from fxlrd.layers.forms import Ranks, ranks_by_ratio, ranks_text
 from fxlrd.layers.kinds import as_layer, channels_per_group, op
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
-from fxlrd.report.numbers import giga
-from fxlrd.timing.cache import Setting, Stopwatch
+from fxlrd.report.profile_table import profile_text
+from fxlrd.timing.cache import Setting
 from fxlrd.timing.clock import Timer, Timing, compare
 from fxlrd.timing.layers import ORIGINAL, placed, time_ranks
-from fxlrd.timing.models import device_of, time_models
+from fxlrd.timing.models import device_of
 from fxlrd.timing.peak import peak_rate
 from fxlrd.timing.search import grid
+from fxlrd.timing.stopwatch import Stopwatch
 
 WORTH, FELT = 0.1, 0.001
 """A layer is worth decomposing where that saves these shares of its own and of the model's time."""
-_COLUMNS = (
-    "name", "op", "shape", "input", "layout", "calls", "params", "flops", "latency_ms", "share", "rate", "of_peak",
-    "ranks", "ratio", "saves_ms", "worth", "reason",
-)  # fmt: skip
-_SIZES = (512, 1024, 2048)
+TOLERANCE = 0.1
+"""Share by which a sum or a rate may exceed its bound, as timings are uncertain, before it is called untrue."""
+DRIFT = 1.5
+"""Factor by which the speed of the machine may change between timings before that is mentioned."""
 _FLOOR = 0.75
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """How long one conv or linear layer takes, and what its low-rank form would save. None: not known.
+
+    Attributes:
+        name: the layer's name in the model.
+        op: its type, such as Conv2d.
+        shape: of its weight.
+        input: the shape of its input, at the first call.
+        layout: the memory format of its input, at the first call.
+        calls: in one run of the model.
+        params: its parameters.
+        flops: of all calls (2 × multiply-adds).
+        latency_ms: of all calls.
+        share: of the model's time.
+        rate: FLOP/s.
+        of_peak: the rate as a share of the peak.
+        ranks: of its low-rank form.
+        ratio: the form's time relative to the layer's.
+        saves_ms: what the form saves of the layer's time.
+        worth: whether the layer is worth decomposing.
+        reason: why it is not.
+    """
+
+    name: str
+    op: str
+    shape: list[int]
+    input: list[int] | None = None
+    layout: str | None = None
+    calls: int = 0
+    params: int = 0
+    flops: int | None = None
+    latency_ms: float | None = None
+    share: float | None = None
+    rate: float | None = None
+    of_peak: float | None = None
+    ranks: list[int | None] | None = None
+    ratio: float | None = None
+    saves_ms: float = 0.0
+    worth: bool = False
+    reason: str | None = None
+
+    @classmethod
+    def unreached(cls, name: str, layer: Unreached) -> LayerTime:
+        """Return the row of a layer that no node of the graph stands for."""
+        return cls(name, layer.op, list(layer.shape), params=layer.params, reason=str(layer.reason))
 
 
 @dataclass(frozen=True)
 class Profile:
     """Where a model's time goes.
 
-    ``total`` has params, flops, latency_ms (of the model, whole), layers_ms (the sum of its layers) and saves_ms;
-    ``peak`` is the rate of a matrix multiply in FLOP/s. ``layers``, sorted by time, has a dict for each, with name,
-    op, shape (of the weight), input (its shape), layout, calls, params, flops, latency_ms, share (of the model's
-    time), rate (FLOP/s), of_peak, ranks and ratio (of times) of the form, saves_ms, worth and reason. What is not
-    known is None.
+    Attributes:
+        model: the name of the model's class.
+        device: the processor that it ran on.
+        settings: ``inputs`` (in words), ``ratio``, ``compile``, ``threads``, ``torch``.
+        total: ``params``, ``flops``, ``latency_ms`` (of the model), ``layers_ms`` (of its layers together),
+            ``saves_ms``.
+        peak: the rate of a matrix multiply in FLOP/s; 0 for a model without layers.
+        layers: a dict for each conv and linear layer, sorted by time, see `LayerTime`.
+        warnings: which of these figures are in doubt, and why.
     """
 
     model: str
@@ -72,15 +125,16 @@ class Profile:
     total: dict[str, Any]
     peak: float
     layers: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the profile as plain data, fit for JSON."""
-        names = ("model", "device", "settings", "total", "peak", "layers")
+        names = ("model", "device", "settings", "total", "peak", "layers", "warnings")
         return {name: getattr(self, name) for name in names}
 
     def to_table(self) -> str:
         """Return the profile as text."""
-        return _table(self)
+        return profile_text(self.to_dict(), WORTH, 1 + TOLERANCE)
 
 
 def profile(
@@ -104,35 +158,26 @@ def profile(
     inputs = Inputs.of(example_inputs)
     gm = capture_any(model, inputs)
     check_names(gm, skip)
-    device = device_of(model, inputs)
+    device, setting = device_of(model, inputs), Setting.current(device_of(model, inputs), compile)
     stopwatch = Stopwatch(compile, seconds, cache, timer)
-    whole = _time_model(model, gm, inputs, compile, timer)
-    reasons = why_not_replaceable(gm)
-    rows = []
-    for name, module in progress(list(layers(gm).items()), "profile"):
-        ranks = _ranks(gm, name, module, ratio, skip, reasons[name])
-        rows.append(_row(gm, name, module, ranks, stopwatch))
-    dtypes = {str(as_layer(m).weight.dtype): as_layer(m).weight.dtype for m in layers(gm).values()}
-    peak = max((peak_rate(d, device, stopwatch) for d in dtypes.values()), default=0.0)
-    total_ms = whole.seconds * 1e3
-    for row in rows:
-        _judge(row, total_ms, peak)
-    rows.sort(key=lambda row: -(row["latency_ms"] or 0.0))
+    model_time = stopwatch.time_model(runnable(gm) if compile else model, inputs)
+    layers = layers_of(gm)
+    dtypes = dict.fromkeys(as_layer(layer.module).weight.dtype for layer in layers)
+    peak = max((peak_rate(dtype, device, stopwatch) for dtype in dtypes), default=0.0)
+    rows = [
+        _layer_time(layer, _candidates(layer, ratio, skip), stopwatch, model_time.seconds, peak)
+        for layer in progress(layers, "profile")
+    ]
+    rows.sort(key=lambda row: -(row.latency_ms or 0.0))
     capture = captured_or_bare(gm)
-    for name, unreached in capture.unreached.items():
-        rows.append(
-            dict.fromkeys(_COLUMNS)
-            | {"name": name, "op": unreached.op, "shape": list(unreached.shape), "calls": 0}
-            | {"params": unreached.params, "saves_ms": 0.0, "worth": False, "reason": str(unreached.reason)}
-        )
+    rows += [LayerTime.unreached(name, layer) for name, layer in capture.unreached.items()]
     total = {
         "params": cost.params(model),
         "flops": cost.flops(gm) + capture.outside.flops,
-        "latency_ms": total_ms,
-        "layers_ms": sum(row["latency_ms"] or 0.0 for row in rows),
-        "saves_ms": sum(row["saves_ms"] for row in rows if row["worth"]),
+        "latency_ms": model_time.seconds * 1e3,
+        "layers_ms": sum(row.latency_ms or 0.0 for row in rows),
+        "saves_ms": sum(row.saves_ms for row in rows if row.worth),
     }
-    setting = Setting.current(device, compile)
     settings = {
         "inputs": inputs.describe(),
         "ratio": ratio,
@@ -140,146 +185,90 @@ def profile(
         "threads": setting.threads,
         "torch": setting.torch_version,
     }
-    return Profile(type(model).__name__, setting.device, settings, total, peak, rows)
+    doubts = _doubts(rows, total, model_time.spread, stopwatch.drift)
+    return Profile(type(model).__name__, setting.device, settings, total, peak, [asdict(row) for row in rows], doubts)
 
 
-def _time_model(model: nn.Module, gm: fx.GraphModule, inputs: Inputs, under_inductor: bool, timer: Timer) -> Timing:
-    run = runnable(gm) if under_inductor else model
-    return time_models({"model": run}, inputs, under_inductor=under_inductor, seconds=2.0, timer=timer)["model"]
-
-
-def _ranks(
-    gm: fx.GraphModule, name: str, module: nn.Module, ratio: float, skip: Sequence[str], guard: Reason | None
-) -> list[Ranks] | Reason:
+def _candidates(layer: Layer, ratio: float, skip: Sequence[str]) -> list[Ranks] | Reason:
     """Return the ranks to time a layer's form at, or why it has none."""
-    if guard is not None:
-        return guard
-    if (pattern := matches(name, skip)) is not None:
-        return skip_reason(pattern)
-    if is_stem(gm, name, module):
-        return stem_reason(module)
-    ranks = ranks_by_ratio(module, ratio)
+    reason = layer.why_left_alone(skip)
+    ranks = ranks_by_ratio(layer.module, ratio) if reason is None else reason
     if isinstance(ranks, Reason):
         return ranks
     lowest: Ranks = tuple(None if r is None else math.ceil(_FLOOR * r) for r in ranks)
-    return grid(ranks, lowest, channels_per_group(module)[2])
+    return grid(ranks, lowest, channels_per_group(layer.module)[2])
 
 
-def _row(
-    gm: fx.GraphModule,
-    name: str,
-    module: nn.Module,
-    ranks: list[Ranks] | Reason,
-    stopwatch: Stopwatch,
-) -> dict[str, Any]:
+def _layer_time(
+    layer: Layer, candidates: list[Ranks] | Reason, stopwatch: Stopwatch, model_seconds: float, peak: float
+) -> LayerTime:
     """Time a layer at each of its calls, and its forms."""
-    found: list[tuple[int, dict[str, Timing]]] = []
-    reason = ranks if isinstance(ranks, Reason) else None
-    candidates = [] if isinstance(ranks, Reason) else ranks
-    shape = layout = None
-    nodes = calls(gm, name)
-    for node in nodes:
-        where = placed(node, module)
-        if isinstance(where, Reason):
-            reason = where
-            continue
-        shape, layout = shape or list(where.shape), layout or where.layout
-        found.append((times(node), time_ranks(where, candidates, stopwatch)))
-    latency = sum(count * t[ORIGINAL].seconds for count, t in found) * 1e3 if found else None
-    row: dict[str, Any] = dict.fromkeys(_COLUMNS) | {
-        "name": name,
-        "op": op(module),
-        "shape": list(as_layer(module).weight.shape),
-        "input": shape,
-        "layout": layout,
-        "calls": sum(times(node) for node in nodes),
-        "params": cost.params(module),
-        "flops": sum(facts.flops(node) for node in nodes),
-        "latency_ms": latency,
-        "saves_ms": 0.0,
-        "worth": False,
-        "reason": None if reason is None else str(reason),
-    }
-    if found and candidates and latency:
-        best = min(candidates, key=lambda r: sum(n * t[ORIGINAL].seconds * t[ranks_text(r)].ratio for n, t in found))
-        spent = sum(n * t[ORIGINAL].seconds * t[ranks_text(best)].ratio for n, t in found) * 1e3
-        row["ranks"], row["ratio"] = list(best), spent / latency
-        if all(t[ranks_text(best)].faster() for _, t in found):
-            row["saves_ms"] = latency - spent
-    return row
-
-
-def _judge(row: dict[str, Any], total_ms: float, peak: float) -> None:
-    """Say what share of the time a layer has, how fast it runs, and whether it is worth decomposing."""
-    if not row["latency_ms"]:
-        return
-    row["share"] = row["latency_ms"] / total_ms
-    row["rate"] = row["flops"] / (row["latency_ms"] / 1e3)
-    row["of_peak"] = row["rate"] / peak if peak else None
-    if row["ratio"] is None:
-        return
-    if not row["saves_ms"]:
-        row["reason"] = "its form is not faster" + ("" if row["ratio"] >= 1 else " by more than the noise")
-    elif row["saves_ms"] < WORTH * row["latency_ms"]:
-        row["reason"] = f"saves less than {WORTH:.0%} of its time"
-    elif row["saves_ms"] < FELT * total_ms:
-        row["reason"] = f"saves less than {FELT:.1%} of the model's time"
-    else:
-        row["worth"] = True
-
-
-def _table(found: Profile) -> str:
-    total, settings = found.total, found.settings
-    cells = [
-        [
-            row["name"] + (f" (×{row['calls']})" if row["calls"] > 1 else ""),
-            row["op"],
-            "×".join(map(str, row["shape"])),
-            f"{row['params']:,}",
-            "" if row["flops"] is None else giga(row["flops"]),
-            _figure(row["latency_ms"], "{:.3g} ms"),
-            _figure(row["share"], "{:.1%}"),
-            _figure(row["of_peak"], "{:.0%}"),
-            "" if row["ranks"] is None else ranks_text(tuple(row["ranks"])),
-            _figure(row["ratio"], "{:.2f}×"),
-            f"{row['saves_ms']:.3g} ms" if row["saves_ms"] else "",
-            "yes" if row["worth"] else f"no: {row['reason']}",
-        ]
-        for row in found.layers
-    ]
-    rest = total["latency_ms"] - total["layers_ms"]
-    whole = [
-        ["all layers", "", "", "", "", total["layers_ms"]],
-        ["the rest", "", "", "", "", rest],
-        ["the model", "", "", f"{total['params']:,}", giga(total["flops"]), total["latency_ms"]],
-    ]
-    for row in whole:
-        cells.append([*row[:5], f"{row[5]:.3g} ms", f"{row[5] / total['latency_ms']:.1%}", *[""] * 5])
-    headers = ["layer", "op", "weight", "params", "FLOPs", "time", "share", "of peak"]
-    headers += ["rank", "form's time", "saves", "worth it"]
-    left, right = "left", "right"
-    align = (left, left, left, right, right, right, right, right, left, right, right, left)
-    text = tabulate(cells, headers=headers, tablefmt="simple", disable_numparse=True, colalign=align)
-    layout = next((row["layout"] for row in found.layers if row["layout"]), "contiguous")
-    mode = f"{'Inductor' if settings['compile'] else 'eager'}, {settings['threads']} threads, torch {settings['torch']}"
-    worth = sum(row["worth"] for row in found.layers)
-    peak = f"{found.peak / 1e9:.0f} GFLOP/s, the fastest of a few matrix multiplies here"
-    if not found.peak:
-        peak = "not measured, as there are no layers to set against it"
-    return "\n".join(
-        [
-            f"{found.model} on {found.device}",
-            f"{settings['inputs']}, {layout}, {mode}",
-            f"peak: {peak}",
-            "",
-            text,
-            "",
-            f"worth decomposing: {worth} of {len(found.layers)} layers; at ratio {settings['ratio']:g} their forms "
-            f"save {total['saves_ms'] / total['latency_ms']:.0%} of the model's time.",
-            f"Judged by timing each layer and its form in place; worth it where the form takes {WORTH:.0%} less time.",
-        ]
+    places = [(times(node), placed(node, layer.module)) for node in layer.calls]
+    reason = candidates if isinstance(candidates, Reason) else None
+    reason = next((place for _, place in places if isinstance(place, Reason)), reason)
+    ranks = [] if isinstance(candidates, Reason) else candidates
+    timed = [(n, place, time_ranks(place, ranks, stopwatch)) for n, place in places if not isinstance(place, Reason)]
+    flops = sum(facts.flops(node) for node in layer.calls)
+    measured: dict[str, Any] = {"reason": None if reason is None else str(reason)}
+    if timed:
+        seconds = sum(count * timings[ORIGINAL].seconds for count, _, timings in timed)
+        rate = flops / seconds
+        measured |= {"input": list(timed[0][1].shape), "layout": timed[0][1].layout, "latency_ms": seconds * 1e3}
+        measured |= {"share": seconds / model_seconds, "rate": rate, "of_peak": rate / peak if peak else None}
+        if ranks:
+            measured |= _savings([(count, timings) for count, _, timings in timed], ranks, seconds, model_seconds)
+    return LayerTime(
+        name=layer.name,
+        op=op(layer.module),
+        shape=list(as_layer(layer.module).weight.shape),
+        calls=sum(times(node) for node in layer.calls),
+        params=cost.params(layer.module),
+        flops=flops,
+        **measured,
     )
 
 
-def _figure(value: float | None, text: str) -> str:
-    return "" if value is None else text.format(value)
+def _savings(
+    timed: Sequence[tuple[int, dict[str, Timing]]], candidates: Sequence[Ranks], seconds: float, model_seconds: float
+) -> dict[str, Any]:
+    """Return ranks, ratio and savings of the fastest form, and whether it is worth it or else why not."""
+
+    def spent(ranks: Ranks) -> float:
+        return sum(count * timings[ranks_text(ranks)].seconds for count, timings in timed)
+
+    best = min(candidates, key=spent)
+    ratio, saves, reason = spent(best) / seconds, 0.0, None
+    if all(timings[ranks_text(best)].faster() for _, timings in timed):
+        saves = seconds - spent(best)
+    if not saves:
+        reason = "its form is not faster" + ("" if ratio >= 1 else " by more than the noise")
+    elif saves < WORTH * seconds:
+        reason = f"saves less than {WORTH:.0%} of its time"
+    elif saves < FELT * model_seconds:
+        reason = f"saves less than {FELT:.1%} of the model's time"
+    return {"ranks": list(best), "ratio": ratio, "saves_ms": saves * 1e3, "worth": reason is None, "reason": reason}
+
+
+def _doubts(rows: Sequence[LayerTime], total: dict[str, Any], spread: float, drift: float) -> list[str]:
+    """Return which figures cannot be true or are uncertain, and why."""
+    doubts = []
+    if spread > TOLERANCE:
+        doubts.append(f"the model's time is uncertain by ± {spread:.0%}; profile it again without other load")
+    if drift > DRIFT:
+        doubts.append(
+            f"the machine was up to {drift:.1f}× as fast or as slow when some of the layers were timed; their times "
+            "are scaled to its speed now"
+        )
+    share = total["layers_ms"] / total["latency_ms"]
+    if share > 1 + TOLERANCE:
+        doubts.append(
+            f"the layers, timed alone, add up to {share:.0%} of the model's time, so shares and savings are too large: "
+            "there was other load, or Inductor fuses over layers"
+        )
+    above = [row.of_peak for row in rows if row.of_peak is not None and row.of_peak > 1 + TOLERANCE]
+    if above:
+        doubts.append(
+            f"rates above the peak ({len(above)} layers, up to {max(above):.0%} of it): there was other load, or a "
+            "kernel faster than a matrix multiply (Winograd, TF32)"
+        )
+    return doubts

@@ -12,10 +12,10 @@ from fxlrd.errors import Reason
 from fxlrd.graph.inputs import Inputs
 from fxlrd.layers.kinds import Conv, channel_axis
 from fxlrd.layers.weights import from_blocks, resized
-from fxlrd.timing.cache import Stopwatch, example
 from fxlrd.timing.clock import Timing
 from fxlrd.timing.layers import placed
-from fxlrd.timing.workload import Workload
+from fxlrd.timing.stopwatch import Stopwatch
+from fxlrd.timing.workload import Workload, example
 
 
 def time_branches(

@@ -1,4 +1,9 @@
-"""The timing cache on disk, what an entry depends on, and the one way to a layer's times: cached or measured."""
+"""The timing cache on disk, and what an entry depends on.
+
+An entry holds no seconds of a layer: a time is only comparable to a time taken in the same minute. It holds ratios to
+the first variant of its signature, the reference kernel's among them, which was timed beside the others, and how long
+that took then. The seconds of a layer now follow from those of the kernel now (fxlrd/timing/stopwatch.py).
+"""
 
 from __future__ import annotations
 
@@ -8,19 +13,16 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.fx.passes.shape_prop import TensorMetadata
+from torch import nn
 
 from fxlrd.files import write_atomically
-from fxlrd.timing.clock import Timer, Timing, compare
-from fxlrd.timing.workload import Workload, time_workloads
 
 
 class Setting(NamedTuple):
@@ -58,43 +60,77 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser("~")) / ".cache" / "fxlrd"  # unlike Path.home, it never raises
 
 
-_FORMAT = 1
+_FORMAT = 2
+_OLDER = (1,)
+"""Formats whose files are replaced without a word. Those of format 1 hold seconds, and nothing to compare them with."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A time relative to that of the first variant in the same rounds, and the half-width of its 95 % interval."""
+
+    ratio: float
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was measured of one signature.
+
+    Attributes:
+        timings: the ratios of the variants, by name.
+        reference: the ratio of the reference kernel, timed beside the first variant.
+        reference_seconds: how long the reference kernel took then.
+    """
+
+    timings: Mapping[str, Ratio]
+    reference: Ratio
+    reference_seconds: float
+
+    @classmethod
+    def read(cls, content: Any) -> Entry:
+        """Read the plain data of an entry. Raises ValueError, TypeError or KeyError for what is not one."""
+        timings = {str(name): Ratio(**fields) for name, fields in content["timings"].items()}
+        entry = cls(timings, Ratio(**content["reference"]), content["reference_seconds"])
+        figures = [x for ratio in (*timings.values(), entry.reference) for x in (ratio.ratio, ratio.spread)]
+        if not all(isinstance(x, float) and 0 <= x < math.inf for x in (*figures, entry.reference_seconds)):
+            raise ValueError("a timing is not a number")
+        if not entry.reference.ratio * entry.reference_seconds > 0:
+            raise ValueError("the reference kernel took no time")
+        return entry
 
 
 class Cache:
-    """Timings on disk: one small JSON file for each setting and layer signature.
+    """Entries on disk: one small JSON file for each setting and signature.
 
     A file is replaced atomically: processes that write at once leave a complete file, and an interrupted search finds
     what it had finished. A file that cannot be read, or that is about something else, is ignored with a warning and
-    measured anew. Without a writable folder nothing is stored.
+    measured anew; one of an older format is ignored without. If the folder is not writable, nothing is stored.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder if folder is not None else cache_folder() / "latency"
 
-    def load(self, setting: Setting, signature: str) -> dict[str, Timing]:
-        """Return the stored timings by variant name; none where there is no valid file."""
+    def load(self, setting: Setting, signature: str) -> Entry | None:
+        """Return the entry, or None where there is no valid file."""
         path = self._path(setting, signature)
         try:
             content = json.loads(path.read_text())
+            if content["format"] in _OLDER:
+                return None
             if content["format"] != _FORMAT or content["key"] != _key(setting, signature):
                 raise ValueError("it is about another setting or layer")
-            timings = {str(name): Timing(**fields) for name, fields in content["timings"].items()}
-            figures = [value for timing in timings.values() for value in asdict(timing).values()]
-            if not all(isinstance(value, float) and 0 <= value < math.inf for value in figures):
-                raise ValueError("a timing is not a number")
-            return timings
+            return Entry.read(content)
         except FileNotFoundError:
-            return {}
+            return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             warnings.warn(f"timing cache: {path} is ignored ({type(error).__name__}: {error})", stacklevel=2)
-            return {}
+            return None
 
-    def store(self, setting: Setting, signature: str, timings: Mapping[str, Timing]) -> None:
-        """Write the timings, replacing the file at once."""
+    def store(self, setting: Setting, signature: str, entry: Entry) -> None:
+        """Write the entry, replacing the file at once."""
         path = self._path(setting, signature)
-        entries = {name: asdict(t) for name, t in timings.items()}
-        content = {"format": _FORMAT, "key": _key(setting, signature), "timings": entries}
+        content = {"format": _FORMAT, "key": _key(setting, signature), **asdict(entry)}
         try:
             write_atomically(path, json.dumps(content, indent=1))
         except OSError as error:
@@ -112,69 +148,3 @@ def _key(setting: Setting, signature: str) -> dict[str, Any]:
 def signature(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> str:
     """Return what a layer's time depends on: its configuration and its input, as text."""
     return f"{module!r} on {str(dtype)[6:]}{list(shape)} {layout}"
-
-
-def example(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
-    """Return a tensor to time with; the global random state is left alone."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(shape, generator=generator).to(device=device, dtype=dtype)
-    return x.contiguous(memory_format=_LAYOUTS.get(layout, torch.contiguous_format))
-
-
-_LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
-
-
-def layout(meta: TensorMetadata) -> str:
-    """Return a tensor's memory format as text."""
-    return next((name for name, memory_format in _LAYOUTS.items() if meta.memory_format == memory_format), "contiguous")
-
-
-_SIDE_BY_SIDE = 10
-"""Variants that are timed together, beside the first; each such group is stored as soon as it is timed."""
-
-
-@dataclass
-class Stopwatch:
-    """The way to the times of layers in one run of a pass: what memory or the cache on disk holds is not timed again.
-
-    ``under_inductor`` times under Inductor with frozen weights. ``seconds`` bounds the timing of one signature's
-    variants. Unless ``cached``, timings on disk are neither read nor written. ``timer`` measures.
-    """
-
-    under_inductor: bool = False
-    seconds: float = 1.5
-    cached: bool = True
-    timer: Timer = compare
-    _timings: dict[tuple[torch.device, str], dict[str, Timing]] = field(default_factory=dict, repr=False)
-
-    def times(
-        self, signature: str, device: torch.device, variants: Mapping[str, Callable[[], Workload]]
-    ) -> dict[str, Timing]:
-        """Return a timing for each of ``variants``; ratios are to the first, which is timed beside each of the others.
-
-        ``variants`` maps names to functions that make the workload: those that need no timing are not made. Their
-        times depend on the ``signature``, the name and the setting alone.
-        """
-        first, *others = variants
-        setting = Setting.current(device, self.under_inductor)
-        cache = Cache() if self.cached else None
-        timings = self._timings.setdefault((device, signature), {})
-        if cache is not None and not timings:
-            timings.update(cache.load(setting, signature))
-        if first not in timings:  # the one that the others' ratios are to
-            timings.clear()
-        for group in self._groups(first, others, timings):
-            workloads = {name: variants[name]() for name in (first, *group)}
-            measured = time_workloads(workloads, device, self.seconds, self.timer)
-            timings.update({name: timing for name, timing in measured.items() if name not in timings})
-            if cache is not None:
-                cache.store(setting, signature, timings)
-        return {name: timings[name] for name in variants}
-
-    @staticmethod
-    def _groups(first: str, others: Iterable[str], timings: Mapping[str, Timing]) -> list[list[str]]:
-        """Return the variants to time, in groups of those to time side by side beside the first."""
-        missing = [name for name in others if name not in timings]
-        if not missing:
-            return [] if first in timings else [[]]
-        return [missing[start : start + _SIDE_BY_SIDE] for start in range(0, len(missing), _SIDE_BY_SIDE)]

@@ -15,9 +15,10 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import source
 from fxlrd.layers.kinds import LAYERS, ConvOrLinear, as_layer, channel_axis
 from fxlrd.layers.weights import resized
-from fxlrd.timing.cache import Stopwatch, example, layout, signature
+from fxlrd.timing.cache import signature
 from fxlrd.timing.clock import Timing
-from fxlrd.timing.workload import Workload
+from fxlrd.timing.stopwatch import Stopwatch
+from fxlrd.timing.workload import Workload, example, layout
 
 
 def time_group(gm: fx.GraphModule, group: Group, ranks: Sequence[int], stopwatch: Stopwatch) -> dict[str, Timing]:

@@ -15,9 +15,10 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import source
 from fxlrd.layers.build import skeleton
 from fxlrd.layers.forms import Ranks, ranks_text
-from fxlrd.timing.cache import Stopwatch, example, layout, signature
+from fxlrd.timing.cache import signature
 from fxlrd.timing.clock import Timing
-from fxlrd.timing.workload import Workload
+from fxlrd.timing.stopwatch import Stopwatch
+from fxlrd.timing.workload import Workload, example, layout
 
 ORIGINAL = "original"
 

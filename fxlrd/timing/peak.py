@@ -5,30 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor, nn
 
-from fxlrd.graph.inputs import Inputs
-from fxlrd.timing.cache import Stopwatch
-from fxlrd.timing.workload import Workload
+from fxlrd.timing.multiply import multiply
+from fxlrd.timing.stopwatch import Stopwatch
 
 _SIZES = (512, 1024, 2048)
 _SLOW = 0.2
 """Seconds of a multiply above which no larger one is tried: the machine has no kernels for the dtype."""
-
-
-class Multiply(nn.Module):
-    """The product of two square matrices."""
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return a·b."""
-        return a @ b
-
-
-def multiply(size: int, dtype: torch.dtype, device: torch.device) -> Workload:
-    """Return the product of two ``size``×``size`` matrices, as a workload."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.rand(size, size, generator=generator).to(device, dtype) for _ in range(2))
-    return Workload([(Multiply(), Inputs((a, b)))])
 
 
 def peak_rate(dtype: torch.dtype, device: torch.device, stopwatch: Stopwatch) -> float:

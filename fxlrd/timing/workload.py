@@ -7,7 +7,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import evaluating, unmoved
@@ -47,3 +48,18 @@ def time_workloads(
     modules = nn.ModuleList(module for workload in workloads.values() for module in workload.modules)
     with torch.no_grad(), unmoved(modules), evaluating(modules):
         return timer(workloads, device, seconds=seconds)
+
+
+_LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
+
+
+def example(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
+    """Return a tensor to time with; the global random state is not touched."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(shape, generator=generator).to(device=device, dtype=dtype)
+    return x.contiguous(memory_format=_LAYOUTS.get(layout, torch.contiguous_format))
+
+
+def layout(meta: TensorMetadata) -> str:
+    """Return a tensor's memory format as text."""
+    return next((name for name, memory_format in _LAYOUTS.items() if meta.memory_format == memory_format), "contiguous")

@@ -19,7 +19,7 @@ from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.forms import ranks_by_ratio
 from fxlrd.layers.kinds import as_layer
 from fxlrd.passes import Allocate, Calibrate, Decompose, Merge
-from fxlrd.timing.cache import Stopwatch
+from fxlrd.timing.stopwatch import Stopwatch
 from tests.support.results import reasons
 from tests.support.tensors import images
 from tests.support.timers import WeightTimer

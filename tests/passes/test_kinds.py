@@ -18,8 +18,8 @@ from fxlrd.layers.kinds import TRANSPOSED
 from fxlrd.layers.weights import weight_blocks
 from fxlrd.passes import Allocate, Branch, Calibrate, Decompose, Freeze, Merge, Refit, Snap
 from fxlrd.passes.snap import _places
-from fxlrd.timing.cache import example, layout
 from fxlrd.timing.layers import placed
+from fxlrd.timing.workload import example, layout
 from tests.support.kinds import KINDS
 from tests.support.results import reasons
 

@@ -20,7 +20,7 @@ SECONDS = {"model": 10e-3, "original": 2e-3, "512": 1e-3, "1024": 6e-3, "2048": 
 
 def timer(spread: float = 0.01, form: float = 1e-3, **seconds: float) -> FakeTimer:
     """The model takes 10 ms, every layer 2 ms and a form 1 ms, unless a test says otherwise."""
-    return FakeTimer(lambda name, _: {**SECONDS, **seconds}.get(name, form), spread)
+    return FakeTimer(lambda name, _: {**SECONDS, **seconds}.get(name, form), spread, kernel=1e-3)
 
 
 class Net(nn.Module):
@@ -130,6 +130,61 @@ def test_a_layer_that_is_not_worth_it_says_why(form, spread, model, saves, reaso
     assert not conv["worth"]
     assert conv["saves_ms"] == pytest.approx(saves)
     assert conv["reason"] == reason
+
+
+def busy(timer: FakeTimer, slowdown: float) -> FakeTimer:
+    """Return the timer on a machine that takes ``slowdown`` times as long for everything."""
+    return FakeTimer(
+        lambda name, asked: slowdown * timer.seconds_of(name, asked), timer.spread, slowdown * timer.kernel
+    )
+
+
+@pytest.mark.parametrize("slowdown", [0.2, 5.0])
+def test_layers_timed_under_other_load_are_in_seconds_of_this_profile(slowdown):
+    """Timings from a quiet day beside the model's on a busy one gave rates of 488 % of the peak, and layers that took
+    9 % of the model.
+    """
+    profiled(timer=timer())
+    result = profiled(timer=busy(timer(), slowdown))
+    conv = next(row for row in result.layers if row["name"] == "conv")
+    assert result.total["latency_ms"] == pytest.approx(10 * slowdown)
+    assert result.total["layers_ms"] == pytest.approx(10 * slowdown)
+    assert (conv["latency_ms"], conv["share"]) == pytest.approx((2 * slowdown, 0.2))
+    assert conv["of_peak"] == pytest.approx(rows()["conv"]["of_peak"])
+    assert result.peak == pytest.approx(2 * 1024**3 / 6e-3 / slowdown)
+    (doubt,) = result.warnings
+    assert "up to 5.0× as fast or as slow when some of the layers were timed" in doubt
+    assert f"warning: {doubt}" in result.to_table()
+
+
+def test_a_profile_that_adds_up_has_no_warnings():
+    result = profiled()
+    assert result.warnings == result.to_dict()["warnings"] == []
+    assert "warning" not in result.to_table()
+    assert "?" not in result.to_table()
+
+
+def test_layers_that_take_longer_than_their_model_are_called_in_doubt():
+    result = profiled(timer=timer(model=6e-3))
+    (doubt,) = result.warnings
+    assert doubt.startswith("the layers, timed alone, add up to 167% of the model's time")
+    (rest,) = (line for line in result.to_table().splitlines() if line.startswith("the rest"))
+    assert rest.split() == ["the", "rest", "?", "?"]
+    assert profiled(timer=timer(model=9.5e-3)).warnings == [], "as caches may do"
+
+
+def test_a_rate_above_the_peak_is_called_in_doubt():
+    flops = rows()["conv"]["flops"]
+    result = profiled(cache=False, timer=timer(original=flops / (4 * 2 * 1024**3 / 6e-3), model=1.0))
+    assert max(row["of_peak"] for row in result.layers if row["of_peak"]) == pytest.approx(4)
+    (doubt,) = result.warnings
+    assert doubt.startswith("rates above the peak (1 layers, up to 400% of it)")
+    assert "400% ?" in result.to_table()
+
+
+def test_a_model_that_is_timed_beside_other_load_is_called_in_doubt():
+    (doubt,) = profiled(timer=timer(spread=3.0)).warnings
+    assert doubt.startswith("the model's time is uncertain by ± 30%")
 
 
 def test_the_model_stays_as_it_is():

@@ -3,33 +3,34 @@ from __future__ import annotations
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from fxlrd.timing.cache import Cache, Setting, cache_folder, example, signature
-from fxlrd.timing.clock import Timing
+from fxlrd.timing.cache import Cache, Entry, Ratio, Setting, cache_folder, signature
 
 CPU = torch.device("cpu")
 SETTING = Setting("cpu: some", "2.0", 2, False)
-TIMINGS = {"original": Timing(2e-3), "rank 16": Timing(1e-3, 0.5, 0.01)}
+ENTRY = Entry({"original": Ratio(1.0), "rank 16": Ratio(0.5, 0.01)}, Ratio(0.25, 0.02), 5e-4)
 
 
 def test_cache_round_trip(tmp_path):
     cache = Cache(tmp_path / "new" / "folder")
-    assert cache.load(SETTING, "layer") == {}
-    cache.store(SETTING, "layer", TIMINGS)
-    assert cache.load(SETTING, "layer") == TIMINGS
-    cache.store(SETTING, "layer", {"rank 8": Timing(3e-3)})
-    assert Cache(cache.folder).load(SETTING, "layer") == {"rank 8": Timing(3e-3)}
+    assert cache.load(SETTING, "layer") is None
+    cache.store(SETTING, "layer", ENTRY)
+    assert cache.load(SETTING, "layer") == ENTRY
+    other = replace(ENTRY, timings={"rank 8": Ratio(3.0)})
+    cache.store(SETTING, "layer", other)
+    assert Cache(cache.folder).load(SETTING, "layer") == other
     assert len(list(cache.folder.iterdir())) == 1
 
 
 def stored(folder):
     cache = Cache(folder)
-    cache.store(SETTING, "layer", TIMINGS)
+    cache.store(SETTING, "layer", ENTRY)
     (path,) = folder.iterdir()
     return cache, path
 
@@ -44,7 +45,7 @@ def damaged(change):
 
 
 def timing(**fields):
-    return damaged(lambda c: c["timings"].update(original={"seconds": 1.0, "ratio": 1.0, "spread": 0.0, **fields}))
+    return damaged(lambda c: c["timings"].update(original={"ratio": 1.0, "spread": 0.0, **fields}))
 
 
 DAMAGE = {
@@ -61,14 +62,20 @@ DAMAGE = {
     "no timings": damaged(lambda c: c.pop("timings")),
     "list of timings": damaged(lambda c: c.update(timings=[1, 2])),
     "timing a number": damaged(lambda c: c["timings"].update(original=1.0)),
-    "field missing": damaged(lambda c: c["timings"].update(original={"ratio": 1.0})),
+    "field missing": damaged(lambda c: c["timings"].update(original={"spread": 1.0})),
     "field unknown": timing(more=1.0),
-    "text": timing(seconds="1.0"),
-    "none": timing(seconds=None),
-    "true": timing(seconds=True),
-    "negative": timing(seconds=-1.0),
+    "text": timing(ratio="1.0"),
+    "none": timing(ratio=None),
+    "true": timing(ratio=True),
+    "negative": timing(ratio=-1.0),
     "NaN": timing(spread=float("nan")),
     "Inf": timing(ratio=float("inf")),
+    "no reference": damaged(lambda c: c.pop("reference")),
+    "reference in text": damaged(lambda c: c.update(reference="1.0")),
+    "no seconds": damaged(lambda c: c.pop("reference_seconds")),
+    "seconds in text": damaged(lambda c: c.update(reference_seconds="1.0")),
+    "no time at all": damaged(lambda c: c.update(reference_seconds=0.0)),
+    "no ratio at all": damaged(lambda c: c.update(reference={"ratio": 0.0, "spread": 0.0})),
     "folder": lambda p: (p.unlink(), p.mkdir()),
 }
 
@@ -78,7 +85,7 @@ def test_a_damaged_file_is_ignored_with_a_warning(tmp_path, damage):
     cache, path = stored(tmp_path)
     damage(path)
     with pytest.warns(UserWarning, match=r"^timing cache: .* is ignored") as caught:
-        assert cache.load(SETTING, "layer") == {}
+        assert cache.load(SETTING, "layer") is None
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
     assert path.name in str(caught[0].message)
@@ -88,23 +95,34 @@ def test_a_damaged_file_is_ignored_with_a_warning(tmp_path, damage):
 def test_a_damaged_file_is_replaced(tmp_path, damage):
     cache, path = stored(tmp_path)
     DAMAGE[damage](path)
-    cache.store(SETTING, "layer", TIMINGS)
-    assert cache.load(SETTING, "layer") == TIMINGS
+    cache.store(SETTING, "layer", ENTRY)
+    assert cache.load(SETTING, "layer") == ENTRY
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_file_of_the_first_format_is_replaced_without_a_word(tmp_path):
+    """It has seconds, and nothing to compare them with those of another minute."""
+    cache, path = stored(tmp_path)
+    timings = {"original": {"seconds": 2e-3, "ratio": 1.0, "spread": 0.0}}
+    path.write_text(json.dumps({"format": 1, "key": json.loads(path.read_text())["key"], "timings": timings}))
+    assert cache.load(SETTING, "layer") is None
+    cache.store(SETTING, "layer", ENTRY)
+    assert cache.load(SETTING, "layer") == ENTRY
 
 
 def test_a_file_of_another_layer_is_ignored(tmp_path):
     cache, path = stored(tmp_path)
-    cache.store(SETTING, "another", TIMINGS)
+    cache.store(SETTING, "another", ENTRY)
     path.write_text(next(p for p in tmp_path.iterdir() if p != path).read_text())
     with pytest.warns(UserWarning, match="it is about another setting or layer"):
-        assert cache.load(SETTING, "layer") == {}
+        assert cache.load(SETTING, "layer") is None
 
 
 def test_a_folder_that_cannot_be_written_is_gone_without(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
     with pytest.warns(UserWarning, match=r"^timing cache: .* cannot be written .*; going on without$") as caught:
-        Cache(blocked / "latency").store(SETTING, "layer", TIMINGS)
+        Cache(blocked / "latency").store(SETTING, "layer", ENTRY)
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
     assert blocked.read_text() == "no folder"
@@ -118,19 +136,19 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.warns(UserWarning, match="No space left"):
-        cache.store(SETTING, "layer", {})
+        cache.store(SETTING, "layer", replace(ENTRY, timings={}))
     assert list(tmp_path.iterdir()) == [path]
-    assert cache.load(SETTING, "layer") == TIMINGS
+    assert cache.load(SETTING, "layer") == ENTRY
 
 
 @pytest.mark.filterwarnings("error")
 def test_writers_at_once_leave_a_whole_file(tmp_path):
     cache, path = stored(tmp_path)
-    written = [{f"rank {r}": Timing(r * 1e-3) for r in range(1, 2 + 40 * i)} for i in range(4)]
+    written = [replace(ENTRY, timings={f"rank {r}": Ratio(r * 1e-3) for r in range(1, 2 + 40 * i)}) for i in range(4)]
 
-    def work(timings):
+    def work(entry):
         for _ in range(15):
-            cache.store(SETTING, "layer", timings)
+            cache.store(SETTING, "layer", entry)
             assert cache.load(SETTING, "layer") in written
 
     with ThreadPoolExecutor(4) as pool:
@@ -160,9 +178,9 @@ def test_keys_differ_by_setting_and_layer(tmp_path):
     ]
     keys = list(itertools.product(settings, signatures))
     for i, key in enumerate(keys):
-        assert cache.load(*key) == {}
-        cache.store(*key, {"original": Timing(float(i))})
-    assert [cache.load(*key)["original"].seconds for key in keys] == list(range(len(keys)))
+        assert cache.load(*key) is None
+        cache.store(*key, replace(ENTRY, reference_seconds=1.0 + i))
+    assert [cache.load(*key).reference_seconds for key in keys] == list(range(1, 1 + len(keys)))
 
 
 def test_setting_of_this_process(monkeypatch):
@@ -181,17 +199,6 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Cache().folder == tmp_path / ".cache" / "fxlrd" / "latency"
-
-
-def test_example_leaves_the_random_state_alone():
-    state = torch.get_rng_state()
-    x = example((2, 3, 4, 5), torch.bfloat16, "channels_last", CPU)
-    assert (x.shape, x.dtype) == ((2, 3, 4, 5), torch.bfloat16)
-    assert x.is_contiguous(memory_format=torch.channels_last)
-    y = example((2, 3, 4, 5), torch.bfloat16, "contiguous", CPU)
-    assert y.is_contiguous()
-    assert torch.equal(x, y)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_cache_folder_without_a_home(monkeypatch):

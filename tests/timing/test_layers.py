@@ -8,8 +8,8 @@ from torch import nn
 
 from fxlrd import capture
 from fxlrd.graph.surgery import calls
-from fxlrd.timing.cache import Stopwatch
 from fxlrd.timing.layers import ORIGINAL, placed, time_ranks
+from fxlrd.timing.stopwatch import Stopwatch
 from tests.support.timers import FakeTimer
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxlrd.timing.cache import Stopwatch
 from fxlrd.timing.peak import peak_rate
+from fxlrd.timing.stopwatch import Stopwatch
 from tests.support.timers import FakeTimer
 
 CPU = torch.device("cpu")
