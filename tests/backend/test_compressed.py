@@ -103,7 +103,7 @@ def test_fullgraph():
     close(compiled(model, fullgraph=True)(x), expected(model, x))
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", cases(["eager", "aot_eager"], slow=["aot_eager"]))
 def test_inference_mode(inner):
     model, x = net(), images()
     f = torch.compile(model, backend="fxlrd", options={"inner": inner})

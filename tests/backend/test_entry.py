@@ -26,22 +26,21 @@ def test_entry_point_without_importing_fxlrd():
     subprocess.run([sys.executable, "-c", script], check=True, cwd="/")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"ratio": 3.0},
-        {"skip": "blocks.0"},
-        {"skip": ("head", "blocks.*.conv2")},
-        {"preset": "branch"},
-        {"preset": "freeze"},
-        {"passes": "decompose{ranks=5}"},
-        {"passes": "decompose{ratio=3,skip=head|blocks.1}"},
-        {"passes": "merge{mode=exact,norms=true}"},
-        {"passes": "decompose,merge{mode=exact,norms=true}"},
-    ],
-    ids=str,
-)
+OPTIONS = [
+    {},
+    {"ratio": 3.0},
+    {"skip": "blocks.0"},
+    {"skip": ("head", "blocks.*.conv2")},
+    {"preset": "branch"},
+    {"preset": "freeze"},
+    {"passes": "decompose{ranks=5}"},
+    {"passes": "decompose{ratio=3,skip=head|blocks.1}"},
+    {"passes": "merge{mode=exact,norms=true}"},
+    {"passes": "decompose,merge{mode=exact,norms=true}"},
+]
+
+
+@pytest.mark.parametrize("options", cases(OPTIONS, slow=OPTIONS[5:]), ids=str)
 @torch.no_grad()
 def test_same_numbers_as_compress(options):
     model, x = net(), images()

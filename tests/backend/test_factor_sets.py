@@ -96,7 +96,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", cases(CHANGES, slow=[_replace, _data_beside, _in_place, _detached]))
 @torch.no_grad()
 def test_changed_weights_get_new_factors(change):
     model, x = net(), images()

@@ -97,7 +97,7 @@ def again(model: nn.Module, x: Inputs, form: str, **options: Any) -> fxlrd.Resul
     return fxlrd.compress(model, x, measure=False, **options)
 
 
-@pytest.fixture(scope="module", params=cases(CASES, slow=["vit-lrd", "vit-merge", "bert-lrd", "hf_vit-lrd"]))
+@pytest.fixture(scope="module", params=cases(CASES, slow=[c for c in CASES if c not in ("cnn-lrd", "cnn-merge")]))
 def case(request) -> Case:
     kind, form = request.param.split("-")
     return compressed(globals()[kind], form)

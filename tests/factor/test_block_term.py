@@ -55,7 +55,7 @@ SIZES = [(1, 1), (2, 2), (3, 5), (5, 3), (8, 8), (1, 4), (12, 4)]
 
 
 @pytest.mark.parametrize("equal", [False, True], ids=["", "equal"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", cases(SIZES, slow=[(8, 8), (12, 4)]))
 @pytest.mark.parametrize("groups", cases([2, 4, 8], slow=[8]))
 def test_hidden_blocks_are_found(groups, size, equal):
     for seed in range(5):

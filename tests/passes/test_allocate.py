@@ -92,6 +92,7 @@ def test_the_predicted_error_orders_changes_of_single_layers_as_the_measured_one
     assert 0.75 < factors.median() < 1.25, "and in size"
 
 
+@pytest.mark.slow
 def test_the_predicted_error_of_a_merge_is_in_the_same_unit():
     model, x, unseen = network(), images(128, size=12), images(128, size=12)
     gm = calibrated(model, x)
