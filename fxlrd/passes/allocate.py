@@ -34,12 +34,13 @@ from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Captured, captured, captured_or_bare, runnable
 from fxlrd.graph.facts import FACTORS, provenance, statistics, times
-from fxlrd.graph.guards import FACTOR, check_names, is_stem, matches, skip_reason, stem_reason, why_not_replaceable
+from fxlrd.graph.guards import FACTOR, is_stem, matches, skip_reason, stem_reason, why_not_replaceable
 from fxlrd.graph.layer import statistics_of
-from fxlrd.graph.surgery import annotate, calls, fork, layers
+from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.forms import depthwise_reason, parameters, ranks_text
 from fxlrd.layers.kinds import as_layer, channels_per_group
 from fxlrd.passes.contract import PassResult, Skip, names
+from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.clock import Timer, Timing, compare
 from fxlrd.timing.groups import time_group
@@ -90,38 +91,34 @@ class Allocate:
 
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with a plan on it. Nodes need shapes: capture or propagate first."""
-        gm = fork(gm)
-        annotate(gm)
-        check_names(gm, self.skip)
+        run = start(self, gm, progress, named=self.skip)
         problem = Problem(Stopwatch(self.compile, self.seconds, self.cache, self.timer))
-        skipped = self._add_layers(gm, problem, progress)
+        guards = why_not_replaceable(run.gm)
+        run.each(layers(run.gm), lambda name: self._add_layer(run.gm, name, problem, guards[name]))
         if self.merge:
-            self._add_groups(gm, problem, progress)
+            self._add_groups(run.gm, problem, progress)
         if not problem.items:
             raise FxlrdError(_NOTHING)
-        plan, note = self._within_latency(gm, problem, progress) if self.latency else self._within(gm, problem)
-        leave(gm, plan)
+        plan, note = self._within_latency(run.gm, problem, progress) if self.latency else self._within(run.gm, problem)
+        leave(run.gm, plan)
         free = [n for n in problem.items if n not in plan.ranks and n not in problem.touched(plan.kept)]
-        reached = {s.name for s in skipped}
-        skipped += [Skip(n, _NOT_WORTH_IT) for n in free if n not in reached]
-        return PassResult(gm, (), tuple(skipped), note, problem.timings)
+        reported = {skip.name for skip in run.skipped}
+        run.skipped += [Skip(n, _NOT_WORTH_IT) for n in free if n not in reported]
+        return run.result(note, problem.timings)
 
     # -- the choices
 
-    def _add_layers(self, gm: fx.GraphModule, problem: Problem, progress: Progress) -> list[Skip]:
-        skipped = []
-        reasons = why_not_replaceable(gm)
-        for name, module in progress(list(layers(gm).items()), "allocate"):
-            reason = self._left_alone(gm, name, module, reasons[name])
-            if reason is None or reason.code == "stem":
-                found = self._item(gm, name, module, problem, alone=reason is not None)
-                if isinstance(found, Reason):
-                    reason = found
-                else:
-                    problem.items[name] = found
-            if reason is not None:
-                skipped.append(Skip(name, reason))
-        return skipped
+    def _add_layer(self, gm: fx.GraphModule, name: str, problem: Problem, guard: Reason | None) -> Skip | None:
+        """Add a layer's forms to the problem, or return why it has none to choose from. The stem stays, at its cost."""
+        module = gm.get_submodule(name)
+        reason = self._left_alone(gm, name, module, guard)
+        if reason is None or reason.code == "stem":
+            item = self._item(gm, name, module, problem, alone=reason is not None)
+            if isinstance(item, Reason):
+                reason = item
+            else:
+                problem.items[name] = item
+        return None if reason is None else Skip(name, reason)
 
     def _left_alone(self, gm: fx.GraphModule, name: str, module: nn.Module, guard: Reason | None) -> Reason | None:
         p = provenance(calls(gm, name)[0])
