@@ -40,7 +40,7 @@ from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.forms import depthwise_reason, parameters, ranks_text
 from fxlrd.layers.kinds import as_layer, channels_per_group
 from fxlrd.passes.contract import PassResult, Skip, names
-from fxlrd.passes.driver import start
+from fxlrd.passes.driver import Run, start
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.clock import Timer, Timing, compare
 from fxlrd.timing.groups import time_group
@@ -92,11 +92,7 @@ class Allocate:
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with a plan on it. Nodes need shapes: capture or propagate first."""
         run = start(self, gm, progress, named=self.skip)
-        problem = Problem(Stopwatch(self.compile, self.seconds, self.cache, self.timer))
-        guards = why_not_replaceable(run.gm)
-        run.each(layers(run.gm), lambda name: self._add_layer(run.gm, name, problem, guards[name]))
-        if self.merge:
-            self._add_groups(run.gm, problem, progress)
+        problem = self.problem(run)
         if not problem.items:
             raise FxlrdError(_NOTHING)
         plan, note = self._within_latency(run.gm, problem, progress) if self.latency else self._within(run.gm, problem)
@@ -107,6 +103,15 @@ class Allocate:
         return run.result(note, problem.timings)
 
     # -- the choices
+
+    def problem(self, run: Run) -> Problem:
+        """Return what there is to choose from, for each layer and group of channels; the run skips the other layers."""
+        problem = Problem(Stopwatch(self.compile, self.seconds, self.cache, self.timer))
+        guards = why_not_replaceable(run.gm)
+        run.each(layers(run.gm), lambda name: self._add_layer(run.gm, name, problem, guards[name]))
+        if self.merge:
+            self._add_groups(run.gm, problem, run.progress)
+        return problem
 
     def _add_layer(self, gm: fx.GraphModule, name: str, problem: Problem, guard: Reason | None) -> Skip | None:
         """Add a layer's forms to the problem, or return why it has none to choose from. The stem stays, at its cost."""

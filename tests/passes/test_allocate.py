@@ -9,7 +9,6 @@ from torch import nn
 from fxlrd import FxlrdError, Pipeline, capture
 from fxlrd.allocation.choices import Curve
 from fxlrd.allocation.plan import planned
-from fxlrd.allocation.problem import Problem
 from fxlrd.capturing.model import capture_any
 from fxlrd.graph import cost
 from fxlrd.graph.facts import provenance
@@ -19,7 +18,7 @@ from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.forms import ranks_by_ratio
 from fxlrd.layers.kinds import as_layer
 from fxlrd.passes import Allocate, Calibrate, Decompose, Merge
-from fxlrd.timing.stopwatch import Stopwatch
+from fxlrd.passes.driver import start
 from tests.support.results import reasons
 from tests.support.tensors import images
 from tests.support.timers import WeightTimer
@@ -96,10 +95,8 @@ def test_the_predicted_error_orders_changes_of_single_layers_as_the_measured_one
 def test_the_predicted_error_of_a_merge_is_in_the_same_unit():
     model, x, unseen = network(), images(128, size=12), images(128, size=12)
     gm = calibrated(model, x)
-    problem = Problem(Stopwatch())
     allocate = Allocate(params=0.5)
-    allocate._add_layers(gm, problem, lambda items, _: items)
-    allocate._add_groups(gm, problem, lambda items, _: items)
+    problem = allocate.problem(start(allocate, gm))
     predicted, measured = [], []
     for name, merging in problem.groups.items():
         for kept in list(merging.options)[::3]:
