@@ -62,6 +62,7 @@ def install(
     capture = captured_or_bare(original)
     if inplace or capture.user_forward:
         return _inside(capture, gm, model, inplace, verify)
+    gm = capture.as_users(gm)
     result = _independent(gm, model)
     remember(result, origin_of_graph(model, original, gm))
     return Installed(result, complete=False)

@@ -30,12 +30,10 @@ from fxlrd.capturing.watch import (
     asked_for,
     blocked_modules,
     has_weights,
-    is_layer,
     is_opaque,
     named_layers,
     observe,
     same,
-    stand_in,
     unreached,
 )
 from fxlrd.capturing.whole import check_weights
@@ -50,6 +48,7 @@ from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import Call, Slot, copies, record
 from fxlrd.graph.run import evaluating, isolated
 from fxlrd.graph.surgery import annotate, attribute, called
+from fxlrd.layers.stand_ins import is_layer, stand_in
 
 SHAPES = 4
 """The number of calls of one region, each with argument shapes of its own, that the graph has at most."""
@@ -77,7 +76,7 @@ class Region:
 
     def reproduces(self, model: nn.Module, calls: Sequence[Call]) -> bool:
         """Whether the graph, or the layer alone, gives the recorded output for every recorded call."""
-        module = stand_in(model.get_submodule(self.name)) if self.graph is None else self.graph
+        module = _as_layer(model.get_submodule(self.name)) if self.graph is None else self.graph
         try:
             with evaluating(module), isolated(module, seed=2), torch.no_grad():
                 outputs = [tensors(module(*copies(call.arguments))) for call in calls]
@@ -230,7 +229,7 @@ def _append(
     """Append a region to the graph and return its output; its modules and tensors are put into ``attributes``."""
     name, inner = region.name, region.graph
     if inner is None:
-        attributes.setdefault(name, stand_in(model.get_submodule(name)))
+        attributes.setdefault(name, _as_layer(model.get_submodule(name)))
         return graph.call_module(name, tuple(arguments))
     values: dict[fx.Node, fx.Node] = dict(zip(inner.graph.find_nodes(op="placeholder"), arguments, strict=True))
     for node in inner.graph.nodes:
@@ -243,8 +242,13 @@ def _append(
             target = f"{name}.{node.target}"
             values[node].target = target
             value = attribute(inner, str(node.target))
-            attributes[target] = stand_in(value) if isinstance(value, nn.Module) else value
+            attributes[target] = _as_layer(value) if isinstance(value, nn.Module) else value
     raise AssertionError("a graph has an output")
+
+
+def _as_layer(module: nn.Module) -> nn.Module:
+    """Return the stock layer that computes what a module does; a module that is no layer as it is."""
+    return stand_in(module) or module
 
 
 def _identifier(name: str) -> str:

@@ -25,7 +25,7 @@ from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import isolated, set_mode
 from fxlrd.graph.surgery import set_container_mode
-from fxlrd.layers.kinds import LAYERS
+from fxlrd.layers.stand_ins import is_layer
 
 _INTERNAL = (os.path.dirname(torch.__file__) + os.sep, os.path.abspath(__file__))
 """Code that is not the user's: torch's, and this file."""
@@ -76,9 +76,11 @@ class _Tracer(fx.Tracer):
     ``failed_in`` names the innermost module whose forward could not be traced.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.failed_in: str | None = None
+        # Determined now: while torch.fx traces, a module cannot be run to see what it computes.
+        self._layers = {id(m) for m in model.modules() if is_layer(m)}
         self._thread = threading.get_ident()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -91,8 +93,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             super().is_leaf_module(m, module_qualified_name)
-            or isinstance(m, LAYERS)
-            or not any(isinstance(child, LAYERS) for child in m.modules())
+            or id(m) in self._layers
+            or not any(id(child) in self._layers for child in m.modules())
             or hooked(m)
         )
 
@@ -124,7 +126,7 @@ def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, lis
 
     Raises CaptureError, naming the module and the line, where it cannot be traced.
     """
-    tracer = _Tracer()
+    tracer = _Tracer(model)
     attributes = set(vars(model))
     try:
         with isolated(model, _SEED):
@@ -194,7 +196,7 @@ def train_path_differs(model: nn.Module, frozen: dict[str, Any], gm: fx.GraphMod
     set_mode(model, True)
     try:
         with isolated(model, _SEED):
-            graph = _Tracer().trace(model, frozen or None)
+            graph = _Tracer(model).trace(model, frozen or None)
     except Exception:  # whatever stops the trace, training takes another path
         return True
     finally:

@@ -20,7 +20,8 @@ from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import copies, describe, plain
 from fxlrd.graph.run import counted
-from fxlrd.layers.kinds import LAYERS, op
+from fxlrd.layers.kinds import LAYERS, as_layer, op
+from fxlrd.layers.stand_ins import is_layer, stand_in
 
 _PARTS = ("weight", "bias", "running_mean", "running_var")
 
@@ -171,7 +172,7 @@ def _inside_opaque(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
 
 def _altered_stand_ins(layers: Mapping[str, nn.Module]) -> dict[str, Reason]:
     # A stand-in has neither hooks nor a forward of the module's own. Guards on the graph see the stand-in only.
-    reasons = {name: added(module) for name, module in layers.items() if transposed_linear(module)}
+    reasons = {name: added(module) for name, module in layers.items() if stand_in(module) not in (None, module)}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -182,10 +183,9 @@ def unreached(
     entries = {}
     for name, module in layers.items():
         reason = blocked.get(name, MORE_INPUTS if observation.count(name) else NEVER_CALLED)
-        kind = "Linear" if transposed_linear(module) else op(module)
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        entries[name] = Unreached(reason, kind, tuple(weight.shape), sum(p.numel() for p in module.parameters()))
+        layer = stand_in(module) or as_layer(module)
+        params = sum(p.numel() for p in module.parameters())
+        entries[name] = Unreached(reason, op(layer), tuple(layer.weight.shape), params)
     return entries
 
 
@@ -212,7 +212,7 @@ def _unaffected(model: nn.Module, inputs: Inputs, expected: list[Tensor], names:
     modules = dict(wrapped.named_modules(remove_duplicate=False))
     for name in names:
         layer = modules[name]
-        container = nn.Sequential(OrderedDict(first=stand_in(layer))).train(layer.training)
+        container = nn.Sequential(OrderedDict(first=stand_in(layer) or layer)).train(layer.training)
         describe(container, layer)
         for alias in [alias for alias, module in modules.items() if module is layer]:
             wrapped.set_submodule(alias, container)
@@ -225,29 +225,6 @@ def _unaffected(model: nn.Module, inputs: Inputs, expected: list[Tensor], names:
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the conv and linear layers of a model, those in disguise included, by name."""
     return {name: module for name, module in model.named_modules() if is_layer(module)}
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether this is a conv or linear, or one in disguise."""
-    return isinstance(module, LAYERS) or transposed_linear(module)
-
-
-def transposed_linear(module: nn.Module) -> bool:
-    """Whether this is the Conv1D of transformers (GPT-2), a Linear whose weight is transposed."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def stand_in(module: nn.Module) -> nn.Module:
-    """Return the layer as passes expect it: for a Conv1D the Linear that it is, around a view of its weight."""
-    if not transposed_linear(module):
-        return module
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, nn.Parameter)
-    assert bias is None or isinstance(bias, nn.Parameter)
-    linear = nn.Linear(weight.shape[0], weight.shape[1], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().mT, weight.requires_grad)
-    linear.bias = bias
-    return linear.train(module.training)
 
 
 def is_opaque(module: nn.Module) -> bool:

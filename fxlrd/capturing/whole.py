@@ -6,7 +6,7 @@ run time. The captured graph is run and compared with the model before it is ret
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -16,11 +16,21 @@ from fxlrd.capturing.tracing import constants, trace, train_path_differs
 from fxlrd.errors import CaptureError, FxlrdError, Reason, one_line
 from fxlrd.graph.captured import Unreached, Whole, captured, propagate
 from fxlrd.graph.compare import difference, rounding
-from fxlrd.graph.guards import NEVER_CALLED, container_hooked, container_reads, hooked
+from fxlrd.graph.guards import (
+    MORE_INPUTS,
+    NEVER_CALLED,
+    added,
+    container_hooked,
+    container_reads,
+    hooked,
+    owners,
+    shared_parameter,
+)
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, run
-from fxlrd.graph.surgery import annotate, called
-from fxlrd.layers.kinds import LAYERS, op
+from fxlrd.graph.surgery import annotate, called, calls, source
+from fxlrd.layers.kinds import LAYERS, as_layer, op
+from fxlrd.layers.stand_ins import is_layer, stand_in
 
 
 def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
@@ -48,10 +58,11 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         gm, warnings = trace(model, frozen)
     if train_path_differs(model, frozen, gm):
         warnings.append("forward takes another path in training mode: the eval path was captured")
+    alike = _put_stand_ins(gm)
     annotate(gm)
     unreached = _unreached(model, gm)
     warnings += _never_called(unreached)
-    captured.record(gm, Whole(inputs, unreached, tuple(warnings), modules=called(gm)))
+    captured.record(gm, Whole(inputs, unreached, tuple(warnings), modules=called(gm), alike=alike))
     _check_outputs(gm, inputs, reference, f"capture of {type(model).__name__}")
     return gm
 
@@ -100,17 +111,52 @@ def _never_called(unreached: Mapping[str, Unreached]) -> list[str]:
     ]
 
 
+def _put_stand_ins(gm: fx.GraphModule) -> dict[str, nn.Module]:
+    """Put stock layers in the place of the modules that compute what these do; return the modules, by name."""
+    names_of = owners(gm)
+    replaced = {}
+    for name, module in called(gm).items():
+        layer = stand_in(module)
+        if layer is not None and layer is not module and _why_not_alike(gm, name, module, names_of) is None:
+            gm.set_submodule(name, layer)
+            replaced[name] = module
+    return replaced
+
+
+def _why_not_alike(
+    gm: fx.GraphModule, name: str, module: nn.Module, names_of: Mapping[int, Sequence[str]]
+) -> Reason | None:
+    """Return why no stock layer may stand in for a module that computes what one does."""
+    if (reason := added(module)) is not None:
+        return reason
+    for key, parameter in module.named_parameters():
+        others = [other for other in names_of[id(parameter)] if not other.startswith(f"{name}.")]
+        if others:
+            return shared_parameter(key, others[0])
+    if any(str(node.target).startswith(f"{name}.") for node in gm.graph.find_nodes(op="get_attr")):
+        return Reason("read-directly", "its weight is read directly as well")
+    return MORE_INPUTS if any(source(node) is None for node in calls(gm, name)) else None
+
+
 def _unreached(model: nn.Module, gm: fx.GraphModule) -> dict[str, Unreached]:
-    """Return the layers that no node of the graph calls, each with the reason."""
+    """Return the layers that no node of the graph calls as such, each with the reason."""
     modules = called(gm)
+    names_of = owners(gm)
     called_ids = {id(m) for name, m in model.named_modules(remove_duplicate=False) if name in modules}
     attributes = {str(n.target): n for n in gm.graph.find_nodes(op="get_attr")}
     entries = {}
     for name, module in model.named_modules():
-        if isinstance(module, LAYERS) and id(module) not in called_ids:
-            params = sum(p.numel() for p in module.parameters())
+        if not is_layer(module):
+            continue
+        if id(module) not in called_ids:
             reason = _why_unreached(model, name, modules, attributes)
-            entries[name] = Unreached(reason, op(module), tuple(module.weight.shape), params)
+        elif name in modules and not isinstance(modules[name], LAYERS):
+            reason = _why_not_alike(gm, name, module, names_of) or MORE_INPUTS
+        else:
+            continue
+        layer = stand_in(module) or as_layer(module)
+        params = sum(p.numel() for p in module.parameters())
+        entries[name] = Unreached(reason, op(layer), tuple(layer.weight.shape), params)
     return entries
 
 

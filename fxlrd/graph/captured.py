@@ -25,6 +25,7 @@ from fxlrd.graph.facts import FACTORS, Fact, times
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import Slot, call_for, copies, install_layers, record
 from fxlrd.graph.run import counting, evaluating, run
+from fxlrd.graph.surgery import called, fork
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -50,6 +51,7 @@ class Whole:
         warnings: what capture had to freeze or leave out.
         weight_shapes: for a model that was already compressed, the shapes of weights before that, by module name.
         modules: the modules that the graph calls, by name, as they were captured.
+        alike: those of the user's modules that stock layers in ``modules`` stand in for, by name.
         outside: parameters and FLOPs that no node of the graph stands for, where the result keeps them.
     """
 
@@ -58,6 +60,7 @@ class Whole:
     warnings: tuple[str, ...] = ()
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
+    alike: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
     outside: Cost = NOTHING
 
     user_forward = False
@@ -91,6 +94,17 @@ class Whole:
 
     def runnable(self, gm: fx.GraphModule) -> nn.Module:
         """Return what runs on the model's inputs: the graph itself."""
+        return gm
+
+    def as_users(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """Return the graph with the user's own modules in the place of stand-ins that no pass has replaced."""
+        now = called(gm)
+        untouched = {name: m for name, m in self.alike.items() if now.get(name) is self.modules[name]}
+        if not untouched:
+            return gm
+        gm = fork(gm)
+        for name, module in untouched.items():
+            gm.set_submodule(name, module)
         return gm
 
     def outputs(self, gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
@@ -176,6 +190,10 @@ class Regions:
         model = structural_copy(self.model)
         self.install(gm, model)
         return model
+
+    def as_users(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """Return the graph: the user's model keeps its own modules where no pass has replaced them."""
+        return gm
 
     def outputs(self, gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
         """Return the model's output tensors with the graph's layers, in eval mode, without gradients."""

@@ -1,0 +1,259 @@
+"""Layers in other clothes: modules of any class that compute what a stock conv or linear does.
+
+Some subclasses only call the same function in another way (timm's ``Linear``), some classes write the product out
+(``x @ W.T + b``), GPT-2's ``Conv1D`` holds its weight transposed. What such a module is, its behaviour decides: a twin
+of it with random weights must give the outputs and the gradients of a stock layer with those weights, in train and in
+eval mode, again on a second call. The stock layer around the module's own weights then stands in for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from fxlrd.layers.kinds import CONVS, LAYERS, Conv, ConvOrLinear, is_stock, make, options, stock_type
+
+_EXACT = 1e-10
+"""Relative difference in float64 of two ways to compute one product."""
+_ROUNDINGS = 64
+"""Roundings of the module's own dtype by which two ways to compute one product may differ."""
+
+
+def stand_in(module: nn.Module) -> ConvOrLinear | None:
+    """Return the stock layer that computes what the module does, or None for a module that is no conv or linear.
+
+    A stock layer stands in for itself. Otherwise the layer is new and holds the module's own parameters, a transposed
+    weight as a view of the module's. Hooks, and a forward of this one instance, are not looked at.
+
+    >>> class Product(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight = nn.Parameter(torch.ones(4, 3))
+    ...     def forward(self, x):
+    ...         return x @ self.weight
+    >>> stand_in(Product())
+    Linear(in_features=4, out_features=3, bias=False)
+    """
+    if isinstance(module, LAYERS) and is_stock(module):
+        return module
+    index = _decision(module)
+    return None if index is None else _CANDIDATES[index](module)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether the module is a conv or linear, a subclass of one, or computes what one does."""
+    return isinstance(module, LAYERS) or stand_in(module) is not None
+
+
+def _own_tensors(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None] | None:
+    """Return the weight and the bias of a module that holds these and nothing else."""
+    parameters = [p for p in module._parameters.values() if p is not None]
+    others = [t for t in module._buffers.values() if t is not None]
+    if module._modules or others or not 1 <= len(parameters) <= 2 or _is_more_than_its_forward(module):
+        return None
+    if any(isinstance(p, UninitializedParameter) or not p.is_floating_point() for p in parameters):
+        return None
+    weight, *biases = sorted(parameters, key=Tensor.dim, reverse=True)
+    bias = biases[0] if biases else None
+    return (weight, bias) if weight.dim() >= 2 and (bias is None or bias.dim() == 1) else None
+
+
+def _is_more_than_its_forward(module: nn.Module) -> bool:
+    cls = type(module)
+    return (
+        isinstance(module, torch.jit.ScriptModule)
+        or cls.__call__ is not nn.Module.__call__
+        or cls.get_extra_state is not nn.Module.get_extra_state
+    )
+
+
+def _with_tensors(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> ConvOrLinear:
+    layer._parameters.update(weight=weight, bias=bias)
+    assert isinstance(layer, LAYERS)
+    return layer.train(training)
+
+
+def _linear(module: nn.Module) -> ConvOrLinear | None:
+    weight, bias = _tensors(module)
+    if weight.dim() != 2 or (bias is not None and len(bias) != len(weight)):
+        return None
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    return _with_tensors(layer, weight, bias, module.training)
+
+
+def _transposed_linear(module: nn.Module) -> ConvOrLinear | None:
+    weight, bias = _tensors(module)
+    if weight.dim() != 2 or (bias is not None and len(bias) != weight.shape[1]):
+        return None
+    layer = nn.Linear(weight.shape[0], weight.shape[1], bias=bias is not None, device="meta")
+    return _with_tensors(layer, nn.Parameter(weight.detach().mT, weight.requires_grad), bias, module.training)
+
+
+def _conv(module: nn.Module, **changes: Any) -> ConvOrLinear | None:
+    if not isinstance(module, Conv):
+        return None
+    weight, bias = _tensors(module)
+    layer = make(stock_type(module), options(module) | changes)
+    return _with_tensors(layer, weight, bias, module.training)
+
+
+def _same_conv(module: nn.Module) -> ConvOrLinear | None:
+    # With an even kernel torch warns of a copy of the input.
+    if (
+        not isinstance(module, CONVS)
+        or any(step != 1 for step in module.stride)
+        or not all(size % 2 for size in module.kernel_size)
+    ):
+        return None
+    return _conv(module, padding="same")
+
+
+_Candidate = Callable[[nn.Module], ConvOrLinear | None]
+_CANDIDATES: tuple[_Candidate, ...] = (_linear, _transposed_linear, _conv, _same_conv)
+"""What a module may be, in the order in which that is tried: each makes the stock layer around its tensors."""
+
+
+def _tensors(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
+    tensors = _own_tensors(module)
+    assert tensors is not None
+    return tensors
+
+
+# Behaviour is a matter of the class, of plain attributes and of shapes: a model of many equal layers is probed once.
+_decisions: WeakKeyDictionary[type, dict[Any, int | None]] = WeakKeyDictionary()
+
+
+def _decision(module: nn.Module) -> int | None:
+    """Return the index of the candidate that the module behaves as."""
+    if _own_tensors(module) is None:
+        return None
+    decisions = _decisions.setdefault(type(module), {})
+    key = (type(module).forward, _state(module))
+    if key not in decisions:
+        decisions[key] = _probed(module)
+    return decisions[key]
+
+
+def _state(module: nn.Module) -> Any:
+    """Return what sets the behaviour of a module of one class, but for the values of its parameters."""
+    attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    plain = sorted((name, repr(value)) for name, value in attributes.items() if name != "training")
+    parameters = [(name, p.shape, p.dtype, p.device) for name, p in module._parameters.items() if p is not None]
+    return (*plain, *parameters)
+
+
+def _probed(module: nn.Module) -> int | None:
+    required = [p for p in _arguments(module) if p.default is p.empty]
+    if len(required) != 1:
+        return None
+    random_state = torch.get_rng_state()
+    try:
+        return next((i for i, candidate in enumerate(_CANDIDATES) if _behaves_as(module, candidate)), None)
+    finally:
+        if not torch.equal(torch.get_rng_state(), random_state):  # the forward has drawn random numbers
+            torch.set_rng_state(random_state)
+
+
+def _arguments(module: nn.Module) -> list[inspect.Parameter]:
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _behaves_as(module: nn.Module, candidate: _Candidate) -> bool:
+    try:
+        with torch.enable_grad():
+            return _gives_the_same(module, candidate)
+    except Exception:  # a forward that does not take what a layer takes is no layer, whatever the cause
+        return False
+
+
+def _gives_the_same(module: nn.Module, candidate: _Candidate) -> bool:
+    twin = _twin(module, torch.float64)
+    layer = candidate(twin)
+    if layer is None:
+        return False
+    for training, x in zip((False, True, False), (*_inputs(layer), *_inputs(layer)), strict=False):
+        if not _agree(twin.train(training), layer, x, _EXACT):
+            return False
+    return _agrees_in_own_dtype(module, candidate)
+
+
+def _agrees_in_own_dtype(module: nn.Module, candidate: _Candidate) -> bool:
+    """Whether the outputs agree in the module's dtype: its forward may ask for that."""
+    dtype = _tensors(module)[0].dtype
+    twin = _twin(module, dtype)
+    layer = candidate(twin)
+    assert layer is not None
+    x = next(_inputs(layer))
+    with torch.no_grad():
+        output, expected = type(twin).forward(twin, x), layer(x)
+    return _close(output, expected, min(_ROUNDINGS * torch.finfo(dtype).eps, 0.03))
+
+
+def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of the module with random parameters in ``dtype``: a weight of zeros would show nothing."""
+    memo: dict[int, Any] = {}
+    for seed, parameter in enumerate(p for p in module._parameters.values() if p is not None):
+        values = _random((parameter.numel(),), seed).to(parameter.device, dtype)
+        memo[id(parameter)] = nn.Parameter(values.view(parameter.shape))
+    return copy.deepcopy(module, memo)
+
+
+def _random(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Return random numbers around zero, which repeat in large tensors: drawing them all takes long."""
+    numbers = torch.rand(10007, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 0.5
+    size = math.prod(shape)
+    return numbers.repeat(size // len(numbers) + 1)[:size].view(shape)
+
+
+def _inputs(layer: ConvOrLinear) -> Iterator[Tensor]:
+    """Yield inputs of two shapes, each with small and large values."""
+    if isinstance(layer, nn.Linear):
+        shapes: list[tuple[int, ...]] = [(2, 3, layer.in_features), (3, layer.in_features)]
+    else:
+        sizes = [d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        shapes = [(2, layer.in_channels, *(size + more for size in sizes)) for more in (3, 4)]
+    for shape in shapes:
+        x = _random(shape, seed=7)
+        x[0] *= 100
+        yield x.to(layer.weight.device, layer.weight.dtype)
+
+
+def _agree(twin: nn.Module, layer: ConvOrLinear, x: Tensor, tolerance: float) -> bool:
+    """Whether both give the same output and the same gradients."""
+    weight, bias = _tensors(twin)
+    mine = _results(type(twin).forward, twin, x, weight, bias)
+    stock = _results(type(layer).forward, layer, x, layer.weight, layer.bias)
+    if mine is None or stock is None:
+        return False
+    if layer.weight is not weight:
+        stock["weight"] = stock["weight"].mT
+    return all(_close(mine[name], stock[name], tolerance) for name in stock)
+
+
+def _results(
+    forward: Callable[..., Any], module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> dict[str, Tensor] | None:
+    """Return the output and the gradients for a fixed cotangent; None where the output is no tensor or misses one."""
+    tensors = {"input": x.clone().requires_grad_(), "weight": weight} | ({} if bias is None else {"bias": bias})
+    output = forward(module, tensors["input"])
+    if not isinstance(output, Tensor):
+        return None
+    cotangent = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
+    gradients = torch.autograd.grad(output, list(tensors.values()), cotangent)
+    return {"output": output, **dict(zip(tensors, gradients, strict=True))}
+
+
+def _close(a: Any, b: Tensor, tolerance: float) -> bool:
+    if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = a.detach().double(), b.detach().double()
+    return bool((a - b).norm() <= tolerance * b.norm())
