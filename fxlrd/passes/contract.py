@@ -79,6 +79,8 @@ class PassResult:
 
 def names(patterns: str | Sequence[str]) -> tuple[str, ...]:
     """Return names or globs as a tuple; one string is one name. Raises FxlrdError for what is no string."""
+    if not isinstance(patterns, (str, Sequence)):
+        raise FxlrdError(f"skip: {patterns!r} is not a name or glob of layers")
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str):

@@ -97,7 +97,7 @@ class Decompose:
         factors, error = decomposed(layer.module, ranks, self.sweeps, fit)
         replace(gm, layer.name, factors, ranks, error=error, fitted=fit is not None)
         note = f"{form(layer.module)} at rank {ranks_text(ranks)}"
-        return Site(layer.name, False, f"{note}, fitted to data" if fit is not None else note, ranks=ranks)
+        return Site(layer.origin, False, f"{note}, fitted to data" if fit is not None else note, ranks=ranks)
 
     def _ranks(self, gm: fx.GraphModule, layer: Layer) -> Ranks | Reason:
         """Return the layer's ranks, or why it is left alone. A plan and a name in ``ranks`` overrule the stem's reason.

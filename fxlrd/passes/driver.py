@@ -4,7 +4,7 @@ A pass says what it does to one thing:
 
     def __call__(self, gm, progress=quiet):
         run = start(self, gm, progress, named=self.skip)
-        run.each(layers(run.gm), lambda name: self._rewrite(run.gm, name))
+        run.each(layers_of(run.gm), lambda layer: self._rewrite(run.gm, layer))
         return run.result()
 
 A pass also declares what it ``needs`` and what it ``leaves`` for later passes, as names of `NEEDS`. The pipeline checks
@@ -13,6 +13,7 @@ that of all passes before the first one runs, `start` of a pass that is called a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -65,7 +66,7 @@ def check_needs(steps: Sequence[Pass], gm: fx.GraphModule) -> None:
 
 def label(step: Pass) -> str:
     """Return the name of a pass in errors, in the ledger and beside progress bars."""
-    return type(step).__name__.lower()
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(step).__name__).lower()
 
 
 @dataclass
@@ -97,6 +98,7 @@ class Run:
 
     def result(self, note: str = "", timings: Mapping[str, Mapping[str, Timing]] | None = None) -> PassResult:
         """Return what the pass did, once its graph is checked and its code is up to date."""
+        self.gm.delete_all_unused_submodules()
         self.gm.graph.lint()
         self.gm.recompile()
         return PassResult(self.gm, tuple(self.sites), tuple(self.skipped), note, timings or {}, tuple(self.warnings))
