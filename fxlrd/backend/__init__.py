@@ -31,9 +31,9 @@ def fxlrd(gm: fx.GraphModule, example_inputs: Sequence[Any], **compile_arguments
     """
     options = Options.read(**compile_arguments)
     pipeline = options.pipeline()
-    if not has_layers(gm):
-        return options.compile(gm, example_inputs)
     weights = weights_of(gm, example_inputs)
+    if not has_layers(gm, weights):
+        return options.compile(gm, example_inputs)
     if torch.is_grad_enabled() and any(w.requires_grad for w in weights.values()):
         raise FxlrdError(
             "backend fxlrd is for inference: call the model under torch.no_grad() or torch.inference_mode(); "

@@ -6,8 +6,9 @@ function by a call of that module, around the very same Parameters, under the na
 
     conv2d(x, weight, bias, stride, …)      →     layer1.0.conv1(x)
 
-Only calls made by a stock module's own forward are raised; an `F.linear` written in user code stays a function. What
-else reads a weight reads it as an attribute. The placeholders that remain are the model's inputs.
+Only calls of modules that are layers are raised (`fxlrd.capturing.products`); an `F.linear` in a forward that does
+more stays a function. What else reads a weight reads it as an attribute. The placeholders that remain are the model's
+inputs.
 
 To *lower* the rewritten graph is the inverse: the original placeholders, in their order, and a function for each
 module. A layer that no pass touched is the original call of the original function on the original placeholder, so that
@@ -17,16 +18,18 @@ marks weights, or attributes while weights are frozen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from fxlrd.capturing.functions import AUTOCAST, STATIC, arguments, layer_class, module_of, path_of
+from fxlrd.capturing.functions import AUTOCAST, STATIC, path_of
+from fxlrd.capturing.products import LayerCall, layer_calls
 from fxlrd.graph.surgery import attribute
+from fxlrd.layers.kinds import LAYERS
 
 
 @dataclass
@@ -35,19 +38,19 @@ class Raised:
 
     Attributes:
         weights: all weights, by the name of their node in Dynamo's graph.
-        modules: by name, each module that a function was raised to, with the function's node in Dynamo's graph.
+        modules: by name, each module that a function was raised to, with the last such function of Dynamo's graph.
         reads: by the attribute of the graph module, the name of the node of each weight that is read directly.
     """
 
     graph_module: fx.GraphModule
     weights: dict[str, Tensor]
-    modules: dict[str, tuple[nn.Module, fx.Node]] = field(default_factory=dict)
+    modules: dict[str, LayerCall] = field(default_factory=dict)
     reads: dict[str, str] = field(default_factory=dict)
 
 
-def has_layers(gm: fx.GraphModule) -> bool:
+def has_layers(gm: fx.GraphModule, weights: Mapping[str, Tensor]) -> bool:
     """Whether any function of a Dynamo graph is the call of a layer."""
-    return any(n.op == "call_function" and layer_class(n) is not None for n in gm.graph.nodes)
+    return any(isinstance(call.module, LAYERS) for call in layer_calls(gm, weights).values())
 
 
 def weights_of(gm: fx.GraphModule, values: Sequence[Any]) -> dict[str, Tensor]:
@@ -71,7 +74,8 @@ def raise_graph(gm: fx.GraphModule, weights: dict[str, Tensor]) -> Raised:
     """
     sites = _sites(gm, weights)
     graph = fx.Graph()
-    attributes: dict[str, Any] = {site.name: site.module for site in sites.values()}
+    attributes: dict[str, Any] = {name: call.module for name, call in sites.values()}
+    absorbed = _absorbed(sites)
     # A layer's weight that is read directly as well is read as an attribute of the layer.
     owners = {id(p): f"{name}.{key}" for name, m in attributes.items() for key, p in m.named_parameters()}
     nodes: dict[fx.Node, fx.Node] = {}
@@ -87,40 +91,47 @@ def raise_graph(gm: fx.GraphModule, weights: dict[str, Tensor]) -> Raised:
         return nodes[node]
 
     for node in gm.graph.nodes:
-        if (site := sites.get(node)) is not None:
-            nodes[node] = graph.call_module(site.name, (raised(site.input),))
+        if node in sites:
+            name, call = sites[node]
+            nodes[node] = graph.call_module(name, (raised(call.input),))
             nodes[node].meta = dict(node.meta)
-        elif node.name not in weights:
+        elif node.name not in weights and node not in absorbed:
             if node.op in ("get_attr", "call_module"):
                 attributes[str(node.target)] = attribute(gm, str(node.target))
             nodes[node] = graph.node_copy(node, raised)
             nodes[node].target = AUTOCAST.get(node.target, node.target)
     new = fx.GraphModule(attributes, graph, class_name="Raised")
-    return Raised(new.eval(), weights, {site.name: (site.module, node) for node, site in sites.items()}, reads)
+    return Raised(new.eval(), weights, dict(sites.values()), reads)
 
 
-class _Site(NamedTuple):
-    """A function of Dynamo's graph that is the call of a module: the module, its name, and the node of its input."""
-
-    name: str
-    module: nn.Module
-    input: fx.Node
-
-
-def _sites(gm: fx.GraphModule, weights: dict[str, Tensor]) -> dict[fx.Node, _Site]:
-    """Return the call of a module that each function is, for those that are one."""
-    calls = {n: m for n in gm.graph.nodes if n.op == "call_function" and (m := module_of(n, weights)) is not None}
+def _sites(gm: fx.GraphModule, weights: Mapping[str, Tensor]) -> dict[fx.Node, tuple[str, LayerCall]]:
+    """Return the calls of modules by their nodes, each with a name for the module: that of its place in the model."""
+    calls = layer_calls(gm, weights)
     roots = {root for n in calls if (root := path_of(n).root)}
-    sites: dict[fx.Node, _Site] = {}
+    sites: dict[fx.Node, tuple[str, LayerCall]] = {}
     modules: dict[str, nn.Module] = {}
     names: dict[object, str] = {}
-    for node, module in calls.items():
+    for node, call in calls.items():
         root, path, _, key = path_of(node)
         first = ".".join(filter(None, [root if len(roots) > 1 else "", path])) or "0"
-        identity = (key, repr(module), tuple(id(t) for t in (*module.parameters(), *module.buffers())))
+        identity = (key, repr(call.module), tuple(id(weights[name]) for name in call.weights))
         if identity not in names:  # a layer that is called again, also by another name, is one module
             options = (first if i == 0 else f"{first}_{i}" for i in count())
             names[identity] = next(name for name in options if name not in modules)
         name = names[identity]
-        sites[node] = _Site(name, modules.setdefault(name, module), arguments(node)["input"])
+        sites[node] = name, replace(call, module=modules.setdefault(name, call.module))
     return sites
+
+
+def _absorbed(sites: Mapping[fx.Node, tuple[str, LayerCall]]) -> set[fx.Node]:
+    """Return the functions that prepare weights for calls of layers, and for nothing else."""
+    absorbed: set[fx.Node] = set()
+    pending = [n for node, (_, call) in sites.items() for n in node.all_input_nodes if n is not call.input]
+    while pending:
+        node = pending.pop()
+        if node.op in ("call_function", "call_method") and all(
+            user in sites or user in absorbed for user in node.users
+        ):
+            absorbed.add(node)
+            pending += node.all_input_nodes
+    return absorbed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.node import has_side_effect
 
-from fxlrd.layers.kinds import BATCH_NORMS, CONVS, LAYERS, OPTIONS, TRANSPOSED, make
+from fxlrd.layers.kinds import BATCH_NORMS, CONVS, OPTIONS, TRANSPOSED, make
 
 # The arguments of torch's functions in order, and their defaults: inspect cannot read the signatures.
 TENSORS = {"input": None, "weight": None, "bias": None}
@@ -82,10 +82,11 @@ def path_of(node: fx.Node) -> Path:
     return Path(root, ".".join(parts), cls if isinstance(cls, type) else object, str(key).partition("@")[0])
 
 
-def layer_class(node: fx.Node) -> type[nn.Module] | None:
-    """Return the stock layer whose call the function is; None where other code calls it, such as a subclass."""
-    cls = CALLS[node.target][0] if node.target in CALLS else None
-    return cls if cls in LAYERS and cls is path_of(node).cls else None
+def is_stock_call(node: fx.Node) -> bool:
+    """Whether the function is what a stock layer's or BatchNorm's own forward calls; a subclass may do more."""
+    if node.target is F.batch_norm:
+        return path_of(node).cls in BATCH_NORMS
+    return node.target in CALLS and CALLS[node.target][0] is path_of(node).cls
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -94,10 +95,8 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return {**names, **dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def module_of(node: fx.Node, weights: dict[str, Tensor]) -> nn.Module | None:
-    """Return the stock module whose call a function is, around the very same weights, or None."""
-    if node.target is not F.batch_norm and layer_class(node) is None:
-        return None
+def module_of(node: fx.Node, weights: Mapping[str, Tensor]) -> nn.Module | None:
+    """Return the stock module whose forward calls such a function, around the very same weights, or None."""
     tensors: dict[str, Tensor | None] = {"weight": None, "bias": None}
     settings: dict[str, Any] = {}
     for key, value in arguments(node).items():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxlrd.capturing.dynamo import Raised
-from fxlrd.capturing.functions import AUTOCAST_INVERSE, CALLS, FUNCTIONS, STATIC, TENSORS, arguments
+from fxlrd.capturing.functions import AUTOCAST_INVERSE, CALLS, FUNCTIONS, STATIC, TENSORS
 from fxlrd.errors import FxlrdError
 from fxlrd.graph.surgery import attribute
 from fxlrd.layers.kinds import BATCH_NORMS
@@ -95,14 +95,13 @@ class _Lowering:
         """Return the original call of a layer that no pass replaced, a module of the user's, or a new function."""
         target = str(node.target)
         module = self.result.get_submodule(target)
-        original, source = self.raised.modules.get(target, (None, None))
+        source = self.raised.modules.get(target)
         (value,) = node.args
         assert isinstance(value, fx.Node)
-        if source is not None and module is original:
+        if source is not None and module is source.module:
             self._untouched.add(target)
-            replaced = arguments(source)["input"]
-            operands = {n: self.original(n.name) for n in source.all_input_nodes if n is not replaced}
-            return self.graph.node_copy(source, {**operands, replaced: self._nodes[value]}.__getitem__)
+            operand = {source.input: self._nodes[value]}
+            return self.graph.node_copy(source.node, lambda n: operand.get(n) or self.of_weights(n))
         if source is None and any(target == str(n.target) for n in self._sources.values()):
             self.attributes[target] = module
             return self.graph.node_copy(node, self._nodes.__getitem__)
@@ -121,6 +120,12 @@ class _Lowering:
             self.attributes[str(node.target)] = self.raised.weights[name]
             self._originals[name] = _copied(self.graph, node)
         return self._originals[name]
+
+    def of_weights(self, node: fx.Node) -> fx.Node:
+        """Return a weight's node, or a copy of a function of weights."""
+        if node.op in ("placeholder", "get_attr"):
+            return self.original(node.name)
+        return self.graph.node_copy(node, self.of_weights)
 
     def fetch(self, tensor: Tensor, path: str) -> fx.Node:
         """Return the node of a weight of Dynamo's graph, or of the factor called ``path``."""
@@ -173,8 +178,8 @@ class _Lowering:
         return self.graph.call_function(function, (value, fetch("weight"), fetch("bias"), *settings))
 
     def _replaced_weights(self) -> tuple[str, ...]:
-        replaced = [module for name, (module, _) in self.raised.modules.items() if name not in self._untouched]
-        names = {self._weight_names.get(id(t)) for m in replaced for t in (*m.parameters(), *m.buffers())}
+        replaced = [call for name, call in self.raised.modules.items() if name not in self._untouched]
+        names = {name for call in replaced for name in call.weights}
         return tuple(name for name in self.raised.weights if name in names)
 
 

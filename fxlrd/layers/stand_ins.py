@@ -75,26 +75,27 @@ def _is_more_than_its_forward(module: nn.Module) -> bool:
     )
 
 
-def _with_tensors(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> ConvOrLinear:
+def linear_around(
+    weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool = False, training: bool = False
+) -> nn.Linear:
+    """Return a Linear that holds these very parameters; of a ``transposed`` weight (C×S) it holds a view."""
+    if transposed:
+        weight = nn.Parameter(weight.detach().mT, weight.requires_grad)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer._parameters.update(weight=weight, bias=bias)
-    assert isinstance(layer, LAYERS)
     return layer.train(training)
 
 
 def _linear(module: nn.Module) -> ConvOrLinear | None:
     weight, bias = _tensors(module)
-    if weight.dim() != 2 or (bias is not None and len(bias) != len(weight)):
-        return None
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    return _with_tensors(layer, weight, bias, module.training)
+    fits = weight.dim() == 2 and (bias is None or len(bias) == len(weight))
+    return linear_around(weight, bias, training=module.training) if fits else None
 
 
 def _transposed_linear(module: nn.Module) -> ConvOrLinear | None:
     weight, bias = _tensors(module)
-    if weight.dim() != 2 or (bias is not None and len(bias) != weight.shape[1]):
-        return None
-    layer = nn.Linear(weight.shape[0], weight.shape[1], bias=bias is not None, device="meta")
-    return _with_tensors(layer, nn.Parameter(weight.detach().mT, weight.requires_grad), bias, module.training)
+    fits = weight.dim() == 2 and (bias is None or len(bias) == weight.shape[1])
+    return linear_around(weight, bias, transposed=True, training=module.training) if fits else None
 
 
 def _conv(module: nn.Module, **changes: Any) -> ConvOrLinear | None:
@@ -102,7 +103,9 @@ def _conv(module: nn.Module, **changes: Any) -> ConvOrLinear | None:
         return None
     weight, bias = _tensors(module)
     layer = make(stock_type(module), options(module) | changes)
-    return _with_tensors(layer, weight, bias, module.training)
+    layer._parameters.update(weight=weight, bias=bias)
+    assert isinstance(layer, Conv)
+    return layer.train(module.training)
 
 
 def _same_conv(module: nn.Module) -> ConvOrLinear | None:

@@ -13,6 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import fxlrd
 from tests.support.backend import close, compiled, expected, images, net, serving
 from tests.support.cases import cases
+from tests.support.clothes import CLOTHES
 
 
 @pytest.mark.slow
@@ -125,3 +126,13 @@ def test_gradient_of_the_input():
     y = x.detach().clone().requires_grad_()
     fxlrd.compress(model, x.detach(), measure=False).model(y).sum().backward()
     close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("cls", CLOTHES)
+@torch.no_grad()
+def test_layers_in_other_clothes_are_those_of_compress(cls):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(cls(32, 48), nn.ReLU(), cls(48, 32)).eval(), torch.randn(3, 32)
+    wanted = expected(model, x, ratio=2.0)
+    assert (wanted - model(x)).norm() > 0.1 * wanted.norm()
+    close(compiled(model, ratio=2.0)(x), wanted)

@@ -11,8 +11,10 @@ from fxlrd.graph.facts import provenance
 from fxlrd.graph.guards import why_not_replaceable
 from fxlrd.graph.surgery import layers
 from fxlrd.layers.kinds import LAYERS
+from fxlrd.layers.stand_ins import stand_in
 from fxlrd.passes import Decompose
 from fxlrd.pipeline import Pipeline
+from tests.support.clothes import CLOTHES, TransposedLinear
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -189,7 +191,7 @@ def test_every_layer_there_and_back(module, shape):
     model, x = nn.Sequential(nn.Identity(), module).eval(), torch.randn(shape)
     gm, values, found = raised(model, x)
     expected = isinstance(module, LAYERS)
-    assert has_layers(gm) is expected
+    assert has_layers(gm, weights_of(gm, values)) is expected
     assert torch.equal(found.graph_module(x)[0], model(x))
     assert list(layers(found.graph_module)) == (["1"] if expected else [])
     if expected:
@@ -232,3 +234,75 @@ def test_provenance_names_the_layer():
     roles = [(p.name, p.role) for n in done.graph_module.graph.nodes if (p := provenance(n)) is not None]
     assert ("fc", "first") in roles
     assert ("stem", "original") in roles
+
+
+@pytest.mark.parametrize("cls", CLOTHES)
+@pytest.mark.parametrize("freezing", [False, True])
+@torch.no_grad()
+def test_a_linear_in_other_clothes_is_raised_and_untouched_goes_back_as_it_was(cls, freezing):
+    model, x = nn.Sequential(cls(6, 4), nn.ReLU(), cls(4, 6)).double().eval(), torch.randn(2, 3, 6).double()
+    gm, values, found = raised(model, x, freezing=freezing)
+    assert has_layers(gm, found.weights)
+    own = {name: stand_in(model.get_submodule(name)) for name in "02"}
+    assert {name: m.weight.data_ptr() for name, m in layers(found.graph_module).items()} == {
+        name: layer.weight.data_ptr() for name, layer in own.items()
+    }
+    torch.testing.assert_close(found.graph_module(x)[0], model(x))
+    lowered = lower_graph(found.graph_module, found, gm, freezing)
+    assert lowered.factors == {}
+    assert lowered.sources == ()
+    assert torch.equal(lowered.graph_module(*values)[0], model(x))
+    done = Pipeline([Decompose(ranks={"2": 2})])(found.graph_module)
+    lowered = lower_graph(done.graph_module, found, gm, freezing)
+    assert len(lowered.sources) == len(list(found.graph_module.get_submodule("2").parameters()))
+    placed = [] if freezing else list(lowered.factors.values())
+    torch.testing.assert_close(lowered.graph_module(*values, *placed)[0], done.graph_module(x)[0])
+
+
+class Several(nn.Module):
+    """Products that are no layer: scaled, of two weights, beside a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.scaled = Product(lambda m, x: F.linear(x, m.weight) * 2)
+        self.twice = Product(lambda m, x: F.linear(x, m.weight) + F.linear(x, m.weight.T))
+        self.squared = Product(lambda m, x: x @ (m.weight * m.weight))
+        self.batched = Product(lambda m, x: torch.einsum("bi,bo,io->bo", x, x, m.weight))
+        self.holder = Product(lambda m, x: m.act(F.linear(x, m.weight)))
+        self.holder.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.scaled(x) + self.twice(x) + self.squared(x) + self.batched(x) + self.holder(x)
+
+
+class Product(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.of = forward
+
+    def forward(self, x):
+        return self.of(self, x)
+
+
+@torch.no_grad()
+def test_products_that_are_no_layer_stay_functions():
+    gm, values, found = raised(Several().eval(), torch.randn(2, 6))
+    assert not layers(found.graph_module)
+    assert not has_layers(gm, weights_of(gm, values))
+
+
+@torch.no_grad()
+def test_one_that_is_called_with_two_shapes_is_one_module():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = TransposedLinear(6, 6)
+
+        def forward(self, x):
+            return self.fc(self.fc(x)[:1])
+
+    model, x = Model().eval(), torch.randn(2, 3, 6)
+    gm, values, found = raised(model, x)
+    assert list(layers(found.graph_module)) == ["fc"]
+    assert torch.equal(lower_graph(found.graph_module, found, gm, False).graph_module(*values)[0], model(x))
