@@ -12,6 +12,7 @@ from fxlrd.budget import Budget
 from fxlrd.capturing.model import capture_any
 from fxlrd.differences.compare import diff
 from fxlrd.graph.captured import captured_or_bare, runnable
+from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.inputs import Inputs
 from fxlrd.installation import install
 from fxlrd.passes.contract import Pass
@@ -139,6 +140,8 @@ def _timed(
     model: nn.Module, original: fx.GraphModule, gm: fx.GraphModule, under_inductor: bool, timer: Timer
 ) -> dict[str, Timing]:
     """Time the model ``before`` and ``after``, side by side."""
-    models = {"before": runnable(original) if under_inductor else model, "after": runnable(gm)}
-    inputs = captured_or_bare(original).inputs
+    capture = captured_or_bare(original)
+    before = runnable(original) if under_inductor else structural_copy(capture.model or model)
+    models = {"before": before, "after": runnable(gm)}
+    inputs = capture.inputs
     return time_models(models, inputs, under_inductor=under_inductor, seconds=4.0, timer=timer)

@@ -64,7 +64,7 @@ def install(
         return _inside(capture, gm, model, inplace, verify)
     gm = capture.as_users(gm)
     result = _independent(gm, model)
-    remember(result, origin_of_graph(model, original, gm))
+    remember(result, origin_of_graph(capture.model or model, original, gm))
     return Installed(result, complete=False)
 
 
@@ -88,8 +88,9 @@ def _restore_modes(result: nn.Module, model: nn.Module) -> None:
 
 
 def _inside(capture: Captured, gm: fx.GraphModule, model: nn.Module, inplace: bool, verify: bool) -> Installed:
-    reference = run(structural_copy(model), capture.inputs) if capture.user_forward and verify else None
-    target = model if inplace else structural_copy(model)
+    captured_model = capture.model or model
+    reference = run(structural_copy(captured_model), capture.inputs) if capture.user_forward and verify else None
+    target = model if inplace else structural_copy(captured_model)
     replaced = capture.install(gm, target)
     try:
         outputs, flops = _checked(capture, gm, target)
@@ -111,7 +112,7 @@ def _checked(capture: Captured, gm: fx.GraphModule, target: nn.Module) -> tuple[
     A graph has one call of a region for each shape of its inputs. The model may make more: its FLOPs are counted.
     """
     moved = capture.difference_inside(target, gm)
-    outputs, flops = _run_counted(target, capture.inputs) if capture.user_forward else (None, None)
+    outputs, flops = _run_counted(structural_copy(target), capture.inputs) if capture.user_forward else (None, None)
     if moved.relative > rounding(list(target.parameters())):
         raise VerificationError(f"the outputs differ by {moved.relative:.2g}")
     return outputs, flops

@@ -15,6 +15,7 @@ forward (`fxlrd.graph.regions`): no control flow is frozen, the traces serve to 
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxlrd.capturing.tracing import trace, train_path_differs
+from fxlrd.capturing.proof import Original, same
+from fxlrd.capturing.tracing import check_names, trace, train_path_differs
 from fxlrd.capturing.watch import (
     Observation,
     asked_for,
@@ -33,10 +35,9 @@ from fxlrd.capturing.watch import (
     is_opaque,
     named_layers,
     observe,
-    same,
     unreached,
 )
-from fxlrd.capturing.whole import check_weights
+from fxlrd.capturing.whole import original_of
 from fxlrd.errors import CaptureError, Reason
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Regions, captured, propagate_values
@@ -44,9 +45,9 @@ from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.cost import Cost
 from fxlrd.graph.facts import record_times
 from fxlrd.graph.guards import hooked
-from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import Call, Slot, copies, record
-from fxlrd.graph.run import evaluating, isolated
+from fxlrd.graph.inputs import tensors
+from fxlrd.graph.regions import Call, Slot, copies
+from fxlrd.graph.run import evaluating, isolated, set_mode
 from fxlrd.graph.surgery import annotate, attribute, called
 from fxlrd.layers.stand_ins import is_layer, stand_in
 
@@ -91,49 +92,53 @@ def capture_regions(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     """Return the model's regions as one GraphModule, with shapes, FLOPs and provenance on its nodes.
 
     Its layers have the names that they have in the model. Its inputs are the model's own: the arguments of the regions
-    are recorded while the model runs. The model itself is not changed. Raises FxlrdError for example inputs that the
-    model fails on and for weights that are not finite, CaptureError where no layer can be captured.
+    are recorded while the model runs. The model itself is neither run nor changed. Raises FxlrdError for example inputs
+    that the model fails on and for weights that are not finite, CaptureError where no layer can be captured.
     """
-    inputs = Inputs.of(example_inputs)
-    check_weights(model)
-    model_copy = structural_copy(model)
-    observation = observe(model_copy, inputs)
-    blocked = blocked_modules(model_copy, observation)
-    regions, calls = _proven_regions(model_copy, inputs, observation, blocked)
-    left_out = unreached(named_layers(model_copy), observation, blocked)
+    return capture_regions_of(original_of(model, example_inputs))
+
+
+def capture_regions_of(original: Original) -> fx.GraphModule:
+    """`capture_regions` of a model of which is known what it does."""
+    model = original.model
+    observation = observe(original)
+    blocked = blocked_modules(model, observation)
+    regions, calls = _proven_regions(original, observation, blocked)
+    left_out = unreached(named_layers(model), observation, blocked)
     if not regions:
         reason = next((f"; {name}: {entry.reason}" for name, entry in left_out.items()), "")
         raise CaptureError(f"{type(model).__name__}: no conv or linear layer in it could be captured{reason}")
     slots = _slots(regions, calls)
-    gm = _side_by_side(model_copy, regions, slots)
+    gm = _side_by_side(structural_copy(model), regions, slots)
     annotate(gm)
     example = tuple(argument for slot in slots for argument in calls[slot.name][slot.call].arguments)
     propagate_values(gm, copies(example))
     modules = called(gm)
-    outside = Cost(cost.params(model) - cost.params(gm), max(0, observation.flops - cost.flops(gm)))
+    outside = Cost(cost.params(model) - cost.params(gm), max(0, original.flops - cost.flops(gm)))
     not_in_graph = {name: entry for name, entry in left_out.items() if name not in modules}
-    captured.record(gm, Regions(inputs, not_in_graph, model_copy, modules, slots, example, outside))
+    captured.record(gm, Regions(original.inputs, not_in_graph, model, modules, slots, example, outside))
     return gm
 
 
 def _proven_regions(
-    model: nn.Module, inputs: Inputs, observation: Observation, blocked: dict[str, Reason]
+    original: Original, observation: Observation, blocked: dict[str, Reason]
 ) -> tuple[list[Region], dict[str, list[Call]]]:
-    """Return the regions that reproduce their calls and whose layers can be replaced, and the calls.
+    """Return the regions that reproduce their calls and whose layers can be replaced, and the calls for the example.
 
     Layers that fail get their reason in ``blocked``; a submodule that fails is searched for smaller regions.
     """
     refused: set[str] = set()
     while True:
-        regions = _candidates(model, observation, blocked, refused)
-        calls = record(model, inputs, [region.name for region in regions])
-        failing = [region for region in regions if not region.reproduces(model, calls.get(region.name, ()))]
+        regions = _candidates(original.model, observation, blocked, refused)
+        calls, more = original.recorded([region.name for region in regions])
+        failing = [
+            r for r in regions if not r.reproduces(original.model, [*calls.get(r.name, ()), *more.get(r.name, ())])
+        ]
         if failing:
             blocked.update({region.name: UNLIKE for region in failing if region.graph is None})
             refused.update(region.name for region in failing)
             continue
-        layers = [name for region in regions for name in region.layer_names()]
-        asked = asked_for(model, inputs, observation.outputs, layers)
+        asked = asked_for(original, [name for region in regions for name in region.layer_names()])
         if not asked:
             return regions, calls
         blocked.update(dict.fromkeys(asked, ASKED))
@@ -179,8 +184,7 @@ def _traced(
     if sum(is_layer(model.get_submodule(n)) for n in inside) < 2 or any(n in blocked for n in inside):
         return None
     try:
-        with evaluating(module):
-            graph, _ = trace(module, {})
+        graph, _ = trace(module, {})
         if train_path_differs(module, {}, graph):
             return None
     except CaptureError:
@@ -220,7 +224,12 @@ def _side_by_side(model: nn.Module, regions: Sequence[Region], slots: Sequence[S
         for node in list(graph.nodes)[size:]:
             record_times(node, slot.times)
     graph.output(tuple(outputs))
-    return fx.GraphModule(attributes, graph, class_name=type(model).__name__).eval()
+    check_names(attributes, keywords=True)
+    if any(keyword.iskeyword(part) for name in attributes for part in name.split(".")):
+        graph.on_generate_code(lambda _: _getattr_for_keywords)
+    gm = fx.GraphModule(attributes, graph, class_name=type(model).__name__)
+    set_mode(gm, False)
+    return gm
 
 
 def _append(
@@ -254,3 +263,14 @@ def _as_layer(module: nn.Module) -> nn.Module:
 def _identifier(name: str) -> str:
     """Return a module's name as the name of an argument of forward: modules may be called 0, or a-b."""
     return "in_" + re.sub(r"\W", "_", name)
+
+
+def _getattr_for_keywords(body: list[str]) -> list[str]:
+    """Return the lines of a graph's code with getattr for attributes named by keywords; torch.fx writes self.d.in."""
+    return [re.sub(r"\bself((?:\.\w+)+)", lambda match: _path("self", match[1][1:].split(".")), line) for line in body]
+
+
+def _path(base: str, parts: Sequence[str]) -> str:
+    for part in parts:
+        base = f'getattr({base}, "{part}")' if keyword.iskeyword(part) else f"{base}.{part}"
+    return base

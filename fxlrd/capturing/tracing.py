@@ -1,6 +1,6 @@
 """Tracing of a module with torch.fx: modules without layers stay one call, in-place arithmetic stays in place.
 
-The module is traced in its present mode, as it is called with some arguments frozen. Modules of torch.nn are leaves. So
+A copy of the module is traced, as it is called with some arguments frozen. Modules of torch.nn are leaves. So
 is every module without a conv or linear inside (dropout, stochastic depth, activation blocks), so that train and eval
 mode keep working on the result. So is every module with hooks, which a trace would run once and then forget.
 """
@@ -8,11 +8,13 @@ mode keep working on the result. So is every module with hooks, which a trace wo
 from __future__ import annotations
 
 import inspect
+import keyword
 import operator
 import os
 import threading
 import traceback
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 
 from fxlrd.errors import CaptureError, FxlrdError, one_line
+from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import isolated, set_mode
@@ -117,33 +120,28 @@ class _Tracer(fx.Tracer):
 
 
 _TRACING = threading.RLock()
+CONSTANT = "_tensor_constant"
+"""How names begin that torch.fx gives to tensors that forward makes."""
 _SEED = 1
 """Of random numbers that are drawn in a trace. It is not that of runs, which could not tell them from constants."""
 
 
 def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, list[str]]:
-    """Return the trace of a module in its present mode with some arguments frozen, and warnings about it.
+    """Return the trace of a module in eval mode with some arguments frozen, and warnings about it.
 
-    Raises CaptureError, naming the module and the line, where it cannot be traced.
+    The module itself is not touched: copies of it are traced, and called by the graph; they have its parameters and
+    buffers. Raises CaptureError, naming the module and the line, where it cannot be traced.
     """
-    tracer = _Tracer(model)
-    attributes = set(vars(model))
-    try:
-        with isolated(model, _SEED):
-            graph = tracer.trace(model, frozen or None)
-    except Exception as error:
-        _remove_constants(model, attributes)
-        where = tracer.failed_in or type(model).__name__
-        raise CaptureError(
-            f"{where} cannot be traced at {_line(error)}: {one_line(error).split('. ')[0]}; "
-            "rewrite that line without control flow on tensors, or compress its submodules one by one"
-        ) from error
-    _plain_checks(graph)
-    _restore_argument_names(model, graph, frozen)
+    traced = structural_copy(model)
+    graph = _graph(traced, frozen, training=False)
+    check_names({str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")})
+    _restore_argument_names(traced, graph, frozen)
     graph._tracer_cls = None  # pickles of the graph then need plain torch.fx only
-    graph.eliminate_dead_code(partial(_is_impure, model))
-    gm = fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
-    _remove_constants(model, attributes)
+    root = structural_copy(model)
+    for name, value in vars(traced).items():
+        if name.startswith(CONSTANT):
+            setattr(root, name, value)
+    gm = fx.GraphModule(root, graph, class_name=type(model).__name__)
     set_container_mode(gm, training=False)
     arguments = [f"{name}={value!r}" for name, value in frozen.items()]
     warnings = [f"frozen arguments of forward: {', '.join(arguments)}"] if arguments else []
@@ -152,11 +150,48 @@ def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, lis
     return gm, warnings
 
 
-def _remove_constants(model: nn.Module, attributes: set[str]) -> None:
-    """Remove the constants that torch.fx left on the model; a graph has its own."""
-    for name in set(vars(model)) - attributes:
-        if name.startswith("_tensor_constant"):
-            delattr(model, name)
+def _graph(model: nn.Module, frozen: dict[str, Any], training: bool) -> fx.Graph:
+    """Trace a copy of a module, on which that leaves what it does; see `trace`."""
+    set_mode(model, training)
+    _use_own_forward(model)
+    tracer = _Tracer(model)
+    try:
+        with isolated(model, _SEED):
+            graph = tracer.trace(model, frozen or None)
+    except Exception as error:
+        where = tracer.failed_in or type(model).__name__
+        raise CaptureError(
+            f"{where} cannot be traced at {_line(error)}: {one_line(error).split('. ')[0]}; "
+            "rewrite that line without control flow on tensors, or compress its submodules one by one"
+        ) from error
+    _plain_checks(graph)
+    graph.eliminate_dead_code(partial(_is_impure, model))
+    return graph
+
+
+def _use_own_forward(model: nn.Module) -> None:
+    """Let torch.fx, which traces the forward of a class, trace a method that was set on the model as its forward."""
+    own = vars(model).get("forward")
+    if own is None:
+        return
+    if not isinstance(own, types.MethodType) or own.__self__ is not model:
+        raise CaptureError(f"{type(model).__name__}: its forward was replaced on the model itself, by no method of it")
+    cls = type(model)
+    model.__class__ = type(cls.__name__, (cls,), {"forward": own.__func__, "__module__": cls.__module__})
+
+
+def check_names(targets: Iterable[str], keywords: bool = False) -> None:
+    """Raise CaptureError for the name of a module or tensor that a GraphModule cannot have.
+
+    These are names of attributes of its own and, unless ``keywords``, keywords: torch.fx would write self.proj.in(x).
+    """
+    for target in sorted(targets):
+        parts = target.split(".")
+        if hasattr(fx.GraphModule, parts[0]) or parts[0] == "meta":
+            raise CaptureError(f"{target}: torch.fx.GraphModule has an attribute {parts[0]!r} of its own; rename it")
+        word = next((part for part in parts if keyword.iskeyword(part)), None)
+        if word is not None and not keywords:
+            raise CaptureError(f"{target}: {word!r} is a keyword of Python, and torch.fx writes code with it")
 
 
 def _is_impure(model: nn.Module, node: fx.Node) -> bool:
@@ -191,20 +226,10 @@ def _restore_argument_names(model: nn.Module, graph: fx.Graph, frozen: dict[str,
 
 def train_path_differs(model: nn.Module, frozen: dict[str, Any], gm: fx.GraphModule) -> bool:
     """Whether the trace in training mode is another graph than ``gm``, the trace in eval mode."""
-    modes = [(m, m.training) for m in model.modules()]
-    attributes = set(vars(model))
-    set_mode(model, True)
     try:
-        with isolated(model, _SEED):
-            graph = _Tracer(model).trace(model, frozen or None)
-    except Exception:  # whatever stops the trace, training takes another path
+        graph = _graph(structural_copy(model), frozen, training=True)
+    except CaptureError:  # whatever stops the trace, training takes another path
         return True
-    finally:
-        _remove_constants(model, attributes)
-        for m, training in modes:
-            m.training = training
-    _plain_checks(graph)
-    graph.eliminate_dead_code(partial(_is_impure, model))
     return _structure(graph) != _structure(gm.graph)
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxlrd.errors import FxlrdError, Reason
+from fxlrd.capturing.proof import Original, same
+from fxlrd.errors import Reason
 from fxlrd.graph.captured import Unreached
-from fxlrd.graph.compare import difference, rounding
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads, hooked, owners, shared_parameter
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import copies, describe, plain
+from fxlrd.graph.regions import describe, plain
 from fxlrd.graph.run import counted
 from fxlrd.layers.kinds import LAYERS, as_layer, op
 from fxlrd.layers.stand_ins import is_layer, stand_in
@@ -46,14 +46,10 @@ class Observation:
     """What a run of a model showed.
 
     Attributes:
-        outputs: the output tensors of the model, copied.
-        flops: the FLOPs of the run (2 × multiply-adds).
         calls: the calls of each module that was called, by the module's name.
         readers: for each module whose parameters or buffers other code read, which code did.
     """
 
-    outputs: list[Tensor]
-    flops: int
     calls: Mapping[str, Calls]
     readers: Mapping[str, Reason]
 
@@ -62,17 +58,15 @@ class Observation:
         return self.calls[name].count if name in self.calls else 0
 
 
-def observe(model: nn.Module, inputs: Inputs) -> Observation:
-    """Run copies of the model in eval mode and return what they did. Raises FxlrdError where the model fails."""
-    outputs, flops = counted(structural_copy(model), inputs)
-    expected = copies(tensors(outputs))
-    instrumented = structural_copy(model)
+def observe(original: Original) -> Observation:
+    """Run copies of the model on the example inputs and return what they did."""
+    instrumented = structural_copy(original.model)
     readers = _note_readers(instrumented)
-    outputs, calls = _run_noting_calls(instrumented, inputs)
-    if not same(tensors(outputs), expected):
+    outputs, calls = _run_noting_calls(instrumented, original.inputs)
+    if not same(tensors(outputs), original.behaviour.outputs):
         # The model checks `type(layer)`: the instrumented subclasses changed what it does. Observe it without them.
-        _, calls = _run_noting_calls(structural_copy(model), inputs)
-    return Observation(expected, flops, calls, readers)
+        _, calls = _run_noting_calls(structural_copy(original.model), original.inputs)
+    return Observation(calls, readers)
 
 
 def _run_noting_calls(model: nn.Module, inputs: Inputs) -> tuple[Any, dict[str, Calls]]:
@@ -125,9 +119,8 @@ def _instrument(name: str, module: nn.Module, readers: dict[str, Reason]) -> Non
                 depth -= 1
 
         def __getattribute__(self, attribute: str) -> Any:
-            if attribute in _PARTS and not depth:
-                caller = sys._getframe(1).f_code
-                reader = getattr(caller, "co_qualname", caller.co_name)
+            if attribute in _PARTS and not depth and (caller := sys._getframe(1)).f_locals.get("self") is not self:
+                reader = getattr(caller.f_code, "co_qualname", caller.f_code.co_name)
                 readers.setdefault(name, Reason("weight-read", f"its {attribute} is read by {reader} directly"))
             return super().__getattribute__(attribute)
 
@@ -189,37 +182,35 @@ def unreached(
     return entries
 
 
-def asked_for(model: nn.Module, inputs: Inputs, expected: list[Tensor], names: Sequence[str]) -> set[str]:
-    """Return the layers that cannot be inside another module without the model computing something else.
+def asked_for(original: Original, names: Sequence[str]) -> set[str]:
+    """Return the layers that cannot be inside another module without the model doing something else.
 
-    ``expected`` are the outputs of the model on ``inputs``. The set is empty where no two runs give the same outputs.
+    The set is empty if two runs of the model itself differ.
     """
 
     def affecting(some: Sequence[str]) -> set[str]:
-        if _unaffected(model, inputs, expected, some):
+        if _unaffected(original, some):
             return set()
         half = len(some) // 2
         return affecting(some[:half]) | affecting(some[half:]) if half else set(some)
 
-    if _unaffected(model, inputs, expected, names) or not _unaffected(model, inputs, expected, ()):
+    if _unaffected(original, names) or not _unaffected(original, ()):
         return set()
     return affecting(names)
 
 
-def _unaffected(model: nn.Module, inputs: Inputs, expected: list[Tensor], names: Sequence[str]) -> bool:
-    """Whether the outputs stay as expected with each of the layers inside a Sequential, as factors are."""
-    wrapped = structural_copy(model)
+def _unaffected(original: Original, names: Sequence[str]) -> bool:
+    """Whether the model does the same with each of the layers inside a Sequential, as factors are."""
+    wrapped = structural_copy(original.model)
     modules = dict(wrapped.named_modules(remove_duplicate=False))
     for name in names:
         layer = modules[name]
-        container = nn.Sequential(OrderedDict(first=stand_in(layer) or layer)).train(layer.training)
+        container = nn.Sequential(OrderedDict(first=stand_in(layer) or layer))
+        container.training = layer.training
         describe(container, layer)
         for alias in [alias for alias, module in modules.items() if module is layer]:
             wrapped.set_submodule(alias, container)
-    try:
-        return same(tensors(counted(wrapped, inputs)[0]), expected)
-    except FxlrdError:
-        return False
+    return original.difference(wrapped) is None
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -239,11 +230,3 @@ def has_weights(module: nn.Module) -> bool:
     """Whether a pass may put another module in the place of this one: a layer, a norm, an activation with weights."""
     own = module._parameters or module._buffers
     return is_layer(module) or (bool(own) and type(module).__module__.startswith("torch.nn.modules"))
-
-
-def same(outputs: list[Tensor], expected: list[Tensor]) -> bool:
-    """Whether the tensors agree in number, shape and dtype, and in value but for rounding."""
-    try:
-        return difference(outputs, expected, "region").relative <= rounding(expected)
-    except FxlrdError:
-        return False

@@ -6,16 +6,17 @@ run time. The captured graph is run and compared with the model before it is ret
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
+from fxlrd.capturing.proof import Original, same
 from fxlrd.capturing.tracing import constants, trace, train_path_differs
-from fxlrd.errors import CaptureError, FxlrdError, Reason, one_line
-from fxlrd.graph.captured import Unreached, Whole, captured, propagate
-from fxlrd.graph.compare import difference, rounding
+from fxlrd.errors import CaptureError, FxlrdError, Reason
+from fxlrd.graph.captured import Unreached, Whole, captured, feed, propagate_once
 from fxlrd.graph.guards import (
     MORE_INPUTS,
     NEVER_CALLED,
@@ -27,7 +28,7 @@ from fxlrd.graph.guards import (
     shared_parameter,
 )
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.run import evaluating, run
+from fxlrd.graph.run import evaluating, isolated, stored
 from fxlrd.graph.surgery import annotate, called, calls, source
 from fxlrd.layers.kinds import LAYERS, as_layer, op
 from fxlrd.layers.stand_ins import is_layer, stand_in
@@ -42,47 +43,62 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     >>> [(node.name, tuple(node.meta["tensor_meta"].shape)) for node in gm.graph.nodes]
     [('input_1', (2, 4)), ('_0', (2, 8)), ('_1', (2, 8)), ('output', (2, 8))]
 
-    The graph module shares the model's modules; the model itself is not changed. Raises CaptureError, naming the module
-    and the line, for a model that cannot be traced as a whole, and for one whose trace computes something else;
-    FxlrdError for example inputs that the model fails on and for weights that are not finite.
+    The graph module shares the model's parameters, in modules of its own; the model itself is neither run nor changed.
+    Raises CaptureError, naming the module and the line, for a model that cannot be traced as a whole, and for one whose
+    trace does something else (`fxlrd.capturing.proof`); FxlrdError for example inputs that the model fails on and for
+    weights that are not finite.
+    """
+    return capture_whole(original_of(model, example_inputs))
+
+
+def original_of(model: nn.Module, example_inputs: Any) -> Original:
+    """Return what the model does on the example inputs. A bare layer is wrapped in a Sequential.
+
+    Raises FxlrdError for example inputs that the model fails on and for weights that are not finite.
     """
     inputs = Inputs.of(example_inputs)
     check_weights(model)
     if isinstance(model, LAYERS):
-        model = nn.Sequential(model).train(model.training)
-    reference = tensors(run(model, inputs))
-    if not reference:
+        layer, model = model, nn.Sequential(model)
+        model.training = layer.training
+    return Original(model, inputs)
+
+
+def capture_whole(original: Original) -> fx.GraphModule:
+    """`capture` of a model of which is known what it does."""
+    model, inputs = original.model, original.inputs
+    if not original.behaviour.outputs:
         raise CaptureError(f"{type(model).__name__} returns no tensor for the example inputs")
     frozen = constants(model, inputs)
-    with evaluating(model):
-        gm, warnings = trace(model, frozen)
+    gm, warnings = trace(model, frozen)
     if train_path_differs(model, frozen, gm):
         warnings.append("forward takes another path in training mode: the eval path was captured")
     alike = _put_stand_ins(gm)
     annotate(gm)
     unreached = _unreached(model, gm)
     warnings += _never_called(unreached)
-    captured.record(gm, Whole(inputs, unreached, tuple(warnings), modules=called(gm), alike=alike))
-    _check_outputs(gm, inputs, reference, f"capture of {type(model).__name__}")
+    captured.record(gm, Whole(inputs, unreached, tuple(warnings), model=model, modules=called(gm), alike=alike))
+    _check(gm, original)
     return gm
 
 
-def _check_outputs(gm: fx.GraphModule, inputs: Inputs, reference: list[Tensor], where: str) -> None:
-    """Run the graph, leave shapes and FLOPs on its nodes. Raise CaptureError if its outputs are not the model's."""
-    try:
-        outputs = propagate(gm, inputs)
-    except FxlrdError:
-        raise
-    except Exception as error:
-        raise CaptureError(
-            f"{where}: the trace fails where the model runs: {one_line(error)}; compress its submodules one by one"
-        ) from error
-    relative = difference(outputs, reference, where).relative
-    if relative > rounding(reference):
-        raise CaptureError(
-            f"{where}: the trace differs from the model by {relative:.2g} relative; is its forward "
-            "random in eval mode, or does it depend on values?"
-        )
+def _check(gm: fx.GraphModule, original: Original) -> None:
+    """Run the graph, leave shapes and FLOPs on its nodes. Raise CaptureError if it does not do what the model does."""
+
+    def call(gm: fx.GraphModule, inputs: Inputs) -> Any:
+        return gm(*feed(gm, inputs))
+
+    states = _states(gm)
+    # Random numbers are others than those of the original: who draws some in eval mode is found so.
+    reason = original.difference(gm, call, on_example=propagate_once, seed=1)
+    if reason is None and (name := _changed(states, _states(gm))) is not None:
+        with evaluating(gm), isolated(gm), torch.no_grad():
+            again = tensors(call(gm, original.inputs))
+        if not same(again, original.behaviour.outputs):
+            reason = Reason("hidden-state", f"keeps state between calls, in {name}")
+    if reason is not None:
+        name = type(original.model).__name__
+        raise CaptureError(f"capture of {name}: the trace {reason}; compress its submodules one by one")
 
 
 def check_weights(model: nn.Module) -> None:
@@ -92,12 +108,38 @@ def check_weights(model: nn.Module) -> None:
             raise FxlrdError(f"{name} is not initialised yet: run the lazy model once on an input first")
         if parameter.is_meta:
             raise FxlrdError(f"{name} is on the meta device: materialise the model first")
-        wide = parameter.float() if parameter.element_size() == 1 else parameter  # float8 has no isfinite
-        if parameter.is_floating_point() and not bool(wide.isfinite().all()):
+        if (parameter.is_floating_point() or parameter.is_complex()) and not _all(torch.isfinite, parameter):
             raise FxlrdError(f"{name} holds NaN or Inf: the model is broken before compression")
     for name, buffer in model.named_buffers():  # -inf is how masks are written
-        if not buffer.is_meta and buffer.is_floating_point() and bool(buffer.isnan().any()):
+        if not buffer.is_meta and buffer.is_floating_point() and not _all(_is_number, buffer):
             raise FxlrdError(f"{name} holds NaN: the model is broken before compression")
+
+
+def _all(holds: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:
+    values = stored(tensor)[0].detach()
+    return bool(holds(values.float() if values.element_size() == 1 else values).all())  # float8 has no isfinite
+
+
+def _is_number(values: Tensor) -> Tensor:
+    return ~values.isnan()
+
+
+def _states(gm: fx.GraphModule) -> dict[str, dict[str, Any]]:
+    """Return the attributes of each module that the graph calls: what it holds of one call at the next."""
+    return {
+        name: dict(vars(module))
+        for target, called_module in called(gm).items()
+        for name, module in called_module.named_modules(prefix=target)
+    }
+
+
+def _changed(before: Mapping[str, dict[str, Any]], after: Mapping[str, dict[str, Any]]) -> str | None:
+    """Return the name of the first attribute that is another object than before."""
+    for name, attributes in after.items():
+        for key, value in attributes.items():
+            if key != "training" and value is not before[name].get(key, before):
+                return f"{name}.{key}"
+    return None
 
 
 def _never_called(unreached: Mapping[str, Unreached]) -> list[str]:

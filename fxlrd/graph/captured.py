@@ -24,7 +24,7 @@ from fxlrd.graph.cost import NOTHING, Cost
 from fxlrd.graph.facts import FACTORS, Fact, times
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import Slot, call_for, copies, install_layers, record
-from fxlrd.graph.run import counting, evaluating, run
+from fxlrd.graph.run import counting, evaluating, isolated, run
 from fxlrd.graph.surgery import called, fork
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class Whole:
         unreached: the layers that no node of the graph stands for, by name.
         warnings: what capture had to freeze or leave out.
         weight_shapes: for a model that was already compressed, the shapes of weights before that, by module name.
+        model: a copy of the user's model with modules and buffers of its own around the user's parameters. It is not
+            run: copies of it are.
         modules: the modules that the graph calls, by name, as they were captured.
         alike: those of the user's modules that stock layers in ``modules`` stand in for, by name.
         outside: parameters and FLOPs that no node of the graph stands for, where the result keeps them.
@@ -59,6 +61,7 @@ class Whole:
     unreached: Mapping[str, Unreached] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    model: nn.Module | None = field(default=None, repr=False)
     modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
     alike: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
     outside: Cost = NOTHING
@@ -109,7 +112,7 @@ class Whole:
 
     def outputs(self, gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
         """Return the model's output tensors with the graph's layers, in eval mode, without gradients."""
-        with evaluating(gm), torch.no_grad():
+        with evaluating(gm), isolated(gm), torch.no_grad():
             return tensors(gm(*self.feed(gm, inputs)))
 
     def depth(self, gm: fx.GraphModule) -> int | None:
@@ -122,7 +125,7 @@ class Whole:
 
     def difference_inside(self, model: nn.Module, gm: fx.GraphModule) -> Difference:
         """Return how far ``model``, with the graph's layers installed, is from the graph on the example inputs."""
-        return difference(tensors(run(model, self.inputs)), propagate(gm, self.inputs), "inplace")
+        return difference(tensors(run(structural_copy(model), self.inputs)), propagate(gm, self.inputs), "inplace")
 
     def is_container_of_factors(self, name: str) -> bool:
         """Whether the module ``name`` of the user's model holds the factors of an earlier compression: not known."""
@@ -141,7 +144,8 @@ class Regions:
     code between the regions included; what a region became goes back into the model layer by layer.
 
     Attributes:
-        model: a copy of the user's model with modules of its own around the user's tensors.
+        model: a copy of the user's model with modules and buffers of its own around the user's parameters. It is not
+            run: copies of it are.
         modules: the modules of the regions, by name, as they were captured.
         slots: the calls that the graph's placeholders stand for, in their order.
         example: what the slots get for the example ``inputs``.
@@ -175,7 +179,7 @@ class Regions:
         """
         if inputs is self.inputs:
             return [t.clone() for t in self.example]
-        calls = record(self.model, inputs, {slot.name for slot in self.slots})
+        calls = record(structural_copy(self.model), inputs, {slot.name for slot in self.slots})
         values: list[Tensor] = []
         for slot in self.slots:
             call = call_for(slot, calls)
@@ -213,7 +217,7 @@ class Regions:
         Both get the arguments that ``model`` gives its regions on the example inputs. A region that ``model`` no longer
         calls, because its values have changed, does not count.
         """
-        calls = record(model, self.inputs, {slot.name for slot in self.slots})
+        calls = record(structural_copy(model), self.inputs, {slot.name for slot in self.slots})
         called = [call_for(slot, calls) for slot in self.slots]
         values: list[Tensor] = []
         for slot, call in zip(self.slots, called, strict=True):
@@ -261,13 +265,41 @@ def runnable(gm: fx.GraphModule) -> nn.Module:
 
 
 def refresh_shapes(gm: fx.GraphModule) -> None:
-    """Give every node its shape and dtype for the inputs that the model was captured with, without computing."""
-    from torch._subclasses import FakeTensorMode
+    """Give every node its shape and dtype for the inputs that the model was captured with.
 
+    Nothing is computed, unless a module of the graph asks for values.
+    """
     capture = captured(gm)
-    if capture is not None:
-        with evaluating(gm), torch.no_grad():
-            ShapeProp(gm, FakeTensorMode()).propagate(*capture.feed(gm, capture.inputs))
+    if capture is None:
+        return
+    with evaluating(gm), isolated(gm), torch.no_grad():
+        try:
+            _FakePropagation(gm).propagate(*capture.feed(gm, capture.inputs))
+        except Exception:  # such as of a scale that is .item() of a tensor
+            ShapeProp(gm).propagate(*capture.feed(gm, capture.inputs))
+
+
+class _FakePropagation(ShapeProp):
+    """Leaves tensor_meta on each node, from fake tensors; unlike ShapeProp it prints nothing where that fails."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        from torch._subclasses import FakeTensorMode
+
+        super().__init__(gm, FakeTensorMode())
+        self.module = self.fake_module
+
+    def run_node(self, n: fx.Node) -> Any:
+        assert self.fake_mode is not None
+        with self.fake_mode:
+            result = fx.Interpreter.run_node(self, n)
+        _record_shape(n, result)
+        return result
+
+
+def _record_shape(node: fx.Node, result: Any) -> None:
+    metadata = fx.node.map_aggregate(result, lambda o: _extract_tensor_metadata(o) if isinstance(o, Tensor) else o)
+    if tensors(result):
+        node.meta["tensor_meta"] = metadata
 
 
 class _Propagation(fx.Interpreter):
@@ -280,22 +312,26 @@ class _Propagation(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
         result = super().run_node(n)
-        metadata = fx.node.map_aggregate(result, lambda o: _extract_tensor_metadata(o) if isinstance(o, Tensor) else o)
-        if tensors(result):
-            n.meta["tensor_meta"] = metadata
+        _record_shape(n, result)
         n.meta["flops"] = (self.counter.get_total_flops() - before) * times(n)
         return result
 
 
 def propagate(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
-    """`propagate_values` with what the placeholders get for the model's ``inputs``."""
+    """Run the graph in eval mode, leave shape, dtype and FLOPs on every node, and return the output tensors.
+
+    FLOPs are those for these inputs, see `counting`. Buffers are as before afterwards.
+    """
+    with isolated(gm):
+        return propagate_once(gm, inputs)
+
+
+def propagate_once(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
+    """`propagate` as one call of the graph, which leaves in its buffers what it does."""
     return propagate_values(gm, feed(gm, inputs))
 
 
 def propagate_values(gm: fx.GraphModule, values: Sequence[Any]) -> list[Tensor]:
-    """Run the graph in eval mode, leave shape, dtype and FLOPs on every node, and return the output tensors.
-
-    ``values`` are those of the placeholders, in order. FLOPs are those for these values, see `counting`.
-    """
+    """`propagate_once`, with the values of the placeholders, in order."""
     with evaluating(gm), torch.no_grad(), counting() as counter:
         return tensors(_Propagation(gm, counter).run(*values))

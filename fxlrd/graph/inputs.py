@@ -124,7 +124,13 @@ def _attributes(value: Any) -> Mapping[str, Any] | None:
 
 
 def _varied(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.dtype is torch.bool or tensor.numel() < 2:
+    if (
+        tensor.is_meta
+        or tensor.layout is not torch.strided
+        or tensor.is_quantized
+        or tensor.dtype is torch.bool
+        or tensor.numel() < 2
+    ):
         return tensor
     values = tensor.detach().cpu()
     if not (values.is_floating_point() or values.is_complex()):

@@ -64,9 +64,14 @@ def record(model: nn.Module, inputs: Inputs, names: Collection[str]) -> dict[str
 
     What a run leaves on the model, it leaves: give it a copy.
     """
+    return recorded_calls(model, names, lambda: run(model, inputs))
+
+
+def recorded_calls(model: nn.Module, names: Collection[str], run_model: Callable[[], Any]) -> dict[str, list[Call]]:
+    """Return the calls of the modules ``names`` of a model while ``run_model`` runs it."""
     calls: dict[str, list[Call]] = {}
     with _watching(model, names, lambda name, call: calls.setdefault(name, []).append(call), calls):
-        run(model, inputs)
+        run_model()
     return calls
 
 

@@ -396,7 +396,7 @@ def test_a_model_without_layers_that_can_be_replaced_is_refused_with_the_cause()
 def test_the_report_counts_the_regions_and_says_why_there_are_some(capsys):
     result = quick(net(), images(size=8))
     assert result.report.warnings[0].startswith(
-        "taken as 3 regions (2 of them single layers), as the whole is not traceable: Net cannot be traced at "
+        "taken as 3 regions (2 of them single layers), as it cannot be captured as a whole: Net cannot be traced at "
     )
     assert result.report.before["depth"] is None
     assert "output error" in result.report.to_table()
