@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -108,8 +109,7 @@ def _with_budget(passes: Pipeline, budget: Budget) -> Pipeline:
         raise FxlrdError(f"budget: give fxlrd.Budget(latency=0.5), or params or flops, not {budget!r}")
     if not _allocates(passes):
         raise FxlrdError(f"budget: only allocate spends one, and {passes} has none; use preset auto")
-    shares = {"params": 0.0, "flops": 0.0, "latency": 0.0, budget.measure: budget.share}
-    return passes.with_options(**shares)
+    return passes.with_options(**asdict(budget))
 
 
 def _allocates(passes: Pipeline) -> bool:

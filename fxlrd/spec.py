@@ -106,6 +106,7 @@ _READERS: Mapping[Any, Callable[[str], Any]] = {
     bool: lambda text: {"true": True, "false": False}[text.lower()],
     int: int,
     float: float,
+    float | None: float,
     str: str,
     tuple[str, ...]: lambda text: tuple(part.strip() for part in text.split("|")),
 }

@@ -2,15 +2,15 @@
 
 The predicted error of a layer's form is that of the layer's output on the calibration inputs, weighted by how much
 each direction of it matters (fxlrd/calibration/importance.py): the relative squared error of the *model's* output
-that this one layer causes. Those of different layers add up, as far as they are independent. All ranks of a layer
-come from one factorisation: with singular values σ of the whitened weight Γ^½·W·G^½, respectively the core K of its
-higher-order SVD,
+that this one layer causes. Those of different layers add up, as far as they are independent. The errors at all ranks
+of a layer come from one factorisation: with the singular values σ of the whitened weight Γ^½·W·G^½, or the core K of
+its higher-order SVD,
 
     SVD        error(R) = Σ_{i>R} σᵢ²
     Tucker-2   error(r1, r2) = ‖K‖² − ‖K[:r2, :r1]‖²
 
 (an upper bound for Tucker-2, whose bases are refined afterwards). Without Γ the error is relative to the layer's own
-output, without moments to its weight: then layers compare only roughly.
+output, without moments to its weight: then the errors of different layers compare only roughly.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxlrd.errors import Reason
 from fxlrd.factor.basis import left_basis
-from fxlrd.graph.facts import shape, times
-from fxlrd.graph.surgery import source
 from fxlrd.layers.fit import Fit, roots
 from fxlrd.layers.forms import Ranks, form, parameters, ranks_by_ratio
-from fxlrd.layers.kinds import TRANSPOSED, as_layer, channel_axis, channels_per_group, kernel_area, kernel_share
+from fxlrd.layers.kinds import as_layer, channels_per_group, kernel_area, kernel_share
 from fxlrd.layers.weights import weight_blocks
 
 _STEPS = 16
@@ -39,7 +37,7 @@ RATIOS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0)
 
 @dataclass(frozen=True)
 class Choice:
-    """A form of one layer: its ranks (None: the original), predicted error, and cost in the measure asked for."""
+    """A form of one layer: its ranks (None: the original), predicted error, and cost in the measure of the budget."""
 
     ranks: Ranks | None
     error: float
@@ -61,28 +59,28 @@ class Curve:
         total = float(weight.square().sum())
         self.scale = kernel_share(module) if absolute or total == 0 else 1 / total
         self.form = form(module)
-        self.kept = _svd_energy(weight[..., 0]) if self.form == "svd" else _tucker_energy(weight)
+        self.energy = _svd_energy(weight[..., 0]) if self.form == "svd" else _tucker_energy(weight)
 
     def error(self, ranks: Ranks) -> float:
         """Return the predicted error at ``ranks``."""
         at = tuple(top if r is None else min(r, top) for r, top in zip(ranks, self._full, strict=True))
-        total = float(self.kept[tuple(-1 for _ in at)])
-        return self.scale * max(0.0, total - float(self.kept[at]))
+        total = float(self.energy[tuple(-1 for _ in at)])
+        return self.scale * max(0.0, total - float(self.energy[at]))
 
     @property
     def _full(self) -> tuple[int, ...]:
-        return tuple(n - 1 for n in self.kept.shape)
+        return tuple(n - 1 for n in self.energy.shape)
 
 
 def _svd_energy(weight: Tensor) -> Tensor:
-    """Return the energy kept at ranks 0…n, all groups together."""
+    """Return the energy retained at ranks 0…n, all groups together."""
     small = weight @ weight.mT if weight.shape[1] <= weight.shape[2] else weight.mT @ weight
     energy = torch.linalg.eigvalsh(small).flip(-1).clamp_min(0).sum(0)
     return torch.cat([energy.new_zeros(1), energy.cumsum(0)])
 
 
 def _tucker_energy(weight: Tensor) -> Tensor:
-    """Return the energy kept at (r1, r2), 0…C by 0…S, all groups together."""
+    """Return the energy retained at (r1, r2), 0…C by 0…S, all groups together."""
     ins = left_basis(weight.transpose(1, 2).flatten(2), weight.shape[2])
     outs = left_basis(weight.flatten(2), weight.shape[1])
     core = torch.einsum("gsck,gci,gso->giok", weight, ins, outs)
@@ -91,57 +89,29 @@ def _tucker_energy(weight: Tensor) -> Tensor:
 
 
 def candidate_ranks(module: nn.Module, ratios: Iterable[float] = RATIOS, multiple: int = 1) -> list[Ranks]:
-    """Return ranks worth looking at that save parameters: an even grid, in multiples of ``multiple`` (all groups
-    together), and unless that is above 1 those that the ratios give.
+    """Return candidate ranks that save parameters: an even grid, in multiples of ``multiple`` (all groups together).
+
+    If ``multiple`` is 1, the ranks that the compression ratios give are candidates too.
     """
     c_in, c_out, groups = channels_per_group(module)
     if min(c_in, c_out) == 1:
         return []
     step = max(1, multiple // math.gcd(multiple, groups))
-    found: list[Ranks]
+    candidates: list[Ranks]
     if form(module) == "svd":
-        found = [(r,) for r in _grid(min(c_in, c_out), step, 2 * _STEPS)]
+        candidates = [(r,) for r in _grid(min(c_in, c_out), step, 2 * _STEPS)]
     else:
         ins, outs = ([*_grid(n, step, _STEPS), None] for n in (c_in, c_out))
-        found = [(r1, r2) for r1 in ins for r2 in outs if r1 or r2]
+        candidates = [(r1, r2) for r1 in ins for r2 in outs if r1 or r2]
     if multiple == 1:
         by_ratio = (ranks_by_ratio(module, ratio) for ratio in ratios)
-        found += [r for r in by_ratio if not isinstance(r, Reason)]
-    return [r for r in dict.fromkeys(found) if parameters(module, r) < as_layer(module).weight.numel()]
+        candidates += [r for r in by_ratio if not isinstance(r, Reason)]
+    return [r for r in dict.fromkeys(candidates) if parameters(module, r) < as_layer(module).weight.numel()]
 
 
 def _grid(full: int, step: int, count: int) -> list[int]:
     stride = step * max(1, math.ceil(full / (step * count)))
     return [r for r in range(stride, full, stride) if r < full]
-
-
-def flops(node: fx.Node, module: nn.Module, ranks: Ranks | None) -> int:
-    """Return the FLOPs of the layer's call in a form (2 × multiply-adds), for the shapes on the nodes.
-
-    Those of all calls that the node stands for.
-    """
-    weight = as_layer(module).weight
-    made = times(node) * _positions(node, module)
-    given = source(node)
-    read = times(node) * _positions(given, module) if given is not None else made
-    applied = read if isinstance(module, TRANSPOSED) else made  # where the kernel is
-    if ranks is None:
-        return 2 * applied * weight.numel()
-    if form(module) == "svd":
-        return 2 * applied * parameters(module, ranks)
-    c_in, c_out, groups = channels_per_group(module)
-    r1, r2 = ranks
-    core = (r1 or c_in) * (r2 or c_out) * kernel_area(module)
-    return 2 * groups * (read * c_in * (r1 or 0) + applied * core + made * c_out * (r2 or 0))
-
-
-def _positions(node: fx.Node, module: nn.Module) -> int:
-    """Return at how many positions, over the batch, the channels of the node's value are computed."""
-    sizes = shape(node)
-    if sizes is None:
-        return 1
-    axis = channel_axis(module, len(sizes))
-    return math.prod(s for i, s in enumerate(sizes) if i != axis)
 
 
 def pareto(choices: Iterable[Choice], most: int = 48) -> list[Choice]:

@@ -34,39 +34,39 @@ def spend(items: Sequence[Sequence[tuple[float, float]]], budget: float) -> list
             return STEPS + 1
         return math.ceil(extra / unit - 1e-9) if unit else 0
 
-    best = np.zeros(STEPS + 1)  # the least error for what is left, by what has been spent
-    taken = []
+    best = np.zeros(STEPS + 1)  # the least error of the items so far, by the steps that they may spend
+    choices = []  # for each item, which choice that takes
     for item, least in zip(items, cheapest, strict=True):
-        found = np.full(STEPS + 1, np.inf)
+        errors = np.full(STEPS + 1, np.inf)
         which = np.zeros(STEPS + 1, dtype=np.int32)
         for i, (cost, error) in enumerate(item):
             steps = steps_for(cost - least)
             if steps > STEPS:
                 continue
             new = best[: STEPS + 1 - steps] + error
-            better = new < found[steps:]
-            found[steps:][better] = new[better]
+            better = new < errors[steps:]
+            errors[steps:][better] = new[better]
             which[steps:][better] = i
-        best = found
-        taken.append(which)
-    left = STEPS
+        best = errors
+        choices.append(which)
+    remaining = STEPS
     chosen = []
-    for item, least, which in zip(reversed(items), reversed(cheapest), reversed(taken), strict=True):
-        i = int(which[left])
+    for item, least, which in zip(reversed(items), reversed(cheapest), reversed(choices), strict=True):
+        i = int(which[remaining])
         chosen.append(i)
-        left -= steps_for(item[i][0] - least)
+        remaining -= steps_for(item[i][0] - least)
     return _topped_up(items, chosen[::-1], budget)
 
 
 def _topped_up(items: Sequence[Sequence[tuple[float, float]]], chosen: list[int], budget: float) -> list[int]:
-    """Spend what the rounding left over on whatever lowers the error most."""
+    """Spend what rounding has left of the budget on whatever lowers the error most."""
     while True:
-        left = budget - sum(item[i][0] for item, i in zip(items, chosen, strict=True))
+        remaining = budget - sum(item[i][0] for item, i in zip(items, chosen, strict=True))
         gains = [
             (item[i][1] - error, k, j)
             for k, (item, i) in enumerate(zip(items, chosen, strict=True))
             for j, (cost, error) in enumerate(item)
-            if error < item[i][1] and cost - item[i][0] <= left
+            if error < item[i][1] and cost - item[i][0] <= remaining
         ]
         if not gains:
             return chosen

@@ -1,22 +1,27 @@
-"""The channels that a group keeps, how its readers rebuild the others, and what that is predicted to cost."""
+"""The channels that a group retains, how its readers rebuild the others, and what that is predicted to cost."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxlrd.allocation.measures import Measure
 from fxlrd.calibration.moments import LARGEST, moments
 from fxlrd.errors import Reason
 from fxlrd.factor.interpolative import greedy, least_squares, lost, residual, select
 from fxlrd.graph.channels import Consumer, Group, group_of
 from fxlrd.graph.facts import FACTORS, provenance, shape, statistics
-from fxlrd.graph.guards import is_stem, matches, stem_reason
+from fxlrd.graph.guards import is_stem, matches, stem_reason, why_not_replaceable
+from fxlrd.graph.surgery import calls
 from fxlrd.layers.compose import input_importance
 from fxlrd.layers.fit import Moments
 from fxlrd.layers.kinds import channel_axis, depthwise
+from fxlrd.progress import Progress
 
 
 class Reader(NamedTuple):
@@ -27,6 +32,31 @@ class Reader(NamedTuple):
     second: Tensor
     weight: Tensor
     ridge: float
+
+
+class Option(NamedTuple):
+    """What it means for a group to retain some number of channels.
+
+    ``error`` is the predicted relative squared error of the model's output; ``share`` is what is left of its layers'
+    cost.
+    """
+
+    error: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Merging:
+    """A channel group, and its options by the number of channels that it retains."""
+
+    group: Group
+    options: Mapping[int, Option]
+
+    @property
+    def cut(self) -> list[str]:
+        """The layers that retaining fewer channels cuts."""
+        consumers = [consumer.node for consumer in self.group.consumers]
+        return list(dict.fromkeys(str(node.target) for node in (*self.group.producers, *consumers)))
 
 
 def mergeable(
@@ -46,37 +76,37 @@ def mergeable(
         return Reason("depthwise", "a depthwise conv is cut with the layer that feeds it, which stays")
     if is_stem(gm, name, gm.get_submodule(name)) and not stem:
         return stem_reason(gm.get_submodule(name))
-    whole = group_of(gm, node, reasons)
-    if isinstance(whole, Reason):
-        return whole
-    for member in [*whole.producers, *(c.node for c in whole.consumers)]:
+    group = group_of(gm, node, reasons)
+    if isinstance(group, Reason):
+        return group
+    for member in [*group.producers, *(consumer.node for consumer in group.consumers)]:
         if (pattern := matches(str(member.target), skip)) is not None:
             return Reason("skip", f"skip={pattern} keeps {member.target}")
-        if (known := provenance(member)) is not None and known.role in FACTORS:
+        if (origin := provenance(member)) is not None and origin.role in FACTORS:
             return Reason("factor", f"{member.target} is a low-rank factor already", "merge before decomposing")
-    return whole
+    return group
 
 
-def readers(gm: fx.GraphModule, whole: Group) -> list[Reader] | Reason:
-    """Return the group's consumers with what calibration knows of them, or why that is not enough."""
-    if whole.channels > LARGEST:
-        text = f"calibrate measures no tensor of more than {LARGEST} channels; it makes {whole.channels}"
+def readers(gm: fx.GraphModule, group: Group) -> list[Reader] | Reason:
+    """Return the group's consumers with what calibration measured of them, or why that is not enough."""
+    if group.channels > LARGEST:
+        text = f"calibrate measures no tensor of more than {LARGEST} channels; it makes {group.channels}"
         return Reason("too-many-channels", text)
-    found = []
-    for consumer in whole.consumers:
+    result = []
+    for consumer in group.consumers:
         module = gm.get_submodule(str(consumer.node.target))
-        known = _seen(gm, consumer, whole.channels)
-        if known is None:
+        inputs = _moments_read(gm, consumer, group.channels)
+        if inputs is None:
             return Reason(
                 "no-moments", "its output's moments are not known", "run calibrate first, on calibration inputs"
             )
-        saw = statistics(consumer.node)
-        weight = input_importance(module, consumer.block, None if saw is None else saw.importance)
-        found.append(Reader(consumer, module, known.second, weight, known.ridge))
-    return found
+        measured = statistics(consumer.node)
+        weight = input_importance(module, consumer.block, None if measured is None else measured.importance)
+        result.append(Reader(consumer, module, inputs.second, weight, inputs.ridge))
+    return result
 
 
-def _seen(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments | None:
+def _moments_read(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments | None:
     """Return the moments of the ``count`` channels where the consumer reads them; none that an earlier cut outdated."""
     measured = statistics(consumer.node)
     if consumer.block == 1 and measured is not None and measured.input_moments is not None:
@@ -84,36 +114,77 @@ def _seen(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments | None:
     sizes = shape(consumer.source)
     assert sizes is not None
     axis = channel_axis(gm.get_submodule(str(consumer.node.target)), len(sizes))
-    found = moments(consumer.source, axis, consumer.block)
-    return found if found is not None and len(found.total) == count else None
+    inputs = moments(consumer.source, axis, consumer.block)
+    return inputs if inputs is not None and len(inputs.total) == count else None
 
 
-def choose(found: Sequence[Reader], rank: int) -> tuple[Tensor, list[Tensor], list[float]]:
-    """Return the channels to keep, each consumer's interpolation and its predicted relative error.
+def choose(read: Sequence[Reader], rank: int) -> tuple[Tensor, list[Tensor], list[float]]:
+    """Return the channels to retain, each reader's interpolation and its predicted relative error.
 
-    All consumers have to read the same channels: each one proposes its best, and the proposal with the least
-    sum of squared errors is taken.
+    All readers must read the same channels: each proposes its best, and the proposal with the least sum of squared
+    errors is chosen.
     """
     proposals = []
-    for proposer in found:
-        kept = select(proposer.second, rank, proposer.weight)
-        matrices = [least_squares(r.second, kept, r.ridge) for r in found]
-        errors = [residual(r.second, kept, t, r.weight) for r, t in zip(found, matrices, strict=True)]
-        proposals.append((kept, matrices, errors))
-    return min(proposals, key=lambda each: sum(e * e for e in each[2]))
+    for proposer in read:
+        retained = select(proposer.second, rank, proposer.weight)
+        matrices = [least_squares(r.second, retained, r.ridge) for r in read]
+        errors = [residual(r.second, retained, t, r.weight) for r, t in zip(read, matrices, strict=True)]
+        proposals.append((retained, matrices, errors))
+    return min(proposals, key=lambda proposal: sum(e * e for e in proposal[2]))
 
 
-def curve(found: Sequence[Reader], ranks: Sequence[int]) -> list[float]:
-    """Return the predicted error tr(A·R), summed over the consumers, of keeping each number of channels.
+def curve(read: Sequence[Reader], ranks: Sequence[int]) -> list[float]:
+    """Return the predicted error tr(A·R), summed over the readers, of retaining each number of channels.
 
-    With Γ known it is in units of the model's relative squared output error.
+    With Γ it is in units of the model's relative squared output error.
     """
-    orders = [greedy(r.second, max(ranks), r.weight) for r in found]
+    orders = [greedy(r.second, max(ranks), r.weight) for r in read]
     errors = []
     for rank in ranks:
         proposals = []
         for order in orders:
-            kept = torch.tensor(sorted(order[:rank]), device=found[0].second.device)
-            proposals.append(sum(lost(r.second, kept, least_squares(r.second, kept, r.ridge), r.weight) for r in found))
+            retained = torch.tensor(sorted(order[:rank]), device=read[0].second.device)
+            matrices = [least_squares(r.second, retained, r.ridge) for r in read]
+            proposals.append(sum(lost(r.second, retained, t, r.weight) for r, t in zip(read, matrices, strict=True)))
         errors.append(min(proposals))
     return errors
+
+
+def mergings(
+    gm: fx.GraphModule, names: Sequence[str], measure: Measure, skip: Sequence[str], progress: Progress
+) -> dict[str, Merging]:
+    """Return the groups that may be merged, by the name of their first producer, with what that costs.
+
+    ``names`` are the layers that may be cut. Groups with a reader of which calibration has not measured the effect are
+    left out, since their errors are in another unit.
+    """
+    reasons = why_not_replaceable(gm, norms=True)
+    result: dict[str, Merging] = {}
+    done: set[fx.Node] = set()
+    for name in progress(list(names), "allocate: merges"):
+        node = calls(gm, name)[0]
+        if node in done:
+            continue
+        group = mergeable(gm, node, reasons, skip)
+        if isinstance(group, Reason):
+            continue
+        read = readers(gm, group)
+        if isinstance(read, Reason):
+            continue
+        done.update(group.producers)
+        counts = _counts(group.channels)
+        measured = all(statistics(reader.consumer.node) is not None for reader in read)
+        if not counts or not measured or not set(Merging(group, {}).cut) <= set(names):
+            continue
+        errors, shares = curve(read, counts), measure.shares(gm, group, counts)
+        options = {count: Option(error, shares[count]) for count, error in zip(counts, errors, strict=True)}
+        result[name] = Merging(group, options)
+    return result
+
+
+def _counts(channels: int) -> list[int]:
+    """Return the numbers of channels that a group may retain, at most ten, ascending."""
+    step = 16 if channels >= 256 else 8 if channels >= 64 else 4
+    counts = list(range(step, channels, step))
+    stride = max(1, math.ceil(len(counts) / 10))
+    return counts[::-1][::stride][::-1]

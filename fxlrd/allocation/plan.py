@@ -1,6 +1,6 @@
-"""A plan for the whole model: the ranks of each layer and the channels that each group keeps.
+"""A plan for the model: the ranks of each layer and the number of channels that each group retains.
 
-`allocate` leaves it on the nodes, `decompose` and `merge` carry it out.
+`allocate` leaves it on the graph module, `decompose` and `merge` carry it out.
 """
 
 from __future__ import annotations
@@ -24,39 +24,40 @@ from fxlrd.layers.weights import resized
 
 @dataclass(frozen=True)
 class Plan:
-    """``ranks`` by layer (missing: the original stays), ``kept`` channels by the group's first producer."""
+    """What `allocate` chose.
+
+    Attributes:
+        ranks: by layer; a layer that is missing stays as it is.
+        retained: the number of channels that a merged group retains, by the group's first producer.
+    """
 
     ranks: Mapping[str, Ranks] = field(default_factory=dict)
-    kept: Mapping[str, int] = field(default_factory=dict)
+    retained: Mapping[str, int] = field(default_factory=dict)
 
 
 planned = Fact("plan", Plan)
-"""The plan that `allocate` has left on a graph module, if it has."""
-
-
-def leave(gm: fx.GraphModule, plan: Plan) -> None:
-    """Put the plan on the graph module."""
-    planned.record(gm, plan)
+"""The plan that `allocate` has left on a graph module."""
 
 
 def sketch(gm: fx.GraphModule, plan: Plan, groups: Mapping[str, Group]) -> fx.GraphModule:
-    """Return the model that the plan would give, with arbitrary weights: for timing. ``groups`` are those of ``kept``.
+    """Return the model that the plan gives, with arbitrary weights: for timing.
 
-    Weights average their inputs, so that activations neither vanish nor overflow.
+    ``groups`` has those that the plan merges, by the same names. Weights average their inputs, so that activations
+    neither vanish nor overflow.
     """
     gm = fork(gm)
     changed = {}
-    for name, kept in plan.kept.items():
-        whole = groups[name]
-        for node in whole.producers:
+    for first, count in plan.retained.items():
+        group = groups[first]
+        for node in group.producers:
             weight = as_layer(gm.get_submodule(str(node.target))).weight
-            changed[str(node.target)] = _swap(gm, str(node.target), weight.new_empty(kept, *weight.shape[1:]))
-        for node in whole.through:
-            gm.set_submodule(str(node.target), _first(gm.get_submodule(str(node.target)), kept))
-        for consumer in whole.consumers:
+            changed[str(node.target)] = _swap(gm, str(node.target), weight.new_empty(count, *weight.shape[1:]))
+        for node in group.through:
+            gm.set_submodule(str(node.target), _first(gm.get_submodule(str(node.target)), count))
+        for consumer in group.consumers:
             name = str(consumer.node.target)
             weight = as_layer(gm.get_submodule(name)).weight
-            shape = (len(weight), kept * consumer.block, *weight.shape[2:])
+            shape = (len(weight), count * consumer.block, *weight.shape[2:])
             changed[name] = _swap(gm, name, weight.new_empty(shape))
     for name, module in layers(gm).items():
         if name in plan.ranks:

@@ -72,7 +72,7 @@ class Interpolate(Targets):
         if plan is None:
             self._cut_groups(run)
             return
-        replace(self, ranks=dict(plan.kept), snap=False)._cut_groups(run)
+        replace(self, ranks=dict(plan.retained), snap=False)._cut_groups(run)
         run.skipped = [replace(s, reason=PLANNED) if s.reason == UNNAMED else s for s in run.skipped]
 
     def _cut_groups(self, run: Run) -> None:

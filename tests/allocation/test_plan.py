@@ -9,7 +9,7 @@ from torchvision.models import efficientnet_b0, resnet18
 
 from fxlrd import Pipeline, capture
 from fxlrd.allocation.merges import mergeable
-from fxlrd.allocation.plan import Plan, leave, planned, sketch
+from fxlrd.allocation.plan import Plan, planned, sketch
 from fxlrd.graph import cost
 from fxlrd.graph.captured import propagate
 from fxlrd.graph.guards import why_not_replaceable
@@ -29,10 +29,10 @@ def shapes(model: nn.Module) -> dict[str, torch.Size]:
 def check(model: nn.Module, x: torch.Tensor, plan: Plan) -> None:
     """The sketch has the shapes, dtypes and layouts of what merge and decompose make of the plan."""
     gm = Calibrate(x)(capture(model, x)).graph_module
-    leave(gm, plan)
+    planned.record(gm, plan)
     real = Pipeline([Merge(), Decompose()])(gm).graph_module
     before = copy.deepcopy(gm.state_dict())
-    drawn = sketch(gm, plan, groups_of(gm, *plan.kept))
+    drawn = sketch(gm, plan, groups_of(gm, *plan.retained))
     assert shapes(drawn) == shapes(real)
     assert cost.depth(drawn) == cost.depth(real)
     outputs = propagate(drawn, Inputs.of(x))
@@ -69,6 +69,6 @@ def test_the_sketch_of_a_chain_cut_on_both_sides():
 def test_a_plan_is_left_on_the_graph_alone():
     gm = capture(nn.Linear(4, 4), torch.randn(1, 4))
     assert planned(gm) is None
-    leave(gm, Plan({"0": (2,)}))
+    planned.record(gm, Plan({"0": (2,)}))
     assert planned(gm).ranks == {"0": (2,)}
     assert planned(Decompose()(gm).graph_module) == planned(gm), "passes pass it on"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fxlrd import FxlrdError, capture
-from fxlrd.allocation.plan import Plan, leave
+from fxlrd.allocation.plan import Plan, planned
 from fxlrd.graph.captured import propagate
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.inputs import Inputs
@@ -253,7 +253,7 @@ def test_the_predicted_error_is_measured_on_the_calibration_inputs():
 
 def test_a_plan_is_carried_out():
     gm = capture(small(), image())
-    leave(gm, Plan({"3": (8, 12), "7": (5,)}))
+    planned.record(gm, Plan({"3": (8, 12), "7": (5,)}))
     result = Decompose()(gm)
     assert [site.note for site in result.sites] == ["tucker2 at rank 8x12", "svd at rank 5"]
     assert reasons(result) == {"0": "original-planned", "4": "original-planned"}

@@ -11,7 +11,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import fxlrd
 from fxlrd import FxlrdError, capture
-from fxlrd.allocation.plan import Plan, leave
+from fxlrd.allocation.plan import Plan, planned
 from fxlrd.calibration.moments import moments
 from fxlrd.factor.interpolative import least_squares, select
 from fxlrd.graph import cost
@@ -491,14 +491,14 @@ def test_snap_really_times_groups_of_every_kind(name):
 
 def test_a_plan_is_carried_out():
     gm = calibrated(chain().double().eval(), images(4, 8, channels=8))
-    leave(gm, Plan({}, {"0": 8, "4": 4}))
+    planned.record(gm, Plan({}, {"0": 8, "4": 4}))
     result, same = Merge()(gm), Merge(ranks={"0": 8, "4": 4})(gm)
     assert site_names(result) == ["0", "4"]
     x = images(4, 8, channels=8)
     assert torch.equal(result.graph_module(x), same.graph_module(x))
     assert reasons(result) == {"2": "original-planned", "6": "original-planned"}
     assert site_names(Merge(ranks=8)(gm)) == ["0", "2", "4"], "ranks= comes before a plan"
-    leave(gm, Plan())
+    planned.record(gm, Plan())
     assert not Merge().__call__(gm).modified
     assert not Merge(snap=True)(gm).modified
 

@@ -66,8 +66,10 @@ class WeightTimer(FakeTimer):
     It times workloads only (fxlrd/timing/workload.py).
     """
 
-    def __init__(self, seconds_of_weights: Callable[[str, int], float], spread: float = 0.0) -> None:
-        super().__init__(lambda name, _: seconds_of_weights(name, self.weights[name]), spread)
+    def __init__(
+        self, seconds_of_weights: Callable[[str, int], float], spread: float = 0.0, kernel: float = 1.0
+    ) -> None:
+        super().__init__(lambda name, _: seconds_of_weights(name, self.weights[name]), spread, kernel)
         self.weights: dict[str, int] = {}
 
     def __call__(

@@ -1,0 +1,137 @@
+"""The best plan for a budget: in one step where costs are computed, in a few where the model must be timed.
+
+The latency of a model is not the sum of its layers' latencies. So the model is timed in the form of a plan, side by
+side with the original, and the budget of the layers is moved until the measured share is the one asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import fx
+
+from fxlrd.allocation.measures import Latency, Measure
+from fxlrd.allocation.plan import Plan, sketch
+from fxlrd.allocation.problem import Problem
+from fxlrd.budget import Budget
+from fxlrd.errors import FxlrdError
+from fxlrd.progress import Progress
+
+WITHIN = 0.02
+"""Share of a latency budget by which the measured latency may differ from it."""
+NOTHING = "allocate: nothing in it can be made cheaper: no layer is left that has a smaller form"
+TOLERANCE = 0.1
+"""Share by which the layers' times may add up to more than the model's, as they are timed alone."""
+_ROUNDS = 6
+_CERTAIN = 0.999
+"""A share of the original's cost above which nothing is gained."""
+
+
+class Outcome(NamedTuple):
+    """The plan for a budget, the share of the original's cost that it spends, in words, and what is in doubt."""
+
+    plan: Plan
+    spent: str
+    warnings: tuple[str, ...] = ()
+
+
+class Trial(NamedTuple):
+    """A plan for a budget of the layers, and the latency measured under it, as a share of the original's."""
+
+    budget: float
+    share: float
+    plan: Plan
+
+
+def best_plan(gm: fx.GraphModule, problem: Problem, measure: Measure, budget: Budget, progress: Progress) -> Outcome:
+    """Return the best plan for the model within a budget.
+
+    Raises FxlrdError for a budget out of reach, saying what is within.
+    """
+    total = measure.total(gm)
+    if not isinstance(measure, Latency):
+        plan, share = plan_computed(problem, total, budget)
+        return Outcome(plan, f"{share:.3f} of {budget.measure}")
+    groups = {name: merging.group for name, merging in problem.groups.items()}
+    plan, share = plan_measured(
+        problem, total, budget.share, lambda plan: measure.ratio(gm, sketch(gm, plan, groups)), progress
+    )
+    doubts = []
+    if problem.original > (1 + TOLERANCE) * total:
+        doubts.append(
+            f"allocate: the layers, timed alone, add up to {problem.original / total:.0%} of the model's time: there "
+            "was other load, or Inductor fuses over layers; the plan is measured, but may not be the best"
+        )
+    return Outcome(plan, f"{share:.3f} of latency, measured", tuple(doubts))
+
+
+def plan_computed(problem: Problem, total: float, budget: Budget) -> tuple[Plan, float]:
+    """Return the best plan for a budget of parameters or FLOPs, and the share of ``total``, the model's, that it costs.
+
+    Raises FxlrdError for a budget out of reach, saying what is within.
+    """
+    outside = total - problem.original
+    plan = problem.best(budget.share * total - outside)
+    if plan is not None:
+        return plan, (problem.cost(plan) + outside) / total
+    least = (problem.least + outside) / total
+    if least > _CERTAIN:
+        raise FxlrdError(NOTHING)
+    raise FxlrdError(
+        f"allocate: {budget.measure}={budget.share:g} is out of reach: the cheapest forms leave {_up(least)} of it; "
+        "ask for that or more"
+    )
+
+
+def plan_measured(
+    problem: Problem, total: float, share: float, share_under: Callable[[Plan], float], progress: Progress
+) -> tuple[Plan, float]:
+    """Return the best plan for a budget of latency, and the share of the original's that was measured under it.
+
+    ``total`` is the latency of the model, ``share_under`` measures it under a plan, relative. Raises FxlrdError for a
+    budget out of reach, saying what is within.
+    """
+    total = max(total, problem.original)  # layers that are timed alone may add up to more
+    least = problem.least * (1 + 1e-9)  # within reach whatever the order of its summands
+    target = share * total - (total - problem.original)  # the rest: norms, activations, additions, and what caches do
+    trials: list[Trial] = []
+    for _ in progress(range(_ROUNDS), "allocate: timing the model"):
+        plan = problem.best(max(target, least))
+        assert plan is not None
+        trials.append(Trial(max(target, least), share_under(plan), plan))
+        measured = trials[-1].share
+        if abs(measured / share - 1) <= WITHIN / 2 or (target <= least and measured > share):
+            break
+        target = _next_budget(trials, share, total)
+    fits = [trial for trial in trials if trial.share <= share * (1 + WITHIN)]
+    if fits:
+        best = max(fits, key=lambda trial: trial.share)
+        return best.plan, best.share
+    reached = min(trial.share for trial in trials)
+    if reached > _CERTAIN:
+        raise FxlrdError(
+            f"allocate: latency={share:g} is out of reach: no form of its layers is faster here; "
+            "try a larger batch, or a budget of params or flops"
+        )
+    raise FxlrdError(
+        f"allocate: latency={share:g} is out of reach: the fastest forms take {_up(reached)} of the original's "
+        "time here; ask for that or more, or another batch size"
+    )
+
+
+def _next_budget(trials: Sequence[Trial], share: float, total: float) -> float:
+    """Secant step: interpolate between the two trials that bracket the share, or extrapolate from the last one."""
+    below = [(trial.share, trial.budget) for trial in trials if trial.share <= share]
+    above = [(trial.share, trial.budget) for trial in trials if trial.share > share]
+    if below and above:
+        (low, low_budget), (high, high_budget) = max(below), min(above)
+        if high <= low:
+            return (low_budget + high_budget) / 2
+        return low_budget + (high_budget - low_budget) * (share - low) / (high - low)
+    return trials[-1].budget + (share - trials[-1].share) * total
+
+
+def _up(share: float) -> str:
+    return f"{math.ceil(share * 1000) / 1000:.3f}"

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from fxlrd.allocation.choices import Choice
+from fxlrd.allocation.merges import Merging, Option
+from fxlrd.allocation.plan import Plan
+from fxlrd.allocation.problem import Problem
+
+BUDGETS = [4.0, 9.0, 14.0, 20.0, 31.0, 60.0]
+
+
+def merging(producer: str, consumer: str, options) -> Merging:
+    nodes = [SimpleNamespace(target=producer), SimpleNamespace(target=consumer)]
+    return Merging(SimpleNamespace(producers=nodes[:1], consumers=[SimpleNamespace(node=nodes[1])]), options)
+
+
+def problem(seed: int) -> Problem:
+    """Return a chain of eight layers with three forms each, in which every two neighbours may be merged."""
+    draw = random.Random(seed)
+    items = {}
+    for i in range(8):
+        cost = draw.uniform(4, 12)
+        forms = [Choice((r,), draw.uniform(0.1, 1) / r, cost * r / 4) for r in (1, 2, 3)]
+        items[str(i)] = [*forms, Choice(None, 0.0, cost)]
+    groups = {}
+    for i in range(7):
+        options = {count: Option(draw.uniform(0.1, 1) / count, count / 8) for count in (2, 4, 6)}
+        groups[str(i)] = merging(str(i), str(i + 1), options)
+    return Problem(items, groups)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_second_budget_finds_what_a_fresh_problem_finds(seed):
+    shared = problem(seed)
+    for budget in [*BUDGETS, *reversed(BUDGETS)]:
+        assert shared.best(budget) == problem(seed).best(budget)
+        assert shared.least == problem(seed).least
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_larger_budget_is_never_worse_and_every_budget_is_met(seed):
+    shared = problem(seed)
+    errors = []
+    for budget in BUDGETS:
+        plan = shared.best(budget)
+        if plan is None:
+            assert budget < shared.least
+            continue
+        assert shared.least <= shared.cost(plan) <= budget * (1 + 1e-12)
+        errors.append(shared.error(plan))
+    assert errors == sorted(errors, reverse=True)
+    assert shared.best(shared.least * (1 + 1e-9)) is not None
+    assert shared.best(0.999 * shared.least) is None
+
+
+def test_the_original_is_within_its_own_cost():
+    plan = problem(0).best(problem(0).original * (1 + 1e-9))
+    assert plan == Plan()
+
+
+def test_a_layer_that_two_merges_cut_costs_the_product_of_their_shares():
+    shared = problem(0)
+    plan = Plan({}, {"2": 4, "3": 6})
+    assert shared.shares(plan.retained) == {"2": 0.5, "3": 0.5 * 0.75, "4": 0.75}
+    costs = {name: item[-1].cost for name, item in shared.items.items()}
+    assert shared.cost(plan) == pytest.approx(
+        sum(costs.values()) - 0.5 * costs["2"] - (1 - 0.375) * costs["3"] - 0.25 * costs["4"]
+    )
+    merges = shared.groups
+    assert shared.error(plan) == pytest.approx(merges["2"].options[4].error + merges["3"].options[6].error)
+
+
+def test_without_groups_the_plan_is_that_of_the_knapsack_alone():
+    items = {
+        "a": [Choice((1,), 0.5, 1.0), Choice(None, 0.0, 4.0)],
+        "b": [Choice((1,), 0.1, 1.0), Choice(None, 0.0, 4.0)],
+    }
+    alone = Problem(items)
+    assert (alone.original, alone.least) == (8.0, 2.0)
+    assert alone.best(5.0) == Plan({"b": (1,)})
+    assert alone.best(1.9) is None
