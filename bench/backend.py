@@ -46,28 +46,28 @@ print(time.perf_counter() - start)
 def main() -> None:
     with tempfile.TemporaryDirectory() as timings:
         compile_time(BACKENDS["fxlrd, ranks"], timings)  # fills the cache of timings
-        found: dict[str, list[float]] = {name: [] for name in BACKENDS}
+        times: dict[str, list[float]] = {name: [] for name in BACKENDS}
         for _ in range(ROUNDS):
-            for name, given in BACKENDS.items():
-                found[name].append(compile_time(given, timings))
-    reference = found["Inductor"]
+            for name, options in BACKENDS.items():
+                times[name].append(compile_time(options, timings))
+    reference = times["Inductor"]
     rows = [
         [
             name,
             f"{statistics.median(seconds):.1f} s",
             f"{statistics.median(a / b for a, b in zip(seconds, reference, strict=True)):.2f}×",
         ]
-        for name, seconds in found.items()
+        for name, seconds in times.items()
     ]
     print(tabulate(rows, headers=["ResNet-50, batch 8", "cold compile", "of Inductor's (limit 1.25)"]))
     print(tabulate(call_costs(), headers=["ResNet-152, per call (limit 50 µs)", "tensors", "median", "least"]))
 
 
-def compile_time(given: dict[str, object], timings: str) -> float:
+def compile_time(options: dict[str, object], timings: str) -> float:
     """Return the seconds that the first call takes in a process with empty caches of Inductor's."""
     with tempfile.TemporaryDirectory() as cache:
         extra = {"FXLRD_CACHE_DIR": timings, "TORCHINDUCTOR_CACHE_DIR": cache}
-        command = [sys.executable, "-c", SCRIPT, repr(given)]
+        command = [sys.executable, "-c", SCRIPT, repr(options)]
         return float(subprocess.check_output(command, env={**os.environ, **extra}, text=True).splitlines()[-1])
 
 
@@ -98,8 +98,8 @@ def call_costs() -> list[list[object]]:
     ]
     rows: list[list[object]] = []
     for name, number, call in calls:
-        found = [s * 1e3 for s in timeit.repeat(call, number=1000, repeat=15)]
-        rows.append([name, number, f"{statistics.median(found):.1f} µs", f"{min(found):.1f} µs"])
+        samples = [s * 1e3 for s in timeit.repeat(call, number=1000, repeat=15)]
+        rows.append([name, number, f"{statistics.median(samples):.1f} µs", f"{min(samples):.1f} µs"])
     return rows
 
 

@@ -32,9 +32,10 @@ from fxlrd import Budget, capture, compress, finetune
 from fxlrd.app import fashion
 from fxlrd.errors import FxlrdError
 from fxlrd.graph import cost
+from fxlrd.graph.inputs import Inputs
 from fxlrd.passes import Decompose, Recalibrate
-from fxlrd.timing.clock import Timing, compare
-from fxlrd.timing.inductor import compiled
+from fxlrd.timing.clock import Timing
+from fxlrd.timing.models import time_models
 
 BATCH = 64
 DROPS = {1 / 2: (0.3, 0.0), 1 / 3: (0.5, None), 1 / 4: (1.0, 0.3)}
@@ -126,24 +127,21 @@ class Bench:
         return cost.params(model) / cost.params(self.model)
 
     def tuned(self, name: str, model: nn.Module) -> float:
-        """Return the accuracy after fine-tuning a copy; with ``--results``, one that an earlier run found."""
+        """Return the accuracy after fine-tuning a copy; with ``--results``, that of an earlier run."""
         key = f"{name}, {cost.params(model)} parameters, {self.training}, lr {self.lr:g}"
-        known = json.loads(self.results.read_text()) if self.results and self.results.exists() else {}
-        if key not in known:
+        results = json.loads(self.results.read_text()) if self.results and self.results.exists() else {}
+        if key not in results:
             model = copy.deepcopy(model)
             finetune(model, self.loader, epochs=self.epochs, lr=self.lr, teacher=self.model)
-            known[key] = self.right(model)
+            results[key] = self.right(model)
             if self.results:
-                self.results.write_text(json.dumps(known, indent=1))
-        return float(known[key])
+                self.results.write_text(json.dumps(results, indent=1))
+        return float(results[key])
 
     def timed(self, model: nn.Module) -> Timing:
         torch.compiler.reset()
-        runs = {"original": compiled(self.original), "variant": compiled(capture(model, self.x))}
-        with torch.no_grad():
-            return compare({k: (lambda f=f: f(self.x)) for k, f in runs.items()}, self.x.device, seconds=12.0)[
-                "variant"
-            ]
+        models = {"original": self.original, "variant": capture(model, self.x)}
+        return time_models(models, Inputs.of(self.x), under_inductor=True, seconds=12.0)["variant"]
 
     def uniform(self, share: float) -> fx.GraphModule:
         """Return the model at the uniform ratio that leaves this share of the parameters, or just more."""
@@ -183,9 +181,9 @@ def drops(bench: Bench) -> None:
 
     def add(name: str, model: nn.Module, most: float | None = None, after: float | None = None) -> None:
         again = bench.estimated(model)
-        made, found = bench.right(model), bench.right(again)
+        made, right = bench.right(model), bench.right(again)
         row = [name, f"{bench.share(model):.3f}", f"{made:.2f}", f"{bench.accuracy - made:+.2f}"]
-        row += [f"{found:.2f}", f"{bench.again - found:+.2f}", target(most)]
+        row += [f"{right:.2f}", f"{bench.again - right:+.2f}", target(most)]
         if after is not None and bench.epochs:
             tuned = bench.tuned(name, again)
             row += [f"{tuned:.2f}", f"{bench.accuracy - tuned:+.2f}", target(after)]
@@ -219,7 +217,7 @@ def variant(bench: Bench, method: str, setting: float) -> nn.Module:
 
 
 def frontier(bench: Bench, methods: list[str]) -> list[Point]:
-    found = []
+    variants = []
     for method in methods:
         for setting in SETTINGS[method]:
             try:
@@ -229,10 +227,10 @@ def frontier(bench: Bench, methods: list[str]) -> list[Point]:
                 continue
             again = bench.estimated(model)
             tuned = bench.tuned(f"{method} {setting:g}", again) if bench.epochs and setting in TUNED[method] else None
-            found.append((method, setting, model, bench.right(model), bench.right(again), tuned))
-            print(method, setting, *(f"{right:.2f}" for right in found[-1][3:] if right is not None), flush=True)
+            variants.append((method, setting, model, bench.right(model), bench.right(again), tuned))
+            print(method, setting, *(f"{right:.2f}" for right in variants[-1][3:] if right is not None), flush=True)
     print("timing", flush=True)  # last and all together: training beside it would disturb it
-    points = [Point(method, setting, bench.share(m), bench.timed(m), *right) for method, setting, m, *right in found]
+    points = [Point(method, setting, bench.share(m), bench.timed(m), *right) for method, setting, m, *right in variants]
     rows = [["original", "", "1.000", "1.00×", "", f"{bench.accuracy:.2f}", f"{bench.again:.2f}", "", "", ""]]
     for p in points:
         rows.append([p.method, f"{p.setting:g}", f"{p.params:.3f}", f"{1 / p.timing.ratio:.2f}×"])
@@ -249,18 +247,18 @@ def frontier(bench: Bench, methods: list[str]) -> list[Point]:
 
 def at(original: float, points: list[Point], peer: Point, kind: str) -> str:
     """Return auto's accuracy at the peer's latency: linear between auto's points, the original being one."""
-    known = [(p.timing.ratio, getattr(p, kind)) for p in points if p.method == "auto"]
-    known = sorted([(1.0, original)] + [(ratio, right) for ratio, right in known if right is not None])
+    curve = [(p.timing.ratio, getattr(p, kind)) for p in points if p.method == "auto"]
+    curve = sorted([(1.0, original)] + [(ratio, right) for ratio, right in curve if right is not None])
     ratio = peer.timing.ratio
-    if len(known) == 1:
+    if len(curve) == 1:
         return ""
-    if ratio < known[0][0]:
+    if ratio < curve[0][0]:
         return "faster than auto's"
     if ratio >= 1:
         return f"{original:.2f}"
-    (r0, a0), (r1, a1) = next(pair for pair in pairwise(known) if pair[0][0] <= ratio < pair[1][0])
-    found = a0 + (a1 - a0) * (ratio - r0) / (r1 - r0)
-    return f"{found:.2f} ({found - getattr(peer, kind):+.2f})"
+    (r0, a0), (r1, a1) = next(pair for pair in pairwise(curve) if pair[0][0] <= ratio < pair[1][0])
+    interpolated = a0 + (a1 - a0) * (ratio - r0) / (r1 - r0)
+    return f"{interpolated:.2f} ({interpolated - getattr(peer, kind):+.2f})"
 
 
 def figure(points: list[Point], trained: float, again: float, path: Path) -> None:
@@ -282,15 +280,15 @@ def figure(points: list[Point], trained: float, again: float, path: Path) -> Non
         axis.axhline(original, color="#666666", linewidth=0.8, linestyle=":", zorder=1)
         axis.plot([1], [original], "*", color="#666666", markersize=12, linestyle="", label="original", zorder=4)
         for method, colour in COLOURS.items():
-            found = [p for p in points if p.method == method and getattr(p, kind) is not None]
-            if not found:
+            line = [p for p in points if p.method == method and getattr(p, kind) is not None]
+            if not line:
                 continue
-            found.sort(key=lambda p: -p.timing.ratio)
+            line.sort(key=lambda p: -p.timing.ratio)
             peer, strong = method == "pruning", method in ("auto", "pruning")
             axis.errorbar(
-                [1 / p.timing.ratio for p in found],
-                [getattr(p, kind) for p in found],
-                xerr=[p.timing.spread / p.timing.ratio**2 for p in found],
+                [1 / p.timing.ratio for p in line],
+                [getattr(p, kind) for p in line],
+                xerr=[p.timing.spread / p.timing.ratio**2 for p in line],
                 color=colour,
                 marker="s" if peer else "o",
                 linestyle="--" if peer else "-",

@@ -10,9 +10,10 @@ SCRIPT = "import time, torch; start = time.perf_counter(); import fxlrd; print(t
 
 
 def main() -> None:
-    found = [float(subprocess.check_output([sys.executable, "-c", SCRIPT])) * 1e3 for _ in range(7)]
+    samples = [float(subprocess.check_output([sys.executable, "-c", SCRIPT])) * 1e3 for _ in range(7)]
     print(
-        f"import fxlrd after torch: {statistics.median(found):.0f} ms (of {min(found):.0f}-{max(found):.0f}; limit 100)"
+        f"import fxlrd after torch: {statistics.median(samples):.0f} ms "
+        f"(of {min(samples):.0f}-{max(samples):.0f}; limit 100)"
     )
 
 

@@ -9,51 +9,55 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from tabulate import tabulate
 
-import fxlrd.passes.snap as snap_module
 from bench.models import resnet50
 from fxlrd import capture
 from fxlrd.graph import cost
+from fxlrd.graph.inputs import Inputs
 from fxlrd.passes import Decompose, Snap
 from fxlrd.progress import bar
-from fxlrd.timing.clock import compare
+from fxlrd.timing.clock import Timing, compare
+from fxlrd.timing.layers import ORIGINAL
+from fxlrd.timing.models import time_models
+from fxlrd.timing.stopwatch import REFERENCE
 
-measure = snap_module._time
+
+class Counting:
+    """The timer, counting the forms that it times."""
+
+    def __init__(self) -> None:
+        self.forms = 0
+
+    def __call__(
+        self, variants: Mapping[str, Callable[[], object]], device: torch.device, seconds: float = 1.5
+    ) -> dict[str, Timing]:
+        self.forms += len(variants.keys() - {ORIGINAL, REFERENCE})
+        return compare(variants, device, seconds)
 
 
 def main() -> None:
     model, x = resnet50()
     gm = Decompose(ratio=2.0)(capture(model, x)).graph_module
-    timed = 0
-
-    def counting(place: Any, group: Sequence[Any], *options: Any) -> Any:
-        nonlocal timed
-        timed += len(group)
-        return measure(place, group, *options)
-
-    snap_module._time = counting
-    rows, found = [], {"original": model, "lrd": gm}
+    rows, models = [], {"original": model, "lrd": gm}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FXLRD_CACHE_DIR"] = folder
+        timers = [Counting() for _ in range(3)]
         runs = {
-            "grid, cold": Snap(),
-            "grid, warm": Snap(),
-            "algorithm1": Snap(search="algorithm1", seconds=0.3, cache=False),
+            "grid, cold": Snap(timer=timers[0]),
+            "grid, warm": Snap(timer=timers[1]),
+            "algorithm1": Snap(search="algorithm1", seconds=0.3, cache=False, timer=timers[2]),
         }
-        for name, snap in runs.items():
-            timed, start = 0, time.perf_counter()
-            found[name] = snap(gm, bar).graph_module
-            rows.append(
-                [name, timed, f"{time.perf_counter() - start:.1f} s", f"{cost.params(found[name]) / 1e6:.2f} M"]
-            )
-    del found["grid, warm"]
-    with torch.no_grad():
-        speed = compare({k: (lambda m=m: m(x)) for k, m in found.items()}, x.device, seconds=40.0)
+        for (name, snap), timer in zip(runs.items(), timers, strict=True):
+            start = time.perf_counter()
+            models[name] = snap(gm, bar).graph_module
+            took = time.perf_counter() - start
+            rows.append([name, timer.forms, f"{took:.1f} s", f"{cost.params(models[name]) / 1e6:.2f} M"])
+    del models["grid, warm"]
+    speed = time_models(models, Inputs.of(x), seconds=40.0)
     print(tabulate(rows, headers=["search", "ranks timed", "took", "parameters"]))
     print(f"grid times 1/{rows[2][1] / rows[0][1]:.1f} of algorithm1's ranks (target: 1/20)\n")
     table = [

@@ -8,16 +8,15 @@ folds it for every row.
 
 from __future__ import annotations
 
-import torch
 from tabulate import tabulate
 
 from bench.models import resnet50
 from fxlrd import Pipeline, capture
 from fxlrd.graph import cost
+from fxlrd.graph.inputs import Inputs
 from fxlrd.pipeline import PRESETS
 from fxlrd.progress import bar
-from fxlrd.timing.clock import compare
-from fxlrd.timing.inductor import compiled
+from fxlrd.timing.models import time_models
 
 RUNS = {
     "lrd": PRESETS["lrd"],
@@ -32,23 +31,21 @@ def main() -> None:
     gm = capture(model, x)
     rows = []
     for under_inductor in (False, True):
-        found = {"original": model if not under_inductor else gm}
+        models = {"original": model if not under_inductor else gm}
         for preset, text in RUNS.items():
             pipeline = Pipeline.parse(text)
             if "calibrate" in text:
                 pipeline = pipeline.with_options(calibration=x)
             if under_inductor and preset != "lrd":
                 pipeline = pipeline.with_options(compile=True)
-            found[preset] = pipeline(gm, progress=bar).graph_module
-        calls = {name: compiled(m) if under_inductor else m for name, m in found.items()}
-        with torch.no_grad():
-            timings = compare({k: (lambda m=m: m(x)) for k, m in calls.items()}, x.device, seconds=40.0)
+            models[preset] = pipeline(gm, progress=bar).graph_module
+        timings = time_models(models, Inputs.of(x), under_inductor=under_inductor, seconds=40.0)
         for name, t in timings.items():
             rows.append(
                 [
                     "Inductor, freezing" if under_inductor else "eager",
                     name,
-                    f"{cost.params(found[name]) / 1e6:.2f} M",
+                    f"{cost.params(models[name]) / 1e6:.2f} M",
                     f"{t.seconds * 1e3:.0f} ms",
                     f"{x.shape[0] / t.seconds:.1f}",
                     f"{1 / t.ratio:.2f}×",

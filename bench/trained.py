@@ -30,9 +30,9 @@ def main() -> None:
         start = time.perf_counter()
         sites = Branch(groups=groups)(decomposed).sites
         seconds = (time.perf_counter() - start) / len(sites)
-        kept = [[float(f) for f in re.findall(r"([\d.]+) %", site.note)] for site in sites]
-        rotated, plain = (sum(column) / len(kept) for column in zip(*kept, strict=True))
-        worst = min(a - b for a, b in kept)
+        retained = [[float(f) for f in re.findall(r"([\d.]+) %", site.note)] for site in sites]
+        rotated, plain = (sum(column) / len(retained) for column in zip(*retained, strict=True))
+        worst = min(a - b for a, b in retained)
         rows.append([groups, len(sites), f"{plain:.1f} %", f"{rotated:.1f} %", f"{worst:+.1f}", f"{seconds:.1f} s"])
     headers = ["N", "cores", "kept by the plain cut", "kept after rotation", "least gain (points)", "a layer"]
     print(tabulate(rows, headers=headers), flush=True)

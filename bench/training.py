@@ -33,17 +33,17 @@ def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
 def main() -> None:
     model, x = resnet50()
     gm = capture(model, x)
-    found: dict[str, nn.Module] = {"lrd": Pipeline.preset("lrd")(gm).graph_module}
-    found["freeze"] = Pipeline.preset("freeze")(gm).graph_module
-    found["freeze, BatchNorm statistics kept"] = Pipeline.preset("freeze")(gm).graph_module
-    calls = {name: step(m, x) for name, m in found.items()}
-    for module in found["freeze, BatchNorm statistics kept"].modules():
+    models: dict[str, nn.Module] = {"lrd": Pipeline.preset("lrd")(gm).graph_module}
+    models["freeze"] = Pipeline.preset("freeze")(gm).graph_module
+    models["freeze, BatchNorm statistics kept"] = Pipeline.preset("freeze")(gm).graph_module
+    calls = {name: step(m, x) for name, m in models.items()}
+    for module in models["freeze, BatchNorm statistics kept"].modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     timings = compare(calls, x.device, seconds=90.0)
     rows = []
     for name, t in timings.items():
-        trained = sum(p.numel() for p in found[name].parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in models[name].parameters() if p.requires_grad)
         rows.append(
             [
                 name,

@@ -60,23 +60,6 @@ EXAMPLES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 """Name or glob, the first that fits: the builder's options, and the shape of an input."""
 
-REASONS = {
-    "stem": "stem",
-    "depthwise": "depthwise",
-    "too narrow": "too narrow",
-    "saves parameters": "nothing to save",
-    "kept whole": "kept whole",
-    "is read": "read directly",
-    "never called": "never called",
-    "more than its input": "more than its input",
-    "is an output": "output",
-    "each channel alone": "channels meet",
-    "no layer": "channels meet",
-    "saves nothing": "nothing to save",
-    "only Conv2d and Linear": "only 2-d merges",
-}
-"""What a reason to leave a layer alone has in it: the word for that in the table."""
-
 HEADERS = ["model", "captured", "layers", "cut", "left alone", "parameters", "", "FLOPs", "", "error", "full rank"]
 
 
@@ -121,7 +104,7 @@ def inputs(name: str) -> Inputs:
 
 
 def _example(name: str) -> tuple[dict[str, Any], tuple[int, ...]]:
-    return next(found for pattern, found in EXAMPLES.items() if fnmatch(name, pattern))
+    return next(example for pattern, example in EXAMPLES.items() if fnmatch(name, pattern))
 
 
 def _with_backbone() -> list[str]:
@@ -179,10 +162,10 @@ def _row(name: str, preset: str, exact: bool, largest: float) -> list[str]:
 
 
 def _compressed(model: nn.Module, example: Inputs, preset: str) -> Report:
-    given: dict[str, Any] = {"budget": Budget(params=0.5)} if preset == "auto" else {"ratio": 2.0}
+    options: dict[str, Any] = {"budget": Budget(params=0.5)} if preset == "auto" else {"ratio": 2.0}
     if "calibrate" in PRESETS[preset]:
-        given["calibration"] = [example]
-    result = compress(model, example, preset=preset, measure=False, **given)
+        options["calibration"] = [example]
+    result = compress(model, example, preset=preset, measure=False, **options)
     counted = sum(p.numel() for p in result.model.parameters())
     if counted != result.report.after["params"]:
         raise AssertionError(f"the result has {counted:,} parameters, its report {result.report.after['params']:,}")
@@ -194,25 +177,22 @@ def _compressed(model: nn.Module, example: Inputs, preset: str) -> Report:
 
 def _cells(report: Report) -> list[str]:
     rows = report.layers
-    left = Counter(short(row["reason"]) for row in rows if row["decision"] in ("skipped", "original"))
+    codes = {skip.name: skip.reason.code for record in report.ledger for skip in record.skipped}
+    alone = [row for row in rows if row["decision"] in ("skipped", "original")]
+    reasons = Counter(codes.get(row["name"]) or shorten(row["reason"], 40, placeholder=" …") for row in alone)
     regions = next((w for w in report.warnings if w.startswith("taken as")), None)
     before, after = report.before, report.after
     return [
         "whole" if regions is None else f"{regions.split()[2]} regions",
         str(len(rows)),
-        str(len(rows) - left.total()),
-        ", ".join(f"{number} {reason}" for reason, number in left.most_common(3)),
+        str(len(rows) - len(alone)),
+        ", ".join(f"{number} {reason}" for reason, number in reasons.most_common(3)),
         f"{before['params'] / 1e6:.2f} M",
         change(before["params"], after["params"]),
         giga(before["flops"]),
         change(before["flops"], after["flops"]),
         digits(report.passes[-1]["relative_error"]),
     ]
-
-
-def short(reason: str) -> str:
-    """Return the word for a reason, or the reason, shortened, where there is none."""
-    return next((word for part, word in REASONS.items() if part in reason), shorten(reason, 40, placeholder=" …"))
 
 
 def _at_full_rank(model: nn.Module, example: Inputs) -> str:
