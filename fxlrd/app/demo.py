@@ -36,8 +36,12 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the comparison: accuracies (0…1) as it is and with BatchNorm statistics re-estimated; speed is
-    against the original's.
+    """One model of the comparison.
+
+    Attributes:
+        accuracy: the share of right answers (0…1) of the model as it is.
+        recalibrated: the same with BatchNorm statistics re-estimated.
+        speed: relative to the original's; ``speed_spread`` is the half-width of its 95 % interval.
     """
 
     name: str
@@ -52,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The models side by side, the original first, where they were timed, and the report of the last of them."""
+    """The models side by side, the original first; the setting that they were timed in; the report of the last."""
 
     rows: tuple[Row, ...]
     setting: str
@@ -71,7 +75,7 @@ class Comparison:
 
 
 def run(share: float = SHARE, progress: bool = True, timer: Timer = compare) -> Comparison:
-    """Compress the embedded network in each way and compare what comes out."""
+    """Compress the embedded network with each preset to ``share`` of its parameters, and compare the results."""
     show: Progress[Any] = bar if progress else quiet
     model = fashion.trained().to(memory_format=torch.channels_last)
     images = fashion.calibration().to(memory_format=torch.channels_last)

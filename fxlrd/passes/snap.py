@@ -1,17 +1,16 @@
-"""snap: ranks to where the device is fast, by timing; the original layer back where it is not faster.
+"""snap: ranks move to where the device is fast, by timing; where no form is faster, the original layer comes back.
 
-Time is a staircase in the rank: a rank just above a step pays for the whole step. For each decomposed layer, with
-R its present rank, ranks r in [floor·R, R] are timed on the device against the original layer.
+Time is a staircase in the rank: a rank just above a step costs as much as the top of the step. For each decomposed
+layer of rank R, ranks r in [floor·R, R] are timed on the device against the original layer.
 
-    grid         R and the hardware multiples below it, one search for all layers of one signature; see
-                 fxlrd/timing/search.py for them and for which r is taken.
-    algorithm1   the paper's scan of every r. Taken: the r below the largest drop of t between r+1 and r (the
+    grid         R and the hardware multiples below it, once for all layers of one signature; fxlrd/timing/search.py
+                 has the candidates and the choice.
+    algorithm1   the paper's scan of every r. The choice is the r below the largest drop of t between r+1 and r (the
                  paper's argmax names the rank *above* the drop: see its Algorithm 1 and Table 2).
 
-Either way a difference inside the measurement's noise is no gain: R stays, and the original comes back
-unless the factors are faster by more than the noise. Approximate: outputs move against those of the pass's
-input, also where an original comes back (towards the original model's). At a moved rank the result is what
-`decompose` gives at that rank.
+A difference within the noise of the measurement is no gain: R stays, and the original comes back unless the factors
+are faster by more than the noise. Approximate: outputs move against those of the pass's input, also where an original
+comes back (towards the original model's). At a moved rank the result is what `decompose` gives at that rank.
 """
 
 from __future__ import annotations
@@ -49,11 +48,10 @@ _NO_ORIGINAL = Reason("no-original", "its original layer is not known any more",
 class Snap:
     """Move the ranks of decomposed layers to where the device is fast.
 
-    ``search`` is grid or algorithm1. No rank falls below ``floor`` times what it was. ``trade`` is grid's
-    exponent (module docstring), from 0, the fastest rank, to 1. ``compile`` times layers
-    under Inductor with frozen weights instead of eagerly. ``seconds`` bounds the timing of one layer
-    signature. ``cache=False`` neither reads nor writes the timings on disk. Raises FxlrdError for options out
-    of range.
+    ``search`` is grid or algorithm1. No rank falls below ``floor`` times its present value. ``trade`` is grid's
+    exponent (fxlrd/timing/search.py), from 0, the fastest rank, to 1. ``compile`` times layers under Inductor with
+    frozen weights instead of eagerly. ``seconds`` bounds the timing of one layer signature. ``cache=False`` neither
+    reads nor writes the timings on disk. Raises FxlrdError for options out of range.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -83,43 +81,43 @@ class Snap:
         measured: dict[str, dict[str, Timing]] = {}
 
         def visit(item: tuple[str, Decomposed | Reason]) -> Site | Skip:
-            name, place = item
-            if isinstance(place, Reason):
-                return Skip(name, place)
+            name, layer = item
+            if isinstance(layer, Reason):
+                return Skip(name, layer)
             # algorithm1 times each layer, also those of one signature.
             shared = self._stopwatch() if self.search == "algorithm1" else stopwatch
-            measured[name] = time_ranks(place.where, self._candidates(place), shared)
-            return self._snap(run.gm, name, place, measured[name])
+            measured[name] = time_ranks(layer.place, self._candidates(layer), shared)
+            return self._snap(run.gm, name, layer, measured[name])
 
-        run.each(_places(run.gm).items(), visit)
+        run.each(_layers(run.gm).items(), visit)
         return run.result(timings=measured)
 
-    def _snap(self, gm: fx.GraphModule, name: str, place: Decomposed, timings: dict[str, Timing]) -> Site | Skip:
-        """Move one layer to the ranks that its timings speak for."""
-        chosen = self._choose(place, timings)
-        _apply(gm, name, place, chosen, timings)
-        if chosen == place.ranks:
-            text = f"rank {ranks_text(place.ranks)} stays: no step below it pays"
+    def _snap(self, gm: fx.GraphModule, name: str, layer: Decomposed, timings: dict[str, Timing]) -> Site | Skip:
+        """Move one layer to the ranks that its timings favour."""
+        chosen = self._choose(layer, timings)
+        _apply(gm, name, layer, chosen, timings)
+        if chosen == layer.ranks:
+            text = f"rank {ranks_text(layer.ranks)} stays: no step below it pays"
             return Skip(name, Reason("no-faster-rank", text))
-        return Site(name, False, _note(place, chosen, timings), timings, chosen, place.ranks)
+        return Site(name, False, _note(layer, chosen, timings), timings, chosen, layer.ranks)
 
     def _stopwatch(self) -> Stopwatch:
         return Stopwatch(self.compile, self.seconds, self.cache, self.timer)
 
-    def _candidates(self, place: Decomposed) -> list[Ranks]:
+    def _candidates(self, layer: Decomposed) -> list[Ranks]:
         """Return the ranks to time, from the present one downward."""
-        lowest: Ranks = tuple(None if r is None else math.ceil(self.floor * r) for r in place.ranks)
+        lowest: Ranks = tuple(None if r is None else math.ceil(self.floor * r) for r in layer.ranks)
         if self.search == "grid":
-            return grid(place.ranks, lowest, channels_per_group(place.original)[2])
-        return [r for r in _scan(place.ranks) if reaches(r, lowest)]
+            return grid(layer.ranks, lowest, channels_per_group(layer.original)[2])
+        return [r for r in _scan(layer.ranks) if reaches(r, lowest)]
 
-    def _choose(self, place: Decomposed, timings: dict[str, Timing]) -> Ranks | None:
+    def _choose(self, layer: Decomposed, timings: dict[str, Timing]) -> Ranks | None:
         """Return the ranks to take; None is the original layer."""
-        candidates = self._candidates(place)
+        candidates = self._candidates(layer)
         if self.search == "algorithm1":
             chosen = _largest_drop(candidates, timings)
         else:
-            chosen = best_share(candidates, timings, lambda r: parameters(place.original, r), self.trade)
+            chosen = best_share(candidates, timings, lambda r: parameters(layer.original, r), self.trade)
         if timings[ranks_text(chosen)].faster():
             return chosen
         fastest = min(candidates, key=lambda r: timings[ranks_text(r)].ratio)
@@ -128,39 +126,39 @@ class Snap:
 
 @dataclass(frozen=True)
 class Decomposed:
-    """A decomposed layer: its original and the input that it sees, its present ranks, and what those were fitted to."""
+    """A decomposed layer: its original and that one's input, its present ranks, and what its factors were fitted to."""
 
-    where: Place
+    place: Place
     ranks: Ranks
     fit: Fit | None
 
     @property
     def original(self) -> nn.Module:
         """The original layer."""
-        return self.where.original
+        return self.place.original
 
 
-def _places(gm: fx.GraphModule) -> dict[str, Decomposed | Reason]:
+def _layers(gm: fx.GraphModule) -> dict[str, Decomposed | Reason]:
     """Return the decomposed layers by name, or why one cannot be timed."""
-    places: dict[str, Decomposed | Reason] = {}
+    layers: dict[str, Decomposed | Reason] = {}
     for node in gm.graph.nodes:
-        known = provenance(node)
-        if known is None or known.role not in ("first", "core", "last") or known.name in places:
+        origin = provenance(node)
+        if origin is None or origin.role not in ("first", "core", "last") or origin.name in layers:
             continue
-        if known.original is None:
-            places[known.name] = _NO_ORIGINAL
+        if origin.original is None:
+            layers[origin.name] = _NO_ORIGINAL
             continue
-        where = placed(node, known.original)
-        places[known.name] = where if isinstance(where, Reason) else Decomposed(where, known.ranks, _fit(gm, known))
-    return places
+        place = placed(node, origin.original)
+        layers[origin.name] = place if isinstance(place, Reason) else Decomposed(place, origin.ranks, _fit(gm, origin))
+    return layers
 
 
-def _fit(gm: fx.GraphModule, known: Provenance) -> Fit | None:
+def _fit(gm: fx.GraphModule, origin: Provenance) -> Fit | None:
     """Return what the layer's present factors were fitted to, if they were."""
-    if not known.fitted or known.original is None:
+    if not origin.fitted or origin.original is None:
         return None
-    found = statistics_of(n for n in gm.graph.nodes if (p := provenance(n)) is not None and p.name == known.name)
-    return found.fit(known.original) if found is not None else None
+    measured = statistics_of(n for n in gm.graph.nodes if (p := provenance(n)) is not None and p.name == origin.name)
+    return measured.fit(origin.original) if measured is not None else None
 
 
 def _scan(ranks: Ranks) -> list[Ranks]:
@@ -182,14 +180,14 @@ def _largest_drop(candidates: Sequence[Ranks], timings: dict[str, Timing]) -> Ra
     return best
 
 
-def _apply(gm: fx.GraphModule, name: str, place: Decomposed, ranks: Ranks | None, timings: dict[str, Timing]) -> None:
+def _apply(gm: fx.GraphModule, name: str, layer: Decomposed, ranks: Ranks | None, timings: dict[str, Timing]) -> None:
     if ranks is None:
         restore(gm, name, latency=timings[ORIGINAL].seconds)
         return
     seconds = timings[ranks_text(ranks)].seconds
     parts: nn.Sequential | None = None
-    if ranks != place.ranks:
-        parts, error = decomposed(place.original, ranks, fit=place.fit)
+    if ranks != layer.ranks:
+        parts, error = decomposed(layer.original, ranks, fit=layer.fit)
         gm.set_submodule(name, parts)
     for role, _ in gm.get_submodule(name).named_children():
         for node in calls(gm, f"{name}.{role}"):
@@ -201,12 +199,12 @@ def _apply(gm: fx.GraphModule, name: str, place: Decomposed, ranks: Ranks | None
                 infer_shape(node, parts.get_submodule(p.role))
 
 
-def _note(place: Decomposed, chosen: Ranks | None, timings: dict[str, Timing]) -> str:
-    before = timings[ranks_text(place.ranks)]
+def _note(layer: Decomposed, chosen: Ranks | None, timings: dict[str, Timing]) -> str:
+    before = timings[ranks_text(layer.ranks)]
     if chosen is None:
-        return f"original back: rank {ranks_text(place.ranks)} takes {before.ratio:.2f} of its time"
+        return f"original back: rank {ranks_text(layer.ranks)} takes {before.ratio:.2f} of its time"
     after = timings[ranks_text(chosen)]
     return (
-        f"rank {ranks_text(place.ranks)} → {ranks_text(chosen)}: "
+        f"rank {ranks_text(layer.ranks)} → {ranks_text(chosen)}: "
         f"{before.ratio:.2f} → {after.ratio:.2f} of the original's time"
     )
