@@ -76,6 +76,7 @@ def compare(
         # Alternate the direction, so that no variant always runs in the wake of the same one.
         for name in list(variants)[:: 1 if done % 2 else -1]:
             variants[name]()  # brings its weights into the caches again, as in deployment
+            wait()
             samples[name].append(_sample(variants[name], repeats[name], wait, clock))
         if done >= _ROUNDS[0]:
             timings = {name: _timing(s, samples[reference]) for name, s in samples.items()}

@@ -52,6 +52,21 @@ def test_compare_interleaves_and_alternates(clock, measure):
     assert rounds == ["aabbcc", "ccbbaa"] * 3 + ["aabbcc"]
 
 
+def test_what_a_device_still_computes_does_not_count_for_the_next_sample(clock, monkeypatch):
+    """An accelerator takes calls and computes later; ``synchronize`` waits for all of them."""
+    pending = []
+
+    def synchronize(device):
+        clock.now += sum(pending)
+        pending.clear()
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    calls = {"a": lambda: pending.append(1e-4), "b": lambda: pending.append(2e-3)}
+    timings = compare(calls, torch.device("cuda"), clock=clock.perf_counter)
+    assert (timings["a"].seconds, timings["b"].seconds) == pytest.approx((1e-4, 2e-3), rel=1e-9)
+    assert timings["b"].ratio == pytest.approx(20, rel=1e-9)
+
+
 def test_a_drift_of_the_machine_leaves_the_ratios(clock, measure):
     def drifting(cost):
         return lambda ran: cost * (1 + (max(0, ran - 6) // 4) ** 2)  # four calls a round after six to warm up
