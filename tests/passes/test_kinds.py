@@ -17,7 +17,6 @@ from fxlrd.graph.surgery import calls
 from fxlrd.layers.kinds import TRANSPOSED
 from fxlrd.layers.weights import weight_blocks
 from fxlrd.passes import Allocate, Branch, Calibrate, Decompose, Freeze, Merge, Refit, Snap
-from fxlrd.passes.snap import _places
 from fxlrd.timing.layers import placed
 from fxlrd.timing.workload import example, layout
 from tests.support.kinds import KINDS
@@ -246,7 +245,8 @@ def test_snap_times_volumes_in_their_memory_format():
     core = gm.get_submodule("0.core").weight
     assert core.is_contiguous(memory_format=torch.channels_last_3d)
     assert not core.is_contiguous()
-    where = _places(gm)["0"].where
+    first = calls(gm, "0.first")[0]
+    where = placed(first, provenance(first).original)
     assert where.layout == "channels_last_3d"
     timed = example(where.shape, where.dtype, where.layout, where.device)
     assert timed.stride() == x.stride()
