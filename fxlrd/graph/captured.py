@@ -26,6 +26,7 @@ from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import Slot, call_for, copies, install_layers, record
 from fxlrd.graph.run import counting, evaluating, isolated, run
 from fxlrd.graph.surgery import called, fork
+from fxlrd.layers.described import DescribedFactors
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -54,6 +55,7 @@ class Whole:
             run: copies of it are.
         modules: the modules that the graph calls, by name, as they were captured.
         alike: those of the user's modules that stock layers in ``modules`` stand in for, by name.
+        described: the layers whose weight forward asks for its dtype, device or shape.
         outside: parameters and FLOPs that no node of the graph stands for, where the result keeps them.
     """
 
@@ -64,6 +66,7 @@ class Whole:
     model: nn.Module | None = field(default=None, repr=False)
     modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
     alike: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
+    described: frozenset[str] = frozenset()
     outside: Cost = NOTHING
 
     user_forward = False
@@ -121,7 +124,7 @@ class Whole:
 
     def install(self, gm: fx.GraphModule, into: nn.Module) -> dict[str, nn.Module]:
         """Put the graph's layers into a model under their names; return the modules that were there, to undo it."""
-        return install_layers(into, gm, self.modules)
+        return install_layers(into, gm, self.modules, self.described)
 
     def difference_inside(self, model: nn.Module, gm: fx.GraphModule) -> Difference:
         """Return how far ``model``, with the graph's layers installed, is from the graph on the example inputs."""
@@ -150,6 +153,7 @@ class Regions:
         slots: the calls that the graph's placeholders stand for, in their order.
         example: what the slots get for the example ``inputs``.
         outside: parameters and FLOPs of the model that no region has.
+        described: the layers whose weight other code asks for its dtype, device or shape.
     """
 
     inputs: Inputs
@@ -161,6 +165,7 @@ class Regions:
     outside: Cost = NOTHING
     warnings: tuple[str, ...] = ()
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    described: frozenset[str] = frozenset()
 
     user_forward = True
 
@@ -209,7 +214,7 @@ class Regions:
 
     def install(self, gm: fx.GraphModule, into: nn.Module) -> dict[str, nn.Module]:
         """Put the graph's layers into a model under their names; return the modules that were there, to undo it."""
-        return install_layers(into, gm, self.modules)
+        return install_layers(into, gm, self.modules, self.described)
 
     def difference_inside(self, model: nn.Module, gm: fx.GraphModule) -> Difference:
         """Return how far the regions of ``model``, with the graph's layers installed, are from the graph.
@@ -230,7 +235,9 @@ class Regions:
     def is_container_of_factors(self, name: str) -> bool:
         """Whether the module ``name`` of the user's model holds the factors of an earlier compression."""
         module = self.model.get_submodule(name)
-        return type(module) is nn.Sequential and {part for part, _ in module.named_children()} <= set(FACTORS)
+        return type(module) in (nn.Sequential, DescribedFactors) and {
+            part for part, _ in module.named_children()
+        } <= set(FACTORS)
 
     def fed_by_the_original(self, node: fx.Node | None) -> bool:
         """Whether the node is an argument of a region, which the original model computes."""

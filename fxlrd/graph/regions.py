@@ -8,6 +8,7 @@ names.
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from fxlrd.graph.facts import provenance
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import run, set_mode
 from fxlrd.graph.surgery import called, chained
+from fxlrd.layers.described import DescribedFactors
 from fxlrd.layers.kinds import LAYERS, OPTIONS
 
 CALLS = 32
@@ -119,25 +121,32 @@ def copies(value: Any) -> Any:
 
 
 def install_layers(
-    model: nn.Module, gm: fx.GraphModule, captured_modules: Mapping[str, nn.Module]
+    model: nn.Module, gm: fx.GraphModule, captured_modules: Mapping[str, nn.Module], described: Collection[str] = ()
 ) -> dict[str, nn.Module]:
     """Put what ``gm`` calls in the place of ``captured_modules`` into ``model``, under their names.
 
-    Returns the modules that were there, by name: `set_modules` with those undoes it.
+    Returns the modules that were there, by name: `undo` with those undoes it. ``described`` are those whose weight
+    other code asks for its dtype, device or shape.
     """
     names = rewritten(gm, captured_modules)
     removed = _removed(gm, captured_modules)
     # The user's code still calls a layer that was composed into another one: the input is passed through.
-    return set_modules(
-        model, {name: nn.Identity() if name in removed else chained(gm.get_submodule(name)) for name in names}
-    )
+    modules = {name: nn.Identity() if name in removed else chained(gm.get_submodule(name)) for name in names}
+    return set_modules(model, modules, described)
 
 
-def set_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Put modules into ``model`` under their names, and return the replaced ones. Aliases stay one module."""
+def set_modules(
+    model: nn.Module, new: Mapping[str, nn.Module], described: Collection[str] = ()
+) -> dict[str, nn.Module]:
+    """Put modules into ``model`` under their names, and return the replaced ones. Aliases stay one module.
+
+    Factors of layers in ``described`` answer for the layer's weight, see `fxlrd.layers.described`.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     replaced = {}
     for name, module in new.items():
+        if name in described and type(module) is nn.Sequential:
+            module = DescribedFactors(OrderedDict(module.named_children()))
         for alias in [alias for alias, m in modules.items() if m is modules[name]]:
             replaced[alias] = modules[alias]
             describe(module, modules[alias])
@@ -154,10 +163,14 @@ def undo(model: nn.Module, replaced: Mapping[str, nn.Module]) -> None:
 
 def describe(new: nn.Module, old: nn.Module) -> None:
     """Leave on a layer's factors what the user's code may read from the layer: its strides, its features."""
-    if type(new) is nn.Sequential:
-        for name in DESCRIBING:
-            if hasattr(old, name):
-                setattr(new, name, getattr(old, name))
+    if not isinstance(new, nn.Sequential):
+        return
+    for name in DESCRIBING:
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    if isinstance(new, DescribedFactors):
+        own = {name: None if p is None else tuple(p.shape) for name, p in old._parameters.items()}
+        new.described = old.described if isinstance(old, DescribedFactors) else own
 
 
 def rewritten(gm: fx.GraphModule, captured_modules: Mapping[str, nn.Module]) -> set[str]:

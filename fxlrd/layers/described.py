@@ -7,8 +7,7 @@ it is asked for: dtype and device are those that the factors have by then.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -71,31 +70,26 @@ class Description(Tensor):
 
 
 class DescribedFactors(nn.Sequential):
-    """The factors of a layer; its parameters, by the names that they had in the layer, are descriptions.
+    """The factors of a layer, and a description in the place of each parameter of the layer.
 
-    >>> factors = DescribedFactors(nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 8)), nn.Linear(4, 8))
+    Attributes:
+        described: the shapes of these parameters, by name; None for one that the layer does not have.
+
+    >>> factors = DescribedFactors(nn.Linear(4, 2, bias=False), nn.Linear(2, 8))
+    >>> factors.described = {"weight": (8, 4)}
     >>> factors.half().weight
     Description([8, 4], torch.float16, cpu)
     """
 
-    def __init__(self, factors: nn.Sequential, layer: nn.Module) -> None:
-        super().__init__(OrderedDict(factors.named_children()))
-        self.training = factors.training
-        own = layer._parameters.items()
-        self.described = {name: None if p is None else tuple(p.shape) for name, p in own if name not in self._modules}
+    described: Mapping[str, tuple[int, ...] | None] = {}
 
     def __getattr__(self, name: str) -> Any:
-        """Return the description of a parameter of the layer, None for one that it did not have, or a module's own."""
-        described: dict[str, tuple[int, ...] | None] = self.__dict__.get("described", {})
-        if name not in described:
+        """Return the description of a parameter of the layer, or an attribute of every module."""
+        if name not in self.described:
             return super().__getattr__(name)
-        shape = described[name]
+        shape = self.described[name]
         if shape is None:
             return None
-        like = next(_tensors(self))
+        like = next(chain(self.parameters(), self.buffers()))
         tensor = torch.empty((), dtype=like.dtype, device=like.device).expand(shape)
-        return tensor.as_subclass(Description) if type(tensor) is Tensor else tensor  # not so while it is exported
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return chain(module.parameters(), module.buffers())
+        return tensor.as_subclass(Description) if type(tensor) is Tensor else tensor  # a fake one, for torch.export

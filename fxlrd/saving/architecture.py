@@ -24,6 +24,7 @@ from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import install_layers
 from fxlrd.graph.run import run
 from fxlrd.graph.surgery import called, fork
+from fxlrd.layers.described import DescribedFactors
 from fxlrd.layers.kinds import LAYERS
 from fxlrd.saving.descriptions import descriptions
 from fxlrd.saving.schema import Origin
@@ -70,15 +71,17 @@ def origin_of(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     gone = {n for n, m in replaced.items() if type(modules[n]) is nn.Identity and type(m) is not nn.Identity}
+    described = {name for name in replaced if isinstance(modules[name], DescribedFactors)}
     before = recall(original)
     if before is None:
         first_names = dict(model.named_modules())  # one name of each module, as graphs have it
-        described = descriptions(model, {name: m for name, m in replaced.items() if name in first_names})
-        return Origin(described, tuple(sorted(gone)), arguments, source=None)
+        modules_before = descriptions(model, {name: m for name, m in replaced.items() if name in first_names})
+        return Origin(modules_before, tuple(sorted(gone)), arguments, None, tuple(sorted(described)))
     gone -= {name for name in gone if _is_factor(name, before)}
     if before.arguments is not None or arguments is not None:
         arguments = {**(before.arguments or {}), **(arguments or {})}
-    return replace(before, gone=tuple(sorted({*before.gone, *gone})), arguments=arguments)
+    gone, described = {*before.gone, *gone}, {*before.described, *described}
+    return replace(before, gone=tuple(sorted(gone)), arguments=arguments, described=tuple(sorted(described)))
 
 
 def _is_factor(name: str, origin: Origin) -> bool:
@@ -100,7 +103,7 @@ def origin_of_graph(model: nn.Module, original: fx.GraphModule, gm: fx.GraphModu
     model = wrapped(model)
     try:
         target = structural_copy(model)
-        replaced = install_layers(target, gm, was)
+        replaced = install_layers(target, gm, was, capture.described)
         in_graph = {id(t) for t in chain(gm.parameters(), gm.buffers())}
         dropped = any(id(t) not in in_graph for t in chain(target.parameters(), target.buffers()))
         if not dropped and _same_outputs(target, gm, inputs):

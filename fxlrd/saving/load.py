@@ -25,7 +25,7 @@ from fxlrd.graph.run import evaluating
 from fxlrd.saving.architecture import remember, wrapped
 from fxlrd.saving.descriptions import mismatch
 from fxlrd.saving.placement import Slots, place, put
-from fxlrd.saving.schema import Architecture, Factors, LayerSpec, Origin, Plan, TensorTable
+from fxlrd.saving.schema import Architecture, Origin, Plan, TensorTable
 from fxlrd.saving.specs import module_of
 from fxlrd.saving.storage import check_weights, read_plan
 from fxlrd.saving.tensors import attributes, joined, parents, registered
@@ -82,7 +82,7 @@ def _loaded(folder: Path, plan: Plan, model: nn.Module) -> nn.Module:
     model = wrapped(model)
     target = _target(folder, plan.architecture, model)
     devices = {name: tensor.device for name, tensor in registered(target).items()}
-    devices |= _put_layers(folder, plan.layers, target)
+    devices |= _put_layers(folder, plan, target)
     _fill(check_weights(folder, plan.weights), plan.tensors, target, devices)
     _check_no_meta(target)
     _set_modes(target, plan.training)
@@ -105,13 +105,14 @@ def _target(folder: Path, architecture: Architecture, model: nn.Module) -> nn.Mo
     return graph
 
 
-def _put_layers(folder: Path, layers: Mapping[str, LayerSpec | Factors], target: nn.Module) -> dict[str, torch.device]:
+def _put_layers(folder: Path, plan: Plan, target: nn.Module) -> dict[str, torch.device]:
     """Put empty layers into the architecture, and return the devices of those that they replace, by name."""
     modules = dict(target.named_modules(remove_duplicate=False))
-    for name in layers:
+    for name in plan.layers:
         if not name or name not in modules:
             raise FxlrdError(f"load: {folder}: the model has no module {name[:80]!r}: {_REMEDY}")
-    replaced = set_modules(target, {name: module_of(name, spec) for name, spec in layers.items()})
+    new = {name: module_of(name, spec) for name, spec in plan.layers.items()}
+    replaced = set_modules(target, new, plan.architecture.described)
     return {name: tensor.device for name, old in replaced.items() for tensor in registered(old).values()}
 
 

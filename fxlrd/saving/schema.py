@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fxlrd.errors import FxlrdError
 from fxlrd.graph.facts import FACTORS
@@ -23,6 +23,7 @@ VERSION = 1
 KINDS = {kind.__name__: kind for kind in OPTIONS}
 """The classes of the modules that a plan may put into a model."""
 
+A = TypeVar("A", bound="Architecture")
 Json = Any
 Digest = Annotated[str, Check("64 hexadecimal digits", re.compile("[0-9a-f]{64}").fullmatch)]
 Count = Annotated[int, Check("an integer from 0 to 2**31 - 1", lambda n: 0 <= n < 2**31)]
@@ -86,6 +87,17 @@ class Architecture(Record):
     and these arguments of forward are frozen in it."""
     source: str | None
     """How the command line names the original."""
+    described: tuple[str, ...] = ()
+    """Names of layers whose weight the model's code asks for its dtype, device or shape. No key where there is none."""
+
+    @classmethod
+    def from_json(cls: type[A], value: Any, path: str = "") -> A:
+        """Return the architecture; plans without described layers do not say so."""
+        return super().from_json({"described": [], **value} if type(value) is dict else value, path)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the architecture for JSON."""
+        return {k: v for k, v in super().to_json().items() if k != "described" or v}
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ class Origin(Architecture):
     @property
     def architecture(self) -> Architecture:
         """What a plan says of it."""
-        return Architecture(self.modules, self.gone, self.arguments, self.source)
+        return Architecture(self.modules, self.gone, self.arguments, self.source, self.described)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import nn
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.facts import FACTORS
 from fxlrd.graph.surgery import chained
+from fxlrd.layers.described import DescribedFactors
 from fxlrd.layers.kinds import OPTIONS, make, options
 from fxlrd.saving.descriptions import description
 from fxlrd.saving.schema import KINDS, Factors, LayerSpec
@@ -17,7 +18,7 @@ from fxlrd.saving.schema import KINDS, Factors, LayerSpec
 def spec_of(name: str, module: nn.Module) -> LayerSpec | Factors:
     """Return class and options of the module ``name``, or those of the factors that it holds."""
     module = chained(module)
-    if type(module) is not nn.Sequential or not set(module._modules) <= set(FACTORS):
+    if type(module) not in (nn.Sequential, DescribedFactors) or not set(module._modules) <= set(FACTORS):
         return _layer_spec(name, module)
     if extra := description(module).shapes:
         raise FxlrdError(f"save: {name}: {', '.join(extra)} beside its factors: load makes no layer with that")
