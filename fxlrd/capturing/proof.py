@@ -125,8 +125,8 @@ class Original:
         if not self._gradients:
             with torch.no_grad():
                 return _copied(call(model, self._other)), None
-        # No backward pass is made, so nothing is saved for one: where gradients go is read off the autograd graph.
-        with torch.enable_grad(), saved_tensors_hooks(lambda _: None, _no_backward):
+        # Where gradients go is read off the autograd graph.
+        with torch.enable_grad(), not_saving_for_backward():
             outputs = tensors(call(model, self._other))
         return _copied(outputs), _gradients_of(outputs)
 
@@ -186,6 +186,11 @@ class _OtherInputsError(Exception):
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))
         self.cause = cause
+
+
+def not_saving_for_backward() -> saved_tensors_hooks:
+    """Return a context in which nothing is saved for a backward pass, which is never made."""
+    return saved_tensors_hooks(lambda _: None, _no_backward)
 
 
 def same(outputs: list[Tensor], expected: list[Tensor]) -> bool:

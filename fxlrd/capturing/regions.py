@@ -19,19 +19,19 @@ import keyword
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxlrd.capturing.proof import Original, same
+from fxlrd.capturing.reads import has_weights
 from fxlrd.capturing.tracing import check_names, trace, train_path_differs
 from fxlrd.capturing.watch import (
     Observation,
     asked_for,
     blocked_modules,
-    has_weights,
     is_opaque,
     named_layers,
     observe,
@@ -116,7 +116,8 @@ def capture_regions_of(original: Original) -> fx.GraphModule:
     modules = called(gm)
     outside = Cost(cost.params(model) - cost.params(gm), max(0, original.flops - cost.flops(gm)))
     not_in_graph = {name: entry for name, entry in left_out.items() if name not in modules}
-    captured.record(gm, Regions(original.inputs, not_in_graph, model, modules, slots, example, outside))
+    regions_record = Regions(original.inputs, not_in_graph, model, modules, slots, example, outside)
+    captured.record(gm, replace(regions_record, described=observation.described))
     return gm
 
 
@@ -138,7 +139,8 @@ def _proven_regions(
             blocked.update({region.name: UNLIKE for region in failing if region.graph is None})
             refused.update(region.name for region in failing)
             continue
-        asked = asked_for(original, [name for region in regions for name in region.layer_names()])
+        names = [name for region in regions for name in region.layer_names()]
+        asked = asked_for(original, names, observation.described)
         if not asked:
             return regions, calls
         blocked.update(dict.fromkeys(asked, ASKED))

@@ -22,8 +22,10 @@ import torch
 from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 
+from fxlrd.capturing.descriptions import without_described_weights
 from fxlrd.errors import CaptureError, FxlrdError, one_line
 from fxlrd.graph.copies import structural_copy
+from fxlrd.graph.facts import described_layers
 from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import isolated, set_mode
@@ -76,14 +78,17 @@ class _Tracer(fx.Tracer):
     torch.fx patches nn.Module for the process while it traces. Calls and attributes in other threads pass through; of
     this class one traces at a time, since each puts back what it found.
 
-    ``failed_in`` names the innermost module whose forward could not be traced.
+    Attributes:
+        failed_in: the innermost module whose forward could not be traced.
+        layer_names: the names of the layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.failed_in: str | None = None
         # Determined now: while torch.fx traces, a module cannot be run to see what it computes.
-        self._layers = {id(m) for m in model.modules() if is_layer(m)}
+        self.layer_names = {n for n, m in model.named_modules(remove_duplicate=False) if is_layer(m)}
+        self._layers = {id(model.get_submodule(n)) for n in self.layer_names}
         self._thread = threading.get_ident()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -133,7 +138,7 @@ def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, lis
     buffers. Raises CaptureError, naming the module and the line, where it cannot be traced.
     """
     traced = structural_copy(model)
-    graph = _graph(traced, frozen, training=False)
+    graph, described = _graph(traced, frozen, training=False)
     check_names({str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")})
     _restore_argument_names(traced, graph, frozen)
     graph._tracer_cls = None  # pickles of the graph then need plain torch.fx only
@@ -142,6 +147,7 @@ def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, lis
         if name.startswith(CONSTANT):
             setattr(root, name, value)
     gm = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    described_layers.record(gm, frozenset(described))
     set_container_mode(gm, training=False)
     arguments = [f"{name}={value!r}" for name, value in frozen.items()]
     warnings = [f"frozen arguments of forward: {', '.join(arguments)}"] if arguments else []
@@ -150,8 +156,11 @@ def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, lis
     return gm, warnings
 
 
-def _graph(model: nn.Module, frozen: dict[str, Any], training: bool) -> fx.Graph:
-    """Trace a copy of a module, on which that leaves what it does; see `trace`."""
+def _graph(model: nn.Module, frozen: dict[str, Any], training: bool) -> tuple[fx.Graph, set[str]]:
+    """Trace a copy of a module, on which that leaves what it does; see `trace`.
+
+    Return the graph, and the layers that it asks for the dtype, device or shape of their weight.
+    """
     set_mode(model, training)
     _use_own_forward(model)
     tracer = _Tracer(model)
@@ -166,7 +175,7 @@ def _graph(model: nn.Module, frozen: dict[str, Any], training: bool) -> fx.Graph
         ) from error
     _plain_checks(graph)
     graph.eliminate_dead_code(partial(_is_impure, model))
-    return graph
+    return graph, without_described_weights(graph, model, tracer.layer_names, CONSTANT)
 
 
 def _use_own_forward(model: nn.Module) -> None:
@@ -227,7 +236,7 @@ def _restore_argument_names(model: nn.Module, graph: fx.Graph, frozen: dict[str,
 def train_path_differs(model: nn.Module, frozen: dict[str, Any], gm: fx.GraphModule) -> bool:
     """Whether the trace in training mode is another graph than ``gm``, the trace in eval mode."""
     try:
-        graph = _graph(structural_copy(model), frozen, training=True)
+        graph, _ = _graph(structural_copy(model), frozen, training=True)
     except CaptureError:  # whatever stops the trace, training takes another path
         return True
     return _structure(graph) != _structure(gm.graph)

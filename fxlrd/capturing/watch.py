@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxlrd.capturing.proof import Original, same
+from fxlrd.capturing.proof import Original, not_saving_for_backward, same
+from fxlrd.capturing.reads import Reads, noting_reads
 from fxlrd.errors import Reason
 from fxlrd.graph.captured import Unreached
 from fxlrd.graph.copies import structural_copy
-from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads, hooked, owners, shared_parameter
+from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads, owners, shared_parameter
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.regions import describe, plain
-from fxlrd.graph.run import counted
+from fxlrd.graph.regions import plain, set_modules
+from fxlrd.graph.run import called_on, counting, evaluating, isolated, set_mode
 from fxlrd.layers.kinds import LAYERS, as_layer, op
 from fxlrd.layers.stand_ins import is_layer, stand_in
-
-_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass
@@ -47,11 +45,13 @@ class Observation:
 
     Attributes:
         calls: the calls of each module that was called, by the module's name.
-        readers: for each module whose parameters or buffers other code read, which code did.
+        readers: for each module of which other code read values of parameters or buffers, which code did.
+        described: the layers of which other code asked for a parameter, be it for its dtype, device or shape.
     """
 
     calls: Mapping[str, Calls]
     readers: Mapping[str, Reason]
+    described: frozenset[str]
 
     def count(self, name: str) -> int:
         """Return how often the module was called."""
@@ -61,15 +61,19 @@ class Observation:
 def observe(original: Original) -> Observation:
     """Run copies of the model on the example inputs and return what they did."""
     instrumented = structural_copy(original.model)
-    readers = _note_readers(instrumented)
-    outputs, calls = _run_noting_calls(instrumented, original.inputs)
+    reads = Reads()
+    outputs, calls = _run_noting_calls(instrumented, original.inputs, noting_reads(instrumented, reads))
     if not same(tensors(outputs), original.behaviour.outputs):
         # The model checks `type(layer)`: the instrumented subclasses changed what it does. Observe it without them.
-        _, calls = _run_noting_calls(structural_copy(original.model), original.inputs)
-    return Observation(calls, readers)
+        _, calls = _run_noting_calls(structural_copy(original.model), original.inputs, counting())
+    in_training = _reads_in_training(original)
+    described = frozenset(reads.described | in_training.described)
+    return Observation(calls, {**in_training.values, **reads.values}, described)
 
 
-def _run_noting_calls(model: nn.Module, inputs: Inputs) -> tuple[Any, dict[str, Calls]]:
+def _run_noting_calls(
+    model: nn.Module, inputs: Inputs, context: AbstractContextManager[Any]
+) -> tuple[Any, dict[str, Calls]]:
     calls: dict[str, Calls] = {}
 
     def note(name: str) -> Any:
@@ -88,45 +92,22 @@ def _run_noting_calls(model: nn.Module, inputs: Inputs) -> tuple[Any, dict[str, 
         if name and not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
-        return counted(model, inputs)[0], calls
+        with evaluating(model), isolated(model), torch.no_grad(), context:
+            return called_on(model, inputs), calls
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _note_readers(model: nn.Module) -> dict[str, Reason]:
-    """Instrument a copy of a model; the returned dict fills while it runs: code that reads a module's parts."""
-    readers: dict[str, Reason] = {}
-    for name, module in model.named_modules():
-        if has_weights(module) and not hooked(module):
-            _instrument(name, module, readers)
-    return readers
-
-
-def _instrument(name: str, module: nn.Module, readers: dict[str, Reason]) -> None:
-    """Give the module a subclass of its class that notes when code other than its forward reads its parts."""
-    depth = 0
-    cls = type(module)
-
-    class Instrumented(cls):  # type: ignore[misc, valid-type]
-        @functools.wraps(cls.forward)
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            nonlocal depth
-            depth += 1
-            try:
-                return super().forward(*args, **kwargs)
-            finally:
-                depth -= 1
-
-        def __getattribute__(self, attribute: str) -> Any:
-            if attribute in _PARTS and not depth and (caller := sys._getframe(1)).f_locals.get("self") is not self:
-                reader = getattr(caller.f_code, "co_qualname", caller.f_code.co_name)
-                readers.setdefault(name, Reason("weight-read", f"its {attribute} is read by {reader} directly"))
-            return super().__getattribute__(attribute)
-
-    for attribute in ("__name__", "__qualname__", "__module__"):
-        setattr(Instrumented, attribute, getattr(cls, attribute))
-    module.__class__ = Instrumented
+def _reads_in_training(original: Original) -> Reads:
+    """Return what a copy of the model reads in training mode, until it fails if it does: it may want labels."""
+    model = structural_copy(original.model)
+    set_mode(model, True)
+    reads = Reads()
+    noting = noting_reads(model, reads, ", in training mode")
+    with isolated(model), torch.enable_grad(), not_saving_for_backward(), suppress(Exception), noting:
+        called_on(model, original.inputs)
+    return reads
 
 
 def blocked_modules(model: nn.Module, observation: Observation) -> dict[str, Reason]:
@@ -182,34 +163,29 @@ def unreached(
     return entries
 
 
-def asked_for(original: Original, names: Sequence[str]) -> set[str]:
+def asked_for(original: Original, names: Sequence[str], described: Collection[str]) -> set[str]:
     """Return the layers that cannot be inside another module without the model doing something else.
 
     The set is empty if two runs of the model itself differ.
     """
 
     def affecting(some: Sequence[str]) -> set[str]:
-        if _unaffected(original, some):
+        if _unaffected(original, some, described):
             return set()
         half = len(some) // 2
         return affecting(some[:half]) | affecting(some[half:]) if half else set(some)
 
-    if _unaffected(original, names) or not _unaffected(original, ()):
+    if _unaffected(original, names, described) or not _unaffected(original, (), described):
         return set()
     return affecting(names)
 
 
-def _unaffected(original: Original, names: Sequence[str]) -> bool:
+def _unaffected(original: Original, names: Sequence[str], described: Collection[str]) -> bool:
     """Whether the model does the same with each of the layers inside a Sequential, as factors are."""
     wrapped = structural_copy(original.model)
     modules = dict(wrapped.named_modules(remove_duplicate=False))
-    for name in names:
-        layer = modules[name]
-        container = nn.Sequential(OrderedDict(first=stand_in(layer) or layer))
-        container.training = layer.training
-        describe(container, layer)
-        for alias in [alias for alias, module in modules.items() if module is layer]:
-            wrapped.set_submodule(alias, container)
+    containers = {name: nn.Sequential(OrderedDict(first=stand_in(modules[name]) or modules[name])) for name in names}
+    set_modules(wrapped, containers, described)
     return original.difference(wrapped) is None
 
 
@@ -224,9 +200,3 @@ def is_opaque(module: nn.Module) -> bool:
         return True
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict, *LAYERS)
     return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, containers)
-
-
-def has_weights(module: nn.Module) -> bool:
-    """Whether a pass may put another module in the place of this one: a layer, a norm, an activation with weights."""
-    own = module._parameters or module._buffers
-    return is_layer(module) or (bool(own) and type(module).__module__.startswith("torch.nn.modules"))

@@ -7,6 +7,7 @@ run time. The captured graph is run and compared with the model before it is ret
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fxlrd.capturing.proof import Original, same
 from fxlrd.capturing.tracing import constants, trace, train_path_differs
 from fxlrd.errors import CaptureError, FxlrdError, Reason
 from fxlrd.graph.captured import Unreached, Whole, captured, feed, propagate_once
+from fxlrd.graph.facts import described_layers
 from fxlrd.graph.guards import (
     MORE_INPUTS,
     NEVER_CALLED,
@@ -77,7 +79,8 @@ def capture_whole(original: Original) -> fx.GraphModule:
     annotate(gm)
     unreached = _unreached(model, gm)
     warnings += _never_called(unreached)
-    captured.record(gm, Whole(inputs, unreached, tuple(warnings), model=model, modules=called(gm), alike=alike))
+    record = Whole(inputs, unreached, tuple(warnings), model=model, modules=called(gm), alike=alike)
+    captured.record(gm, replace(record, described=described_layers(gm) or frozenset()))
     _check(gm, original)
     return gm
 

@@ -85,6 +85,8 @@ output_moments: Fact[dict[tuple[int, int], Moments]] = Fact("moments", dict)
 """The moments of the tensor that a node makes, by (channel axis, entries per channel)."""
 retained_channels = Fact("retained_channels", Tensor)
 """The indices of the original layer's output channels that a merged layer still makes."""
+described_layers: Fact[frozenset[str]] = Fact("described", frozenset)
+"""The layers that a trace asked for the dtype, device or shape of their weight: on its graph module."""
 _times = Fact("times", int)
 
 

@@ -279,13 +279,52 @@ def reads_weight(self, x):
     return F.linear(self.a(x), self.fc.weight, self.fc.bias)
 
 
-def reads_dtype(self, x):
-    return self.fc(self.a(x).to(self.fc.weight.dtype))
+def reads_a_row(self, x):
+    return self.fc(self.a(x)) + self.fc.weight[0]
 
 
-@pytest.mark.parametrize("forward", [reads_weight, reads_dtype])
+def reads_parameters(self, x):
+    return self.fc(self.a(x)) * sum(p.sum() for p in self.fc.parameters())
+
+
+def reads_in_training(self, x):
+    return F.linear(self.a(x), self.fc.weight) if self.training else self.fc(self.a(x))
+
+
+@pytest.mark.parametrize("forward", [reads_weight, reads_a_row, reads_parameters, reads_in_training])
 def test_a_weight_that_is_read(forward):
     assert reason(stopped(forward, a=linear(), fc=linear()), "fc") == "weight-read"
+
+
+def test_the_reason_names_the_reader_and_the_mode():
+    gm = capture_regions(stopped(reads_in_training, a=linear(), fc=linear()), X)
+    assert str(captured(gm).unreached["fc"].reason) == (
+        "its weight is read by reads_in_training directly, in training mode"
+    )
+
+
+def test_a_training_mode_that_fails_tells_what_it_read_until_then():
+    def forward(self, x):
+        if self.training:
+            self.fc.weight.sum()
+            raise ValueError("where are the labels?")
+        return self.fc(self.a(x))
+
+    assert reason(stopped(forward, a=linear(), fc=linear()), "fc") == "weight-read"
+
+
+def test_what_a_layers_own_method_reads_is_its_own_matter():
+    class Linear(nn.Linear):
+        def shape(self):
+            return self.weight.sum().shape
+
+    def forward(self, x):
+        self.fc.shape()
+        return self.a(self.fc(x))
+
+    model = stopped(forward, a=linear(), fc=Linear(8, 8))
+    gm = capture_regions(model, X)
+    assert captured(gm).unreached["fc"].reason == ASKED
 
 
 def asks_isinstance(self, x):
