@@ -19,9 +19,10 @@ from fxlrd.graph.compare import difference, rounding
 from fxlrd.graph.copies import independent_copy, structural_copy
 from fxlrd.graph.cost import NOTHING, Cost
 from fxlrd.graph.facts import forget
+from fxlrd.graph.fast_paths import restore, switches
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import undo
-from fxlrd.graph.run import counted, run
+from fxlrd.graph.run import counted
 from fxlrd.saving.architecture import origin_of, origin_of_graph, remember
 
 
@@ -89,20 +90,23 @@ def _restore_modes(result: nn.Module, model: nn.Module) -> None:
 
 def _inside(capture: Captured, gm: fx.GraphModule, model: nn.Module, inplace: bool, verify: bool) -> Installed:
     captured_model = capture.model or model
-    reference = run(structural_copy(captured_model), capture.inputs) if capture.user_forward and verify else None
+    compared = capture.user_forward and verify
+    reference = counted(structural_copy(captured_model), capture.inputs)[0] if compared else None
     target = model if inplace else structural_copy(captured_model)
+    fast_paths = switches(target)
     replaced = capture.install(gm, target)
     try:
         outputs, flops = _checked(capture, gm, target)
     except BaseException as error:
         undo(target, replaced)
+        restore(target, fast_paths)
         if not isinstance(error, FxlrdError):
             raise
         remedy = "name what reads them in skip=" if capture.user_forward else "use inplace=False"
         raise VerificationError(f"the model does not use its layers as its graph does ({error}); {remedy}") from error
     result = target if inplace else independent_copy(target)
     remember(result, origin_of(target, model, replaced))
-    output_error = _output_error(outputs, reference) if capture.user_forward and verify else None
+    output_error = _output_error(outputs, reference) if compared else None
     return Installed(result, True, capture.outside, flops, output_error)
 
 

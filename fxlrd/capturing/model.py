@@ -14,8 +14,10 @@ from fxlrd.errors import CaptureError
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Regions, Whole, captured, warn
 from fxlrd.graph.cost import Cost
+from fxlrd.graph.fast_paths import TRANSFORMERS
+from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import Inputs
-from fxlrd.graph.surgery import layers
+from fxlrd.graph.surgery import called, layers
 
 
 def capture_any(
@@ -34,6 +36,8 @@ def capture_any(
         gm = capture_whole(original)
     except CaptureError as error:
         gm = _regions(original, str(error).split(";")[0])
+    else:
+        gm = _opened(original, gm)
     record = captured(gm)
     assert record is not None
     if complete and isinstance(record, Whole):
@@ -42,6 +46,18 @@ def capture_any(
         record = replace(record, outside=outside)
     captured.record(gm, replace(record, weight_shapes=dict(weight_shapes or {})))
     return gm
+
+
+def _opened(original: Original, gm: fx.GraphModule) -> fx.GraphModule:
+    """Return the regions of a model whose graph calls a transformer of torch's as one module, with layers inside."""
+    closed = next((name for name, m in called(gm).items() if isinstance(m, TRANSFORMERS) and not hooked(m)), None)
+    if closed is None:
+        return gm
+    kind = type(gm.get_submodule(closed)).__name__
+    try:
+        return _regions(original, f"the layers inside {closed} ({kind}) would be no part of the graph")
+    except CaptureError:
+        return gm
 
 
 def _regions(original: Original, why: str) -> fx.GraphModule:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import keyword
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,9 +116,20 @@ def capture_regions_of(original: Original) -> fx.GraphModule:
     modules = called(gm)
     outside = Cost(cost.params(model) - cost.params(gm), max(0, original.flops - cost.flops(gm)))
     not_in_graph = {name: entry for name, entry in left_out.items() if name not in modules}
-    regions_record = Regions(original.inputs, not_in_graph, model, modules, slots, example, outside)
-    captured.record(gm, replace(regions_record, described=observation.described))
+    record = Regions(original.inputs, not_in_graph, model, modules, slots, example, outside)
+    captured.record(gm, replace(record, warnings=_fast_path_warnings(model, modules), described=observation.described))
     return gm
+
+
+def _fast_path_warnings(model: nn.Module, modules: Iterable[str]) -> tuple[str, ...]:
+    packing = [n for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+    affected = [name for name in packing if any(target.startswith(f"{name}." if name else "") for target in modules)]
+    if not affected:
+        return ()
+    return (
+        f"fast paths are off where layers inside are replaced, in {', '.join(n or 'the model' for n in affected)} "
+        "(TransformerEncoder): with src_key_padding_mask, outputs at padded positions are no longer zeros",
+    )
 
 
 def _proven_regions(

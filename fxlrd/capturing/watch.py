@@ -16,6 +16,7 @@ from fxlrd.capturing.reads import Reads, noting_reads
 from fxlrd.errors import Reason
 from fxlrd.graph.captured import Unreached
 from fxlrd.graph.copies import structural_copy
+from fxlrd.graph.fast_paths import TRANSFORMERS
 from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads, owners, shared_parameter
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import plain, set_modules
@@ -198,5 +199,5 @@ def is_opaque(module: nn.Module) -> bool:
     """Whether this is a module of torch's own whose forward may read the layers inside it rather than call them."""
     if hasattr(module, "_orig_mod"):  # what torch.compile returns
         return True
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict, *LAYERS)
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict, *TRANSFORMERS, *LAYERS)
     return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, containers)

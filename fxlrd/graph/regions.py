@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from fxlrd.graph.facts import provenance
+from fxlrd.graph.fast_paths import turn_off_around
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import run, set_mode
 from fxlrd.graph.surgery import called, chained
@@ -70,9 +72,13 @@ def record(model: nn.Module, inputs: Inputs, names: Collection[str]) -> dict[str
 
 
 def recorded_calls(model: nn.Module, names: Collection[str], run_model: Callable[[], Any]) -> dict[str, list[Call]]:
-    """Return the calls of the modules ``names`` of a model while ``run_model`` runs it."""
+    """Return the calls of the modules ``names`` of a model while ``run_model`` runs it.
+
+    Fast paths that read weights in the place of calling layers are off meanwhile.
+    """
     calls: dict[str, list[Call]] = {}
-    with _watching(model, names, lambda name, call: calls.setdefault(name, []).append(call), calls):
+    watching = _watching(model, names, lambda name, call: calls.setdefault(name, []).append(call), calls)
+    with watching, BaseTorchFunctionMode():
         run_model()
     return calls
 
@@ -140,7 +146,8 @@ def set_modules(
 ) -> dict[str, nn.Module]:
     """Put modules into ``model`` under their names, and return the replaced ones. Aliases stay one module.
 
-    Factors of layers in ``described`` answer for the layer's weight, see `fxlrd.layers.described`.
+    Factors of layers in ``described`` answer for the layer's weight, see `fxlrd.layers.described`. Fast paths around
+    the modules are turned off.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     replaced = {}
@@ -152,6 +159,7 @@ def set_modules(
             describe(module, modules[alias])
             set_mode(module, modules[alias].training)
             model.set_submodule(alias, module)
+    turn_off_around(model, replaced)
     return replaced
 
 
