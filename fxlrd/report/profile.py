@@ -51,6 +51,8 @@ WORTH, FELT = 0.1, 0.001
 """A layer is worth decomposing where that saves these shares of its own and of the model's time."""
 TOLERANCE = 0.1
 """Share by which a sum or a rate may exceed its bound, as timings are uncertain, before it is called untrue."""
+LOAD = 1.25
+"""Factor by which long computations may be slower than short ones before other load is mentioned."""
 DRIFT = 1.5
 """Factor by which the speed of the machine may change between timings before that is mentioned."""
 _FLOOR = 0.75
@@ -185,7 +187,7 @@ def profile(
         "threads": setting.threads,
         "torch": setting.torch_version,
     }
-    doubts = _doubts(rows, total, model_time.spread, stopwatch.drift)
+    doubts = _doubts(rows, total, model_time.spread, stopwatch)
     return Profile(type(model).__name__, setting.device, settings, total, peak, [asdict(row) for row in rows], doubts)
 
 
@@ -249,15 +251,19 @@ def _savings(
     return {"ranks": list(best), "ratio": ratio, "saves_ms": saves * 1e3, "worth": reason is None, "reason": reason}
 
 
-def _doubts(rows: Sequence[LayerTime], total: dict[str, Any], spread: float, drift: float) -> list[str]:
+def _doubts(rows: Sequence[LayerTime], total: dict[str, Any], spread: float, stopwatch: Stopwatch) -> list[str]:
     """Return which figures cannot be true or are uncertain, and why."""
     doubts = []
     if spread > TOLERANCE:
         doubts.append(f"the model's time is uncertain by ± {spread:.0%}; profile it again without other load")
-    if drift > DRIFT:
+    if stopwatch.load > LOAD:
         doubts.append(
-            f"the machine was up to {drift:.1f}× as fast or as slow when some of the layers were timed; their times "
-            "are scaled to its speed now"
+            f"there is other load on this machine: what lasts as long as the model takes {stopwatch.load:.1f}× its time"
+        )
+    if stopwatch.drift > DRIFT * stopwatch.load:
+        doubts.append(
+            f"the machine was up to {stopwatch.drift:.1f}× as fast or as slow when some of the layers were timed; "
+            "their times are scaled to its speed now"
         )
     share = total["layers_ms"] / total["latency_ms"]
     if share > 1 + TOLERANCE:

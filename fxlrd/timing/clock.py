@@ -86,6 +86,22 @@ def compare(
     return timings
 
 
+def once(
+    variants: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time each callable in a single call, after one to warm it up: about how long it takes. A `Timer`."""
+    wait = _synchronizer(device)
+    timings = {}
+    for name, call in variants.items():
+        call()
+        wait()
+        timings[name] = Timing(max(_sample(call, 1, wait, clock), 1e-9))
+    return timings
+
+
 def _sample(call: Callable[[], object], repeats: int, wait: Callable[[], None], clock: Callable[[], float]) -> float:
     start = clock()
     for _ in range(repeats):

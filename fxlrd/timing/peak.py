@@ -9,7 +9,7 @@ import torch
 from fxlrd.timing.multiply import multiply
 from fxlrd.timing.stopwatch import Stopwatch
 
-_SIZES = (512, 1024, 2048)
+_SIZES = (256, 512, 1024, 2048)
 _SLOW = 0.2
 """Seconds of a multiply above which no larger one is tried: the machine has no kernels for the dtype."""
 

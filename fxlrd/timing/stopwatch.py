@@ -1,33 +1,36 @@
 """The one way to the times of layers: cached or measured, all in seconds of the same minutes.
 
 A time in seconds is only comparable to one taken in the same minute: other load, the clock rate and the temperature
-change it. So each variant is timed beside the first of its signature and a reference kernel (`reference_kernel`). With
-t the times of those rounds and T those in the minute of this run, its seconds are
+change it. So each variant is timed beside the first of its signature, and that beside a reference kernel. With t the
+times of those rounds and T those in the minute of this run, the seconds of a variant are
 
     T(variant) = t(variant)/t(first) · t(first)/t(kernel) · T(kernel)
 
-whatever minute, or day, they were measured in; T(kernel) is measured once in a run. A model whose time is set against
-that of its layers is timed beside the kernel too.
+in whatever minute, or on whatever day, the ratios were measured. T(kernel) is measured once in a run. A model whose
+time is set against that of its layers is timed beside the kernel too.
+
+Beside other load a long computation is interrupted, and a short one seldom is. So the kernel is repeated until it lasts
+as long as what it is timed beside: then both are slowed down alike, and their ratio holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from fxlrd.graph.inputs import Inputs
 from fxlrd.timing.cache import Cache, Entry, Ratio, Setting
-from fxlrd.timing.clock import Timer, Timing, compare
+from fxlrd.timing.clock import Timer, Timing, compare, once
 from fxlrd.timing.models import device_of
 from fxlrd.timing.multiply import reference_kernel
 from fxlrd.timing.workload import Workload, time_workloads
 
-REFERENCE = "reference"
-"""The name that the reference kernel is timed by."""
-_KERNEL_SECONDS = 0.3
+REFERENCE, REFERENCE_ALONE = "reference", "reference, alone"
+"""The names that the reference kernel is timed by: repeated as often as fits, and once."""
+_KERNEL_REPEATS, _KERNEL_SECONDS, _MOST_REPEATS = 32, 0.3, 1000
 _SIDE_BY_SIDE = 10
 """Variants that are timed together, beside the first; each such group is stored as soon as it is timed."""
 
@@ -41,17 +44,21 @@ class Stopwatch:
         seconds: bounds the timing of the variants of one signature.
         cached: whether timings on disk are read and written.
         timer: what measures.
+        rough: what says roughly how long something takes.
         drift: the largest factor, at least 1, by which the reference kernel was faster or slower beside a timing that
             was asked for than it is in this run.
+        load: how many times as long the reference kernel took when it was repeated for as long as a model that was
+            timed: above 1 there is other load on the machine.
     """
 
     under_inductor: bool = False
     seconds: float = 1.5
     cached: bool = True
     timer: Timer = compare
+    rough: Timer = once
     drift: float = field(default=1.0, init=False)
+    load: float = field(default=1.0, init=False)
     _entries: dict[tuple[torch.device, str], Entry] = field(default_factory=dict, init=False, repr=False)
-    _kernels: dict[torch.device, Workload] = field(default_factory=dict, init=False, repr=False)
     _kernel_seconds: dict[torch.device, float] = field(default_factory=dict, init=False, repr=False)
 
     def times(
@@ -72,9 +79,10 @@ class Stopwatch:
             if self.cached:
                 Cache().store(Setting.current(device, self.under_inductor), signature, entry)
         assert entry is not None
-        seconds = self._seconds_of_kernel(device) / entry.reference.ratio
-        change = entry.reference_seconds / self._seconds_of_kernel(device)
+        kernel = self._seconds_of_kernel(device)
+        change = entry.reference_seconds / kernel
         self.drift = max(self.drift, change, 1 / change)
+        seconds = kernel / entry.reference.ratio
         ratios = {name: entry.timings[name] for name in variants}
         return {name: Timing(seconds * each.ratio, each.ratio, each.spread) for name, each in ratios.items()}
 
@@ -84,11 +92,14 @@ class Stopwatch:
         The spread is that of its time, relative.
         """
         device, inputs = device_of(model, inputs), inputs.fresh()
-        workloads = {REFERENCE: self._kernel(device), "model": Workload([(model, inputs)], self.under_inductor)}
+        workload = Workload([(model, inputs)], self.under_inductor)
+        repeats, kernel = self._kernel_as_long_as(workload, device)
+        workloads = {REFERENCE: kernel, "model": workload, REFERENCE_ALONE: reference_kernel(device)}
         timings = time_workloads(workloads, device, seconds, self.timer)
-        kernel, timing = timings[REFERENCE].seconds, timings["model"]
-        own = self._kernel_seconds.setdefault(device, kernel)
-        return Timing(timing.seconds * own / kernel, spread=timing.spread / timing.ratio)
+        measured, timing = timings[REFERENCE].seconds / repeats, timings["model"]
+        self.load = max(self.load, measured / timings[REFERENCE_ALONE].seconds)
+        own = self._kernel_seconds.setdefault(device, measured)
+        return Timing(timing.seconds * own / measured, spread=timing.spread / timing.ratio)
 
     def _entry(self, signature: str, device: torch.device) -> Entry | None:
         """Return what memory, or else the cache on disk, holds of a signature."""
@@ -100,25 +111,33 @@ class Stopwatch:
 
     def _measured(self, entry: Entry | None, device: torch.device, workloads: dict[str, Workload]) -> Entry:
         """Return the entry with the workloads' timings, which are measured; what it has already stays."""
-        timings = time_workloads({**workloads, REFERENCE: self._kernel(device)}, device, self.seconds, self.timer)
-        kernel = timings.pop(REFERENCE)
-        self._kernel_seconds.setdefault(device, kernel.seconds)
-        ratios = {name: Ratio(timing.ratio, timing.spread) for name, timing in timings.items()}
-        if entry is None:
-            return Entry(ratios, Ratio(kernel.ratio, kernel.spread), kernel.seconds)
-        return Entry({**ratios, **entry.timings}, entry.reference, entry.reference_seconds)
+        if entry is not None:
+            timings = time_workloads(workloads, device, self.seconds, self.timer)
+            return replace(entry, timings={**_ratios(timings), **entry.timings})
+        repeats, kernel = self._kernel_as_long_as(next(iter(workloads.values())), device)
+        timings = time_workloads({**workloads, REFERENCE: kernel}, device, self.seconds, self.timer)
+        reference = timings.pop(REFERENCE)
+        ratio = Ratio(reference.ratio / repeats, reference.spread / repeats)
+        return Entry(_ratios(timings), ratio, reference.seconds / repeats)
 
-    def _kernel(self, device: torch.device) -> Workload:
-        if device not in self._kernels:
-            self._kernels[device] = reference_kernel(device)
-        return self._kernels[device]
+    def _kernel_as_long_as(self, workload: Workload, device: torch.device) -> tuple[int, Workload]:
+        """Return the reference kernel, repeated until it lasts about as long as the workload, and how often that is."""
+        kernel = reference_kernel(device)
+        rough = time_workloads({"workload": workload, REFERENCE: kernel}, device, 0.0, self.rough)
+        repeats = min(max(1, round(rough["workload"].seconds / rough[REFERENCE].seconds)), _MOST_REPEATS)
+        return repeats, reference_kernel(device, repeats)
 
     def _seconds_of_kernel(self, device: torch.device) -> float:
         """Return how long the reference kernel takes in this run; it is timed at most once."""
         if device not in self._kernel_seconds:
-            timings = time_workloads({REFERENCE: self._kernel(device)}, device, _KERNEL_SECONDS, self.timer)
-            self._kernel_seconds[device] = timings[REFERENCE].seconds
+            workloads = {REFERENCE: reference_kernel(device, _KERNEL_REPEATS)}
+            timings = time_workloads(workloads, device, _KERNEL_SECONDS, self.timer)
+            self._kernel_seconds[device] = timings[REFERENCE].seconds / _KERNEL_REPEATS
         return self._kernel_seconds[device]
+
+
+def _ratios(timings: Mapping[str, Timing]) -> dict[str, Ratio]:
+    return {name: Ratio(timing.ratio, timing.spread) for name, timing in timings.items()}
 
 
 def _groups(names: list[str], entry: Entry | None) -> list[list[str]]:

@@ -25,7 +25,7 @@ class Workload:
 
     def __init__(self, parts: Sequence[tuple[nn.Module, Inputs]], under_inductor: bool = False) -> None:
         self.modules = [module for module, _ in parts]
-        self.parts = parts
+        self.parts = list(parts)
         self.under_inductor = under_inductor
 
     @cached_property

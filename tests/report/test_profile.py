@@ -13,6 +13,8 @@ from fxlrd import FxlrdError
 from fxlrd.cli import main
 from fxlrd.graph.guards import NEVER_CALLED, stem_reason
 from fxlrd.report.profile import profile
+from fxlrd.timing.clock import Timing
+from fxlrd.timing.stopwatch import REFERENCE_ALONE
 from tests.support.timers import FakeTimer
 
 SECONDS = {"model": 10e-3, "original": 2e-3, "512": 1e-3, "1024": 6e-3, "2048": 50e-3}
@@ -182,9 +184,21 @@ def test_a_rate_above_the_peak_is_called_in_doubt():
     assert "400% ?" in result.to_table()
 
 
-def test_a_model_that_is_timed_beside_other_load_is_called_in_doubt():
+def test_other_load_is_mentioned():
+    quiet = timer()
+
+    def busy(variants, device, seconds):
+        timings = quiet(variants, device)
+        alone = timings.pop(REFERENCE_ALONE, None)
+        return timings if alone is None else {**timings, REFERENCE_ALONE: Timing(alone.seconds / 2)}
+
+    (doubt,) = profiled(timer=busy).warnings
+    assert doubt == "there is other load on this machine: what lasts as long as the model takes 2.0× its time"
+
+
+def test_a_model_whose_time_varies_is_called_in_doubt():
     (doubt,) = profiled(timer=timer(spread=3.0)).warnings
-    assert doubt.startswith("the model's time is uncertain by ± 30%")
+    assert doubt.startswith("the model's time is uncertain by ± ")
 
 
 def test_the_model_stays_as_it_is():

@@ -8,7 +8,9 @@ import torch
 
 from fxlrd.layers.kinds import LAYERS
 from fxlrd.timing.clock import Timing
-from fxlrd.timing.stopwatch import REFERENCE
+from fxlrd.timing.stopwatch import REFERENCE, REFERENCE_ALONE
+
+KERNELS = (REFERENCE, REFERENCE_ALONE)
 
 
 class FakeClock:
@@ -37,7 +39,7 @@ class FakeTimer:
 
     ``rounds`` has the names of what was timed together, a list for each time that the timer was asked. Each callable
     runs once, so that one that fails does so in the test. The reference kernel (fxlrd/timing/stopwatch.py) takes
-    ``kernel`` seconds and does not count.
+    ``kernel`` seconds each time that it is repeated, and does not count.
     """
 
     def __init__(self, seconds_of: Callable[[str, int], float], spread: float = 0.0, kernel: float = 1.0) -> None:
@@ -51,8 +53,11 @@ class FakeTimer:
     ) -> dict[str, Timing]:
         """Return made-up timings of ``variants``, whose callables run once each."""
         asked = len(self.rounds)
-        times = {name: self.kernel if name == REFERENCE else self.seconds_of(name, asked) for name in variants}
-        if names := [name for name in variants if name != REFERENCE]:
+        times = {
+            name: self.kernel * len(call.modules) if name in KERNELS else self.seconds_of(name, asked)
+            for name, call in variants.items()
+        }
+        if names := [name for name in variants if name not in KERNELS]:
             self.rounds.append(names)
         for call in variants.values():
             call()

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fxlrd.graph.inputs import Inputs
-from fxlrd.timing.stopwatch import Stopwatch
+from fxlrd.timing.clock import Timing
+from fxlrd.timing.stopwatch import REFERENCE, Stopwatch
 from fxlrd.timing.workload import Workload
-from tests.support.timers import FakeTimer
+from tests.support.timers import KERNELS, FakeTimer
 
 CPU = torch.device("cpu")
 SECONDS = {"original": 4e-3, "half": 2e-3, "quarter": 1e-3, "model": 10e-3}
@@ -79,6 +80,46 @@ def test_a_machine_that_slows_down_within_a_run_changes_no_sum():
     again = stopwatch.time_model(nn.Identity(), Inputs((torch.ones(1),)))
     assert again.seconds == pytest.approx(10e-3)
     assert stopwatch.drift == pytest.approx(3)
+
+
+def rough(repeats: int) -> FakeTimer:
+    """Return a timer by which everything lasts as long as so many reference kernels."""
+    return FakeTimer(lambda name, _: 1e-3 * repeats, kernel=1e-3)
+
+
+@pytest.mark.parametrize(("longer", "repeats"), [(0.01, 1), (30, 30), (1e6, 1000)])
+def test_the_kernel_lasts_as_long_as_what_it_is_timed_beside(longer, repeats):
+    asked = []
+
+    def timer(variants, device, seconds):
+        if "original" in variants:
+            asked.append(len(variants[REFERENCE].modules))
+        return machine()(variants, device)
+
+    timings = times(Stopwatch(timer=timer, rough=rough(longer)), "original", "half")
+    assert asked == [repeats]
+    assert seconds(timings) == pytest.approx({"original": 4e-3, "half": 2e-3}), "whatever the repeats"
+
+
+def interrupted(variants, device, seconds):
+    """A machine with other load, on which what lasts longer than the kernel takes three times its time."""
+    timings = {}
+    for name, call in variants.items():
+        alone = 1e-3 * len(call.modules) if name in KERNELS else 10e-3
+        timings[name] = Timing(alone if alone == 1e-3 else 3 * alone)
+    first = next(iter(timings.values())).seconds
+    return {name: Timing(timing.seconds, timing.seconds / first) for name, timing in timings.items()}
+
+
+def test_other_load_shows_in_a_kernel_that_lasts_as_long_as_the_model():
+    quiet, busy = (Stopwatch(timer=timer, rough=rough(10)) for timer in (machine(), interrupted))
+    quiet.time_model(nn.Identity(), Inputs((torch.ones(1),)))
+    assert quiet.load == 1
+    model = busy.time_model(nn.Identity(), Inputs((torch.ones(1),)))
+    assert (busy.load, model.seconds) == pytest.approx((3, 30e-3))
+    assert times(busy, "original")["original"].seconds == pytest.approx(model.seconds), "both are slowed down alike"
+    busy.rough = rough(1)
+    assert times(busy, "original", signature="short")["original"].seconds != model.seconds
 
 
 def test_the_spread_of_a_model_is_relative_to_its_time():
