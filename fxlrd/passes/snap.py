@@ -3,23 +3,20 @@
 Time is a staircase in the rank: a rank just above a step costs as much as the top of the step. For each decomposed
 layer of rank R, ranks r in [floor·R, R] are timed on the device against the original layer.
 
-    grid         R and the hardware multiples below it, once for all layers of one signature; fxlrd/timing/search.py
-                 has the candidates and the choice.
-    algorithm1   the paper's scan of every r. The choice is the r below the largest drop of t between r+1 and r (the
-                 paper's argmax names the rank *above* the drop: see its Algorithm 1 and Table 2).
+    grid         R and the hardware multiples below it, once for all layers of one signature.
+    algorithm1   the paper's scan of every r.
 
-A difference within the noise of the measurement is no gain: R stays, and the original comes back unless the factors
-are faster by more than the noise. Approximate: outputs move against those of the pass's input, also where an original
-comes back (towards the original model's). At a moved rank the result is what `decompose` gives at that rank.
+Both searches are in fxlrd/timing/search.py. A difference within the noise of the measurement is no gain: R stays, and
+the original comes back unless the factors are faster by more than the noise. Approximate: outputs move against those of
+the pass's input, also where an original comes back (towards the original model's). At a moved rank the result is what
+`decompose` gives at that rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
-from itertools import pairwise
 from typing import ClassVar
 
 from torch import fx, nn
@@ -37,7 +34,7 @@ from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.clock import Timer, Timing, compare
 from fxlrd.timing.layers import ORIGINAL, Place, placed, time_ranks
-from fxlrd.timing.search import best_share, grid, reaches
+from fxlrd.timing.search import best_share, grid, largest_drop, scan
 from fxlrd.timing.stopwatch import Stopwatch
 
 SEARCHES = ("grid", "algorithm1")
@@ -109,13 +106,13 @@ class Snap:
         lowest: Ranks = tuple(None if r is None else math.ceil(self.floor * r) for r in layer.ranks)
         if self.search == "grid":
             return grid(layer.ranks, lowest, channels_per_group(layer.original)[2])
-        return [r for r in _scan(layer.ranks) if reaches(r, lowest)]
+        return scan(layer.ranks, lowest)
 
     def _choose(self, layer: Decomposed, timings: dict[str, Timing]) -> Ranks | None:
         """Return the ranks to take; None is the original layer."""
         candidates = self._candidates(layer)
         if self.search == "algorithm1":
-            chosen = _largest_drop(candidates, timings)
+            chosen = largest_drop(candidates, timings)
         else:
             chosen = best_share(candidates, timings, lambda r: parameters(layer.original, r), self.trade)
         if timings[ranks_text(chosen)].faster():
@@ -159,25 +156,6 @@ def _fit(gm: fx.GraphModule, origin: Provenance) -> Fit | None:
         return None
     measured = statistics_of(n for n in gm.graph.nodes if (p := provenance(n)) is not None and p.name == origin.name)
     return measured.fit(origin.original) if measured is not None else None
-
-
-def _scan(ranks: Ranks) -> list[Ranks]:
-    """Return every rank from the present one down, the second mode in proportion to the first."""
-    top = next(r for r in ranks if r is not None)
-    return [_scaled(ranks, r / top) for r in range(top, 0, -1)]
-
-
-def _scaled(ranks: Ranks, share: float) -> Ranks:
-    return tuple(None if r is None else max(1, round(r * share)) for r in ranks)
-
-
-def _largest_drop(candidates: Sequence[Ranks], timings: dict[str, Timing]) -> Ranks:
-    best, largest = candidates[0], 0.0
-    for above, below in pairwise(candidates):
-        high, low = timings[ranks_text(above)], timings[ranks_text(below)]
-        if low.faster(high) and high.ratio - low.ratio > largest:
-            best, largest = below, high.ratio - low.ratio
-    return best
 
 
 def _apply(gm: fx.GraphModule, name: str, layer: Decomposed, ranks: Ranks | None, timings: dict[str, Timing]) -> None:

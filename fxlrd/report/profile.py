@@ -160,7 +160,8 @@ def profile(
     inputs = Inputs.of(example_inputs)
     gm = capture_any(model, inputs)
     check_names(gm, skip)
-    device, setting = device_of(model, inputs), Setting.current(device_of(model, inputs), compile)
+    device = device_of(model, inputs)
+    setting = Setting.current(device, compile)
     stopwatch = Stopwatch(compile, seconds, cache, timer)
     model_time = stopwatch.time_model(runnable(gm) if compile else model, inputs)
     layers = layers_of(gm)
@@ -180,13 +181,8 @@ def profile(
         "layers_ms": sum(row.latency_ms or 0.0 for row in rows),
         "saves_ms": sum(row.saves_ms for row in rows if row.worth),
     }
-    settings = {
-        "inputs": inputs.describe(),
-        "ratio": ratio,
-        "compile": compile,
-        "threads": setting.threads,
-        "torch": setting.torch_version,
-    }
+    settings = {"inputs": inputs.describe(), "ratio": ratio, "compile": compile}
+    settings |= {"threads": setting.threads, "torch": setting.torch_version}
     doubts = _doubts(rows, total, model_time.spread, stopwatch)
     return Profile(type(model).__name__, setting.device, settings, total, peak, [asdict(row) for row in rows], doubts)
 

@@ -1,19 +1,22 @@
-"""The rank search that `snap` and `merge` share: hardware multiples, and the gain that a lower rank must bring.
+"""The search for ranks at which the device is fast. Time is a staircase in the rank: kernels work in vectors and tiles.
 
-Time is a staircase in the rank, since kernels work in vectors and tiles. Candidates are the rank R itself and the
-largest multiples of 16 (of 8, where that is under the floor) and of 64 up to it. Choose the candidate r with the
-largest gain
+`grid` and `best_share`, which `snap` and `merge` use: candidates are the rank R itself and the largest multiples of 16
+(of 8, where that is under the floor) and of 64 up to it. Choose the candidate r with the largest gain
 
     t(R)·(cost(r)/cost(R))^trade − t(r)
 
 if that exceeds the noise of the measurement; otherwise keep R. With trade=1 a rank is lowered only where time falls by
 more than the cost does, in proportion; ½ allows for the directions that go being those that matter least.
+
+`scan` and `largest_drop`: the paper's Algorithm 1 times every r and chooses the one below the largest drop of t between
+r+1 and r. (Its argmax names the rank *above* the drop; compare its Table 2.)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from fxlrd.layers.forms import Ranks, ranks_text
 from fxlrd.timing.clock import Timing
@@ -51,3 +54,23 @@ def best_share(
         return gained if gained > math.hypot(timing.spread, full.spread * share) else 0.0
 
     return max(candidates, key=gain)  # the first, highest rank where no candidate gains
+
+
+def scan(ranks: Ranks, lowest: Ranks) -> list[Ranks]:
+    """Return every rank from the present one down to the lowest, the second mode in proportion to the first."""
+    top = next(r for r in ranks if r is not None)
+    return [scaled for r in range(top, 0, -1) if reaches(scaled := _scaled(ranks, r / top), lowest)]
+
+
+def _scaled(ranks: Ranks, share: float) -> Ranks:
+    return tuple(None if r is None else max(1, round(r * share)) for r in ranks)
+
+
+def largest_drop(candidates: Sequence[Ranks], timings: Mapping[str, Timing]) -> Ranks:
+    """Return the candidate below the largest drop of time that exceeds the noise, or the first; they descend."""
+    best, largest = candidates[0], 0.0
+    for above, below in pairwise(candidates):
+        high, low = timings[ranks_text(above)], timings[ranks_text(below)]
+        if low.faster(high) and high.ratio - low.ratio > largest:
+            best, largest = below, high.ratio - low.ratio
+    return best
