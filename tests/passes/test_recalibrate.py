@@ -80,7 +80,8 @@ def test_only_copies_change_and_modes_momentum_and_counters_stay():
     assert after.get_submodule("4").momentum == 0.3
     assert after.get_submodule("4").num_batches_tracked == 0
     assert [after.get_submodule(n).training for n in ("1", "4", "9")] == [True, False, True]
-    assert after.get_submodule("0") is net[0], "nothing else is copied"
+    assert after.get_submodule("0") is gm.get_submodule("0"), "nothing else is copied"
+    assert after.get_submodule("0").weight is net[0].weight
 
 
 def test_a_norm_that_is_called_twice_sees_both():
