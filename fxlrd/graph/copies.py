@@ -8,8 +8,10 @@ hooks and lambdas do, refer to those of the copy.
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import types
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from fxlrd.errors import FxlrdError, one_line
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType)
+_ATOMIC = {type(None), bool, int, float, complex, str, bytes}
+_DICTS = (dict, OrderedDict)
 _SEQUENCES = (list, tuple, set, frozenset)
 _DEPTH = 6
 """Containers and partial functions inside each other that are searched for functions, at most."""
@@ -58,13 +62,45 @@ def _copied(model: nn.Module, memo: dict[int, Any], share: bool = True) -> nn.Mo
 
 
 def _deep_copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return what deepcopy does, with functions of its own; modules are copied at a tenth of the time it takes."""
     functions = _Functions(model)
     memo.update(functions.copies)
+    modules = list(model.modules())
+    classes = {cls for cls in {type(m) for m in modules} if _copied_by_attributes(cls)}
+    plain = [m for m in modules if type(m) in classes]
+    memo.update({id(m): object.__new__(type(m)) for m in plain})
+    for module in reversed(plain):  # modules before those that hold them, which may look at them
+        own = {name: value for name, value in vars(module).items() if name != "_compiled_call_impl"}
+        vars(memo[id(module)]).update({name: _copied_value(value, memo) for name, value in own.items()})
     result: nn.Module = copy.deepcopy(model, memo)
     functions.fill(memo)
     if functions.copies:
         functions.install(result)
     return result
+
+
+def _copied_by_attributes(cls: type[nn.Module]) -> bool:
+    """Whether to copy instances of the class is to copy their attributes: it says nothing else of copies."""
+    stock = all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in _COPYING)
+    return stock and not hasattr(cls, "__deepcopy__") and not copyreg._slotnames(cls)  # type: ignore[attr-defined]
+
+
+_COPYING = ("__reduce_ex__", "__reduce__", "__getstate__")
+
+
+def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _ATOMIC:
+        return value
+    if (copied := memo.get(id(value))) is not None:
+        return copied
+    if kind in _DICTS:
+        memo[id(value)] = new = kind()
+        new.update({key: _copied_value(item, memo) for key, item in value.items()})
+        return new
+    if kind in (tuple, set) and all(type(item) in _ATOMIC for item in value):
+        return kind(value)
+    return copy.deepcopy(value, memo)
 
 
 def _uncopyable(model: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
@@ -101,7 +137,8 @@ class _Functions:
         self.copies: dict[int, Any] = {}
         for module in model.modules():
             for name, value in vars(module).items():
-                if name not in _OWN_DICTS:
+                empty = type(value) in _DICTS and not value
+                if not empty and type(value) not in _ATOMIC and name not in _OWN_DICTS:
                     self._search(value, _DEPTH)
 
     def fill(self, memo: dict[int, Any]) -> None:
@@ -125,7 +162,8 @@ class _Functions:
         if isinstance(value, types.FunctionType):
             self._copy(value, depth)
         for part in _parts(value):
-            self._search(part, depth - 1)
+            if type(part) not in _ATOMIC:
+                self._search(part, depth - 1)
 
     def _copy(self, function: types.FunctionType, depth: int) -> None:
         cells = function.__closure__ or ()

@@ -20,6 +20,9 @@ NEVER_CALLED = Reason("never-called", "it is never called in eval mode and is no
 _STEM_CHANNELS = 4
 
 
+COMPLEX = Reason("complex", "its weight is complex: only real ones are factored")
+
+
 def why_not_replaceable(gm: fx.GraphModule, norms: bool = False) -> dict[str, Reason | None]:
     """Return for each layer why it must not be replaced by other modules, or None where it may.
 
@@ -44,6 +47,8 @@ class _Guard:
         if isinstance(module, LAYERS) and not is_stock(module) and not is_parametrized(module):
             text = f"{type(module).__name__} is a subclass of {op(module)} with a behaviour of its own"
             return Reason("subclass", text)
+        if any(p.is_complex() for p in module.parameters()):
+            return COMPLEX
         if (reason := added(module)) is not None:
             return reason
         if is_factor(self.gm, name):

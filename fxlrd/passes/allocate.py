@@ -63,6 +63,8 @@ class Allocate:
     timer: Timer = field(default=compare, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("params", "flops", "latency"):
+            object.__setattr__(self, name, getattr(self, name) or None)  # 0 is as good as not given
         object.__setattr__(self, "skip", names(self.skip))
         Budget(self.params, self.flops, self.latency)  # which checks them
         if not self.seconds > 0:

@@ -177,3 +177,9 @@ def test_names_are_those_of_layers_also_of_unreached_ones():
     check_names(gm, ["fc", "never", "f*"])
     with pytest.raises(FxlrdError, match=r"^unknown layer 'fd': choose from fc, never$"):
         check_names(gm, ["fd"])
+
+
+def test_complex_layers_are_left_alone():
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64), nn.Linear(8, 8, dtype=torch.complex64)).eval()
+    reasons = why_not_replaceable(capture(model, torch.randn(2, 8, dtype=torch.complex64)))
+    assert [reason.code for reason in reasons.values()] == ["complex", "complex"]
