@@ -10,9 +10,7 @@ from __future__ import annotations
 import inspect
 import keyword
 import operator
-import os
 import threading
-import traceback
 import types
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -23,7 +21,8 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 
 from fxlrd.capturing.descriptions import without_described_weights
-from fxlrd.errors import CaptureError, FxlrdError, one_line
+from fxlrd.capturing.obstacles import obstacle
+from fxlrd.errors import CaptureError, FxlrdError
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.facts import described_layers
 from fxlrd.graph.guards import hooked
@@ -31,9 +30,6 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import isolated, set_mode
 from fxlrd.graph.surgery import set_container_mode
 from fxlrd.layers.stand_ins import is_layer
-
-_INTERNAL = (os.path.dirname(torch.__file__) + os.sep, os.path.abspath(__file__))
-"""Code that is not the user's: torch's, and this file."""
 
 
 def constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -79,13 +75,13 @@ class _Tracer(fx.Tracer):
     this class one traces at a time, since each puts back what it found.
 
     Attributes:
-        failed_in: the innermost module whose forward could not be traced.
+        failed_in: the name of the innermost module whose forward could not be traced, and the module.
         layer_names: the names of the layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.failed_in: str | None = None
+        self.failed_in: tuple[str, nn.Module] | None = None
         # Determined now: while torch.fx traces, a module cannot be run to see what it computes.
         self.layer_names = {n for n, m in model.named_modules(remove_duplicate=False) if is_layer(m)}
         self._layers = {id(model.get_submodule(n)) for n in self.layer_names}
@@ -115,7 +111,7 @@ class _Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed_in is None:
-                self.failed_in = f"{self.path_of_module(m)} ({type(m).__name__})"
+                self.failed_in = self.path_of_module(m), m
             raise
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -168,11 +164,9 @@ def _graph(model: nn.Module, frozen: dict[str, Any], training: bool) -> tuple[fx
         with isolated(model, _SEED):
             graph = tracer.trace(model, frozen or None)
     except Exception as error:
-        where = tracer.failed_in or type(model).__name__
-        raise CaptureError(
-            f"{where} cannot be traced at {_line(error)}: {one_line(error).split('. ')[0]}; "
-            "rewrite that line without control flow on tensors, or compress its submodules one by one"
-        ) from error
+        name, module = tracer.failed_in or ("", model)
+        where = f"{name} ({type(module).__name__})" if name else type(module).__name__
+        raise CaptureError(f"{where} cannot be traced{obstacle(error, module)}") from error
     _plain_checks(graph)
     graph.eliminate_dead_code(partial(_is_impure, model))
     return graph, without_described_weights(graph, model, tracer.layer_names, CONSTANT)
@@ -250,12 +244,3 @@ def _structure(graph: fx.Graph) -> list[tuple[str, ...]]:
         for n in graph.nodes
         if n.op != "placeholder"
     ]
-
-
-def _line(error: BaseException) -> str:
-    """Return file:line of the last frame in the user's code, or in a module of torch's own, or of any."""
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [f for f in frames if not f.filename.startswith(_INTERNAL)]
-    modules = [f for f in frames if f"{os.sep}nn{os.sep}modules{os.sep}" in f.filename]
-    last = (users or modules or frames)[-1]
-    return f"{os.path.basename(last.filename)}:{last.lineno}"
