@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fxlrd.capturing.proof import Original, not_saving_for_backward, same
 from fxlrd.capturing.reads import Reads, noting_reads
-from fxlrd.errors import Reason
+from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.captured import Unreached
-from fxlrd.graph.copies import structural_copy
+from fxlrd.graph.copies import independent_copy, structural_copy
 from fxlrd.graph.fast_paths import TRANSFORMERS
 from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads, owners, shared_parameter
 from fxlrd.graph.inputs import Inputs, tensors
@@ -101,10 +101,16 @@ def _run_noting_calls(
 
 
 def _reads_in_training(original: Original) -> Reads:
-    """Return what a copy of the model reads in training mode, until it fails if it does: it may want labels."""
-    model = structural_copy(original.model)
-    set_mode(model, True)
+    """Return what a copy of the model reads in training mode, until it fails if it does: it may want labels.
+
+    The copy has weights of its own: in training mode a forward may write to them.
+    """
     reads = Reads()
+    try:
+        model = independent_copy(original.model)
+    except FxlrdError:
+        return reads
+    set_mode(model, True)
     noting = noting_reads(model, reads, ", in training mode")
     with isolated(model), torch.enable_grad(), not_saving_for_backward(), suppress(Exception), noting:
         called_on(model, original.inputs)

@@ -500,3 +500,24 @@ def test_threads_that_compress_one_model_get_what_one_would():
     assert all(m.training for m in model.modules())
     assert all(m.training for result in results for m in result.modules())
     assert all(torch.equal(v, expected[k]) for result in results for k, v in result.state_dict().items())
+
+
+class WritesWeightsInTraining(nn.Module):
+    """As a model that normalises its weight at each training step; it cannot be traced as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.a.weight.mul_(0.5)
+        return self.b(self.a(x)) if x.sum() < 1e9 else x
+
+
+def test_a_run_in_training_mode_does_not_write_to_the_users_weights():
+    model = WritesWeightsInTraining().eval()
+    before = model.a.weight.detach().clone()
+    fxlrd.compress(model, torch.randn(2, 32), ratio=2.0, measure=False)
+    assert torch.equal(model.a.weight, before)
