@@ -45,14 +45,17 @@ class Trial(NamedTuple):
     plan: Plan
 
 
-def best_plan(gm: fx.GraphModule, problem: Problem, measure: Measure, budget: Budget, progress: Progress) -> Outcome:
+def best_plan(
+    gm: fx.GraphModule, problem: Problem, measure: Measure, budget: Budget, progress: Progress, uncut: str = ""
+) -> Outcome:
     """Return the best plan for the model within a budget.
 
+    ``uncut`` says what stands in the way of a computed budget, to end an error with.
     Raises FxlrdError for a budget out of reach, saying what is within.
     """
     total = measure.total(gm)
     if not isinstance(measure, Latency):
-        plan, share = plan_computed(problem, total, budget)
+        plan, share = plan_computed(problem, total, budget, uncut)
         return Outcome(plan, f"{share:.3f} of {budget.measure}")
     groups = {name: merging.group for name, merging in problem.groups.items()}
     plan, share = plan_measured(
@@ -67,9 +70,10 @@ def best_plan(gm: fx.GraphModule, problem: Problem, measure: Measure, budget: Bu
     return Outcome(plan, f"{share:.3f} of latency, measured", tuple(doubts))
 
 
-def plan_computed(problem: Problem, total: float, budget: Budget) -> tuple[Plan, float]:
+def plan_computed(problem: Problem, total: float, budget: Budget, uncut: str = "") -> tuple[Plan, float]:
     """Return the best plan for a budget of parameters or FLOPs, and the share of ``total``, the model's, that it costs.
 
+    ``uncut`` says what stands in the way, to end an error with.
     Raises FxlrdError for a budget out of reach, saying what is within.
     """
     outside = total - problem.original
@@ -78,10 +82,10 @@ def plan_computed(problem: Problem, total: float, budget: Budget) -> tuple[Plan,
         return plan, (problem.cost(plan) + outside) / total
     least = (problem.least + outside) / total
     if least > _CERTAIN:
-        raise FxlrdError(NOTHING)
+        raise FxlrdError(f"{NOTHING}{uncut}")
     raise FxlrdError(
         f"allocate: {budget.measure}={budget.share:g} is out of reach: the cheapest forms leave {_up(least)} of it; "
-        "ask for that or more"
+        f"ask for that or more{uncut}"
     )
 
 

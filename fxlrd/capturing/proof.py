@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import BaseTorchFunctionMode
 
+from fxlrd.capturing.multiplied import NotingMultiplied
 from fxlrd.capturing.tracing import CONSTANT
 from fxlrd.errors import FxlrdError, Reason, VerificationError, one_line
 from fxlrd.graph.compare import difference, rounding
@@ -87,10 +88,12 @@ class Original:
         inputs: the example inputs.
         behaviour: what another copy did.
         flops: the FLOPs on the example inputs (2 × multiply-adds).
+        multiplied: the names of the parameters that products read on the example inputs.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model, self.inputs, self.flops = private_copy(model), inputs, 0
+        self.multiplied: frozenset[str] = frozenset()
         other = inputs.varied(torch.Generator().manual_seed(0))
         trials = [(other, True), (other, False), (inputs, True), (inputs, False)]
         for self._other, self._gradients in trials:
@@ -103,8 +106,9 @@ class Original:
             raise cause
 
     def _count(self, model: nn.Module, inputs: Inputs) -> Any:
-        with counting() as counter:
+        with counting() as counter, NotingMultiplied(model) as noting:
             outputs = called_on(model, inputs)
+            self.multiplied = frozenset(noting.names)
             self.flops = counter.get_total_flops()
         return outputs
 

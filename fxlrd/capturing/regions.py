@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxlrd.capturing.multiplied import without_layer
 from fxlrd.capturing.proof import Original, same
 from fxlrd.capturing.reads import has_weights
 from fxlrd.capturing.tracing import check_names, trace, train_path_differs
@@ -116,6 +117,7 @@ def capture_regions_of(original: Original) -> fx.GraphModule:
     modules = called(gm)
     outside = Cost(cost.params(model) - cost.params(gm), max(0, original.flops - cost.flops(gm)))
     not_in_graph = {name: entry for name, entry in left_out.items() if name not in modules}
+    not_in_graph |= without_layer(model, original.multiplied)
     record = Regions(original.inputs, not_in_graph, model, modules, slots, example, outside)
     captured.record(gm, replace(record, warnings=_fast_path_warnings(model, modules), described=observation.described))
     return gm

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
+from fxlrd.capturing.multiplied import without_layer
 from fxlrd.capturing.proof import Original, same
 from fxlrd.capturing.tracing import constants, trace, train_path_differs
 from fxlrd.errors import CaptureError, FxlrdError, Reason
@@ -77,7 +78,7 @@ def capture_whole(original: Original) -> fx.GraphModule:
         warnings.append("forward takes another path in training mode: the eval path was captured")
     alike = _put_stand_ins(gm)
     annotate(gm)
-    unreached = _unreached(model, gm)
+    unreached = {**_unreached(model, gm), **without_layer(model, original.multiplied)}
     warnings += _never_called(unreached)
     record = Whole(inputs, unreached, tuple(warnings), model=model, modules=called(gm), alike=alike)
     captured.record(gm, replace(record, described=described_layers(gm) or frozenset()))

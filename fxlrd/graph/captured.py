@@ -34,7 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unreached:
-    """A layer that no node of the graph stands for, and why."""
+    """A layer, or a parameter that is multiplied with and that no layer holds, for which no node of the graph stands.
+
+    Attributes:
+        reason: why.
+        op: the layer's type; of a parameter that of the module that holds it.
+        shape: of the weight.
+        params: the number of parameters.
+    """
 
     reason: Reason
     op: str

@@ -16,6 +16,7 @@ The graph is not changed: `merge` and `decompose` carry the plan out.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -27,6 +28,7 @@ from fxlrd.allocation.merges import mergings
 from fxlrd.allocation.plan import planned
 from fxlrd.allocation.problem import Problem
 from fxlrd.allocation.search import NOTHING, best_plan
+from fxlrd.allocation.uncut import what_stands
 from fxlrd.budget import Budget
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.layer import Layer, layers_of
@@ -81,10 +83,11 @@ class Allocate:
         measure = measure_of(self.budget, Stopwatch(self.compile, self.seconds, self.cache, self.timer))
         items = self._items(run, measure)
         groups = mergings(run.gm, [*items], measure, self.skip, progress) if self.merge else {}
+        uncut = self._uncut(run, items)
         if not items:
-            raise FxlrdError(NOTHING)
+            raise FxlrdError(f"{NOTHING}{uncut}")
         problem = Problem(items, groups)
-        plan, spent, warnings = best_plan(run.gm, problem, measure, self.budget, progress)
+        plan, spent, warnings = best_plan(run.gm, problem, measure, self.budget, progress, uncut)
         planned.record(run.gm, plan)
         run.warnings += warnings
         reported = {skip.name for skip in run.skipped}
@@ -108,6 +111,12 @@ class Allocate:
 
         run.each(layers_of(run.gm), visit)
         return items
+
+    def _uncut(self, run: Run, items: Mapping[str, Sequence[Choice]]) -> str:
+        """Return in words which weights have no smaller form."""
+        cuttable = [name for name, forms in items.items() if len(forms) > 1]
+        reasons = {skip.name: skip.reason for skip in run.skipped}
+        return what_stands(run.gm, cuttable, reasons, tables=self.budget.measure == "params")
 
     def _left_alone(self, layer: Layer) -> Reason | None:
         reason = layer.why_left_alone(self.skip)

@@ -43,11 +43,11 @@ class TimingRow:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What became of one conv or linear layer of the original.
+    """What became of one conv or linear layer of the original, or of a weight that no layer holds.
 
     Attributes:
         name: the layer's name in the user's model.
-        op: its type, such as Conv2d.
+        op: its type, such as Conv2d; of a weight that no layer holds, the type of the module around it.
         shape: of its weight in the original.
         decision: original, svd, tucker2, merged, branched or skipped.
         ranks: of its low-rank form, None in the place of a mode that is not cut; None if it has no such form.

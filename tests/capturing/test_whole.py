@@ -381,6 +381,7 @@ def test_attention_is_kept_whole():
     assert found["1.layers.0.self_attn.out_proj"].reason.code == "container-reads"
     assert {*layers(gm), *found} == {
         "0",
+        "1.layers.0.self_attn.in_proj_weight",
         "1.layers.0.self_attn.out_proj",
         "1.layers.0.linear1",
         "1.layers.0.linear2",
