@@ -17,6 +17,7 @@ from fxlrd.factor.interpolative import greedy, least_squares, lost, residual, se
 from fxlrd.graph.channels import Consumer, Group, group_of
 from fxlrd.graph.facts import FACTORS, provenance, shape, statistics
 from fxlrd.graph.guards import is_stem, matches, stem_reason, why_not_replaceable
+from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls
 from fxlrd.layers.compose import input_importance
 from fxlrd.layers.fit import Moments
@@ -55,8 +56,7 @@ class Merging:
     @property
     def cut(self) -> list[str]:
         """The layers that retaining fewer channels cuts."""
-        consumers = [consumer.node for consumer in self.group.consumers]
-        return list(dict.fromkeys(str(node.target) for node in (*self.group.producers, *consumers)))
+        return self.group.cut
 
 
 def mergeable(
@@ -79,7 +79,7 @@ def mergeable(
     group = group_of(gm, node, reasons)
     if isinstance(group, Reason):
         return group
-    for member in [*group.producers, *(consumer.node for consumer in group.consumers)]:
+    for member in group.layers:
         if (pattern := matches(str(member.target), skip)) is not None:
             return Reason("skip", f"skip={pattern} keeps {member.target}")
         if (origin := provenance(member)) is not None and origin.role in FACTORS:
@@ -100,7 +100,7 @@ def readers(gm: fx.GraphModule, group: Group) -> list[Reader] | Reason:
             return Reason(
                 "no-moments", "its output's moments are not known", "run calibrate first, on calibration inputs"
             )
-        measured = statistics(consumer.node)
+        measured = statistics_of(calls(gm, str(consumer.node.target)))
         weight = input_importance(module, consumer.block, None if measured is None else measured.importance)
         result.append(Reader(consumer, module, inputs.second, weight, inputs.ridge))
     return result
@@ -108,7 +108,7 @@ def readers(gm: fx.GraphModule, group: Group) -> list[Reader] | Reason:
 
 def _moments_read(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments | None:
     """Return the moments of the ``count`` channels where the consumer reads them; none that an earlier cut outdated."""
-    measured = statistics(consumer.node)
+    measured = statistics_of(calls(gm, str(consumer.node.target)))
     if consumer.block == 1 and measured is not None and measured.input_moments is not None:
         return measured.input_moments if len(measured.input_moments.total) == count else None
     sizes = shape(consumer.source)
@@ -171,7 +171,7 @@ def mergings(
         read = readers(gm, group)
         if isinstance(read, Reason):
             continue
-        done.update(group.producers)
+        done.update(producer.node for producer in group.producers)
         counts = _counts(group.channels)
         measured = all(statistics(reader.consumer.node) is not None for reader in read)
         if not counts or not measured or not set(Merging(group, {}).cut) <= set(names):

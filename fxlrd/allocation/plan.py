@@ -49,9 +49,11 @@ def sketch(gm: fx.GraphModule, plan: Plan, groups: Mapping[str, Group]) -> fx.Gr
     changed = {}
     for first, count in plan.retained.items():
         group = groups[first]
-        for node in group.producers:
-            weight = as_layer(gm.get_submodule(str(node.target))).weight
-            changed[str(node.target)] = _swap(gm, str(node.target), weight.new_empty(count, *weight.shape[1:]))
+        for producer in group.producers:
+            name = str(producer.node.target)
+            weight = as_layer(gm.get_submodule(name)).weight
+            changed[name] = _swap(gm, name, weight.new_empty(count * producer.parts, *weight.shape[1:]))
+        group.split_into(gm, count)
         for node in group.through:
             gm.set_submodule(str(node.target), _first(gm.get_submodule(str(node.target)), count))
         for consumer in group.consumers:

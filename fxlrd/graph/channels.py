@@ -2,7 +2,8 @@
 
 Selecting channels of a tensor commutes with every operation that acts on each channel alone. A `Group` is everything
 that has to be cut together: the layers that make the channels, the modules on the way that have parameters for each
-(BatchNorm, depthwise conv, PReLU), and the layers that read them.
+(BatchNorm, depthwise conv, PReLU), and the layers that read them. A layer may make several parts of as many channels
+each, which are split and multiplied (gated linear units): then channel j is row j of each part.
 """
 
 from __future__ import annotations
@@ -10,39 +11,47 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import fx, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from fxlrd.errors import Reason
-from fxlrd.graph.facts import shape
-from fxlrd.graph.operations import (
-    POOLING_FUNCTIONS,
-    POOLING_MODULES,
-    PRODUCTS,
-    SUMS,
-    is_elementwise,
-    is_flatten,
-    reads_only_batch_size,
-    takes_two_tensors,
-)
-from fxlrd.graph.surgery import calls, layers
+from fxlrd.graph.operations import PRODUCTS, SUMS, is_elementwise, is_flatten, reads_only_batch_size, takes_two_tensors
+from fxlrd.graph.splits import set_part_size, split_of
+from fxlrd.graph.surgery import calls
+from fxlrd.graph.values import Unshaped, Values
 from fxlrd.layers.kinds import op
 
 MERGEABLE = (nn.Conv2d, nn.Linear)
 """The layers whose channels are cut."""
-MERGEABLE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-"""The BatchNorms that can stand between such layers: none of three dimensions."""
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A layer that makes the group's channels.
+
+    Attributes:
+        node: its first call.
+        parts: the number of equal parts that its outputs are split into, with the group's channels in each.
+    """
+
+    node: fx.Node
+    parts: int = 1
+
+    def rows(self, channels: Tensor, count: int) -> Tensor:
+        """Return which outputs make ``channels``, as indices, of the group's ``count``."""
+        return torch.cat([channels + part * count for part in range(self.parts)])
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """A layer's call that reads the group's channels.
+    """A layer that reads the group's channels.
 
     Attributes:
-        node: the call.
-        source: the node whose value it reads.
+        node: its first call.
+        source: the node whose value that reads.
         block: the number of its input features that belong to one channel: several after a flatten.
     """
 
@@ -53,19 +62,40 @@ class Consumer:
 
 @dataclass
 class Group:
-    """Nodes that share C channels.
+    """Layers that share C channels.
+
+    A layer that is called several times is here once; all its calls belong to the group.
 
     Attributes:
         channels: C.
         producers: the layers that make the channels; several where their outputs are multiplied.
-        through: modules between with parameters or buffers for each channel.
+        through: first calls of modules between, with parameters or buffers for each channel.
         consumers: the layers that read the channels.
+        splits: the nodes that split a producer's outputs into parts.
     """
 
     channels: int
-    producers: list[fx.Node] = field(default_factory=list)
+    producers: list[Producer] = field(default_factory=list)
     through: list[fx.Node] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
+    splits: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def cut(self) -> list[str]:
+        """The names of the layers that retaining fewer channels cuts."""
+        return list(dict.fromkeys(str(node.target) for node in self.layers))
+
+    @property
+    def layers(self) -> list[fx.Node]:
+        """The first calls of the producers and consumers."""
+        return [*(producer.node for producer in self.producers), *(consumer.node for consumer in self.consumers)]
+
+    def split_into(self, gm: fx.GraphModule, count: int) -> None:
+        """Make the nodes of ``gm``, or of the graph that it was copied to, split parts of ``count`` channels."""
+        names = {node.name for node in self.splits}
+        for node in gm.graph.nodes:
+            if node.name in names:
+                set_part_size(node, count)
 
 
 def group_of(gm: fx.GraphModule, producer: fx.Node, reasons: Mapping[str, Reason | None]) -> Group | Reason:
@@ -78,6 +108,8 @@ def group_of(gm: fx.GraphModule, producer: fx.Node, reasons: Mapping[str, Reason
         walk.backward(producer)
     except _Mixes as stop:
         return stop.reason
+    except Unshaped:
+        return Reason("no-shapes", "shapes are not known", "give example inputs")
     return walk.group if walk.group.consumers else Reason("unread", "no layer reads its output")
 
 
@@ -95,21 +127,26 @@ class _Walk:
     def __init__(self, gm: fx.GraphModule, producer: fx.Node, reasons: Mapping[str, Reason | None]) -> None:
         self.gm = gm
         self.reasons = reasons
-        self.layers = layers(gm)
-        module = self.layers[str(producer.target)]
+        module = gm.get_submodule(str(producer.target))
         self.linear = isinstance(module, nn.Linear)
-        self.group = Group(_out_channels(module))
+        self.values = Values(gm, self.linear)
+        self.group = Group(_out_channels(module) // self._parts(producer))
         self.visited: set[fx.Node] = set()
 
     def backward(self, node: fx.Node) -> None:
         """Add the producer of a node's value, which carries the channels, and follow them from there."""
         if node in self.visited:
             return
-        if (module := self._mixing_layer(node)) is not None:
+        if (module := self.values.mixing_layer(node)) is not None:
             self._take_producer(node, module)
-            self.forward(node, 1)
-        elif self._alone(node, 1) and node.all_input_nodes:
-            self.backward(node.all_input_nodes[0])
+        elif (split := self.values.split(node)) is not None:
+            self.backward(split.all_input_nodes[0])
+        elif (carrier := self.values.carrier(node)) is not None:
+            self.backward(carrier)
+        elif node.target in PRODUCTS and takes_two_tensors(node):
+            self._take_product(node, 1)
+        elif node.target in SUMS and takes_two_tensors(node):
+            self._take_sum(node, 1)
         else:
             text = f"its output meets {_name(node)}, which no layer of {self.group.channels} channels feeds"
             raise _Mixes(Reason("mixed", text))
@@ -126,88 +163,119 @@ class _Walk:
     def _visit(self, user: fx.Node, node: fx.Node, block: int) -> None:
         if user.op == "output":
             raise _Mixes(Reason("model-output", "its output is an output of the model"))
-        if (module := self._mixing_layer(user)) is not None:
+        if (module := self.values.mixing_layer(user)) is not None:
             self._take_consumer(user, node, module, block)
         elif is_flatten(self.gm, user) and not self.linear and block == 1:
-            self.forward(user, math.prod(_shape(node)[2:]) if self._dims(node) > 2 else 1)
+            self.forward(user, math.prod(self.values.shape(node)[2:]) if self.values.dims(node) > 2 else 1)
+        elif is_elementwise(self.gm, user) or (block == 1 and self.values.carrier(user) is node):
+            self._take_through(user)
+            self.forward(user, block)
         elif user.target in PRODUCTS and takes_two_tensors(user):
             self._take_product(user, block)
         elif user.target in SUMS and takes_two_tensors(user):
-            raise _Mixes(Reason("residual", f"its output joins a residual at {_name(user)}"))
-        elif self._alone(user, block):
-            self._take_through(user)
-            self.forward(user, block)
+            self._take_sum(user, block)
         else:
-            raise _Mixes(Reason("mixed", f"{_name(user)} does not treat each channel alone"))
+            raise _Mixes(self._why_mixed(user))
 
-    def _mixing_layer(self, node: fx.Node) -> nn.Module | None:
-        """Return the module of a layer's call, unless it is depthwise."""
-        module = self.layers.get(str(node.target)) if node.op == "call_module" else None
-        return None if module is None or self._depthwise(module) else module
+    def _forward_packed(self, node: fx.Node, parts: int) -> None:
+        """Follow a layer's outputs up to the node that splits them into ``parts``, and each part from there."""
+        self.visited.add(node)
+        for user in node.users:
+            if user in self.visited or reads_only_batch_size(user):
+                continue
+            if (split := split_of(self.gm, user, self.values.axis(node))) is not None and split.parts == parts:
+                self.group.splits.append(user)
+                for part in split.values:
+                    self.forward(part, 1)
+            elif self.values.stateless(user) and self.values.carrier(user) is node:
+                self._forward_packed(user, parts)
+            else:
+                raise _Mixes(self._why_mixed(user))
 
-    def _alone(self, node: fx.Node, block: int) -> bool:
-        """Whether the operation acts on each channel by itself."""
-        if is_elementwise(self.gm, node):
-            return True
-        if block > 1:
-            return False
-        if node.op == "call_module":
-            module = self.gm.get_submodule(str(node.target))
-            if isinstance(module, nn.PReLU):
-                return module.num_parameters in (1, self.group.channels) and not (self.linear and self._dims(node) > 2)
-            if type(module) in MERGEABLE_NORMS:
-                # On (N, L, C) a BatchNorm1d counts L as channels.
-                return not (self.linear and self._dims(node) > 2)
-            return not self.linear and (type(module) in POOLING_MODULES or self._depthwise(module))
-        if node.target in (torch.mean, "mean"):
-            return self._spatial_mean(node)
-        return not self.linear and node.target in POOLING_FUNCTIONS
-
-    def _spatial_mean(self, node: fx.Node) -> bool:
-        dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        return not self.linear and isinstance(dims, (list, tuple)) and sorted(d % 4 for d in dims) == [2, 3]
-
-    def _depthwise(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
+    def _parts(self, node: fx.Node) -> int:
+        """Return the number of parts that the outputs of a layer are split into further on; 1 if they are not."""
+        while len(node.users) == 1:
+            (user,) = node.users
+            if (split := split_of(self.gm, user, self.values.axis(node))) is not None:
+                return split.parts
+            if not self.values.stateless(user) or self.values.carrier(user) is not node:
+                return 1
+            node = user
+        return 1
 
     def _take_producer(self, node: fx.Node, module: nn.Module) -> None:
         self._check_type(node, module)
+        parts = self._parts(node)
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             raise _Mixes(
                 Reason("grouped", f"{node.target} has groups={module.groups}: its outputs cannot be cut one by one")
             )
-        if _out_channels(module) != self.group.channels or isinstance(module, nn.Linear) != self.linear:
+        if _out_channels(module) != parts * self.group.channels or isinstance(module, nn.Linear) != self.linear:
             raise _Mixes(Reason("other-channels", f"{node.target} makes other channels that are multiplied in"))
         self._check(node)
-        if node not in self.group.producers:
-            self.group.producers.append(node)
+        first, *_ = nodes = calls(self.gm, str(node.target))
+        if all(producer.node is not first for producer in self.group.producers):
+            self.group.producers.append(Producer(first, parts))
+        for call in nodes:
+            if call in self.visited:
+                continue
+            if parts == 1:
+                self.forward(call, 1)
+            else:
+                self._forward_packed(call, parts)
 
     def _take_consumer(self, node: fx.Node, source: fx.Node, module: nn.Module, block: int) -> None:
         self._check_type(node, module)
         conv = isinstance(module, nn.Conv2d)
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             raise _Mixes(Reason("grouped", f"{node.target} reads it with groups={module.groups}"))
-        if (conv and self.linear) or (not self.linear and self._dims(source) != (4 if conv else 2)):
+        if (conv and self.linear) or (not self.linear and self.values.dims(source) != (4 if conv else 2)):
             raise _Mixes(Reason("other-axis", f"{node.target} reads it along another axis than the channels"))
         self._check(node)
-        self.group.consumers.append(Consumer(node, source, block))
+        target = str(node.target)
+        if any(str(consumer.node.target) == target for consumer in self.group.consumers):
+            return
+        first, *others = calls(self.gm, target)
+        if others and block > 1:
+            raise _Mixes(Reason("called-again", f"{target} is called more than once"))
+        self.group.consumers.append(Consumer(first, source if first is node else _read(first), block))
+        self._follow_back(first, *others)
+
+    def _follow_back(self, *nodes: fx.Node) -> None:
+        """Take in what feeds other calls of a module of the group."""
+        for node in nodes:
+            self.backward(_read(node))
 
     def _take_product(self, node: fx.Node, block: int) -> None:
         if block > 1:
             raise _Mixes(Reason("product-after-flatten", f"{_name(node)} multiplies it after it is flattened"))
         self.visited.add(node)
+        self._follow_operands(node)
+        self.visited.discard(node)
+        self.forward(node, block)
+
+    def _follow_operands(self, node: fx.Node) -> None:
         for operand in node.all_input_nodes:
             self.backward(operand)
-        self.visited.discard(node)
+
+    def _take_sum(self, node: fx.Node, block: int) -> None:
+        """Follow a sum of values that the group's own channels make, as in an activation written out."""
+        own = {call for producer in self.group.producers for call in calls(self.gm, str(producer.node.target))}
+        if block > 1 or not self.values.origins(node.all_input_nodes) <= own:
+            raise _Mixes(Reason("residual", f"its output joins a residual at {_name(node)}"))
         self.forward(node, block)
 
     def _take_through(self, node: fx.Node) -> None:
         """Add the module that the node calls, if it has parameters or buffers."""
-        if node.op != "call_module" or not self.gm.get_submodule(str(node.target)).state_dict():
+        if self.values.stateless(node):
             return
         self._check(node)
-        if node not in self.group.through:
-            self.group.through.append(node)
+        first, *others = calls(self.gm, str(node.target))
+        if first not in self.group.through:
+            self.group.through.append(first)
+            self.visited.add(node)
+            self._follow_back(first, *others)
+            self.visited.discard(node)
 
     def _check_type(self, node: fx.Node, module: nn.Module) -> None:
         if not isinstance(module, MERGEABLE):
@@ -220,18 +288,19 @@ class _Walk:
         reason = self.reasons.get(target)
         if reason is not None:
             raise _Mixes(reason.at(target))
-        if len(calls(self.gm, target)) > 1:
-            raise _Mixes(Reason("called-again", f"{target} is called more than once"))
 
-    def _dims(self, node: fx.Node) -> int:
-        return len(_shape(node))
+    def _why_mixed(self, node: fx.Node) -> Reason:
+        module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, _NORMS) or node.target in (F.layer_norm, F.rms_norm, F.group_norm):
+            return Reason("norm-over-channels", f"{_name(node)} normalises over the channels")
+        return Reason("mixed", f"{_name(node)} does not treat each channel alone")
 
 
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    sizes = shape(node)
-    if sizes is None:
-        raise _Mixes(Reason("no-shapes", "shapes are not known", "give example inputs"))
-    return sizes
+def _read(node: fx.Node) -> fx.Node:
+    """Return the value that a module's call reads."""
+    if len(node.all_input_nodes) != 1:
+        raise _Mixes(Reason("called-again", f"{node.target} is called more than once, in other ways"))
+    return node.all_input_nodes[0]
 
 
 def _out_channels(module: nn.Module) -> int:

@@ -6,6 +6,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import thread as futures_thread
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +45,7 @@ def settings_restored() -> Iterator[None]:
     """
     settings = [read() for read, _ in _SETTINGS]
     seed = torch.initial_seed()
+    alone = _alone()
     states = [(read(), read, write) for read, write in _random_states()]
     try:
         yield
@@ -51,7 +53,7 @@ def settings_restored() -> Iterator[None]:
         for (read, write), value in zip(_SETTINGS, settings, strict=True):
             if read() != value:
                 write(value)
-        alone = _alone()
+        alone = alone and _alone()
         for value, read, write in states:
             seeded = read is torch.get_rng_state and torch.initial_seed() != seed
             if (alone or seeded) and not _equal(read(), value):
@@ -59,9 +61,15 @@ def settings_restored() -> Iterator[None]:
 
 
 def _alone() -> bool:
-    """Whether no other thread runs but that which refreshes progress bars."""
+    """Whether no other thread runs but that which refreshes progress bars, and those that wait for work."""
     others = [t for t in threading.enumerate() if t is not threading.current_thread()]
-    return all(type(t).__module__.startswith("tqdm.") for t in others)
+    return all(type(t).__module__.startswith("tqdm.") or _waits_for_work(t) for t in others)
+
+
+def _waits_for_work(thread: threading.Thread) -> bool:
+    """Whether this is an idle worker of an executor: Inductor keeps some for as long as the process lives."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return frame is not None and frame.f_code is futures_thread._worker.__code__
 
 
 def _random_states() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:

@@ -23,12 +23,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxlrd.allocation.merges import Reader, choose, mergeable, readers
 from fxlrd.allocation.plan import planned
 from fxlrd.errors import Reason
-from fxlrd.graph.channels import Group
+from fxlrd.graph.channels import Group, Producer
 from fxlrd.graph.facts import provenance, retained_channels, statistics
 from fxlrd.graph.guards import why_not_replaceable
 from fxlrd.graph.layer import origin
@@ -91,7 +91,7 @@ class Interpolate(Targets):
         if isinstance(cut, Reason):
             return self.refusal(node, cut)
         error = _apply(gm, cut)
-        done.update(cut.group.producers)
+        done.update(producer.node for producer in cut.group.producers)
         consumers = ", ".join(str(consumer.node.target) for consumer in cut.group.consumers)
         count = f"{cut.rank} of {cut.group.channels} channels kept"
         return Site(origin(node), False, f"{count}, the others interpolated in {consumers} (error {error:.2g})")
@@ -108,7 +108,7 @@ class Interpolate(Targets):
         if rank < 1:
             return Reason("no-channels", f"ratio={self.ratio:g} leaves none of its {group.channels} channels")
         if rank >= group.channels:
-            if group.channels < (before := original_shape(gm, node)[0]):
+            if group.channels < (before := original_shape(gm, node)[0] // group.producers[0].parts):
                 text = f"it is merged already: {group.channels} of its {before} channels were kept"
                 return Reason("merged", text)
             return Reason("no-saving", f"keeping {rank} of {group.channels} channels saves nothing")
@@ -121,11 +121,12 @@ class Interpolate(Targets):
         """Return the number of channels that ``ranks`` or else ``ratio`` asks for."""
         if (rank := self.explicit_rank(name)) is not None:
             return rank
-        for node in (*(consumer.node for consumer in group.consumers), *group.producers):
+        for node in (*(consumer.node for consumer in group.consumers), *(p.node for p in group.producers)):
             c_out, c_in, *kernel = original_shape(gm, node)
             if math.prod(kernel) > 1:
                 return tucker2_rank(c_in, c_out, kernel, self.ratio)
-        return math.floor(original_shape(gm, group.producers[0])[0] / self.ratio)
+        producer = group.producers[0]
+        return math.floor(original_shape(gm, producer.node)[0] / producer.parts / self.ratio)
 
     def _snapped(self, gm: fx.GraphModule, group: Group, rank: int) -> int:
         """Return r or the hardware multiple below it that pays, by timing the group's layers."""
@@ -153,11 +154,19 @@ def _apply(gm: fx.GraphModule, cut: Cut) -> float:
         put_merged(gm, reader.consumer.node, folded, (cut.rank, None), error)
     for node in cut.group.through:
         put_merged(gm, node, keep_channels(gm.get_submodule(str(node.target)), retained))
-    for node in cut.group.producers:
-        put_merged(gm, node, keep_outputs(gm.get_submodule(str(node.target)), retained), (None, cut.rank), largest)
+    for producer in cut.group.producers:
+        _cut_producer(gm, producer, producer.rows(retained, cut.group.channels), largest)
+    cut.group.split_into(gm, cut.rank)
+    return largest
+
+
+def _cut_producer(gm: fx.GraphModule, producer: Producer, rows: Tensor, error: float) -> None:
+    """Let a layer make only its outputs ``rows``."""
+    target = str(producer.node.target)
+    put_merged(gm, producer.node, keep_outputs(gm.get_submodule(target), rows), (None, len(rows)), error)
+    for node in calls(gm, target):
         earlier = retained_channels(node)
-        retained_channels.record(node, retained if earlier is None else earlier[retained])
+        retained_channels.record(node, rows if earlier is None else earlier[rows])
         measured = statistics(node)
         if measured is not None and measured.importance is not None:
-            statistics.record(node, replace(measured, importance=measured.importance[retained][:, retained]))
-    return largest
+            statistics.record(node, replace(measured, importance=measured.importance[rows][:, rows]))

@@ -95,4 +95,5 @@ def put_merged(
     if recorded.role in FACTORS:
         merged = recorded.ranks
     largest = max((e for e in (error, recorded.error) if e is not None), default=None)
-    provenance.record(node, replace(recorded, role="merged", ranks=merged, error=largest))
+    for call in calls(gm, target):
+        provenance.record(call, replace(recorded, role="merged", ranks=merged, error=largest))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from fxlrd.graph.channels import MERGEABLE, MERGEABLE_NORMS
+from fxlrd.graph.channels import MERGEABLE
 from fxlrd.graph.facts import shape
 from fxlrd.graph.operations import ELEMENTWISE_MODULES
 from fxlrd.graph.surgery import source
+from fxlrd.graph.values import MERGEABLE_NORMS
 from fxlrd.layers.kinds import kernel_area
 
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)

@@ -27,7 +27,7 @@ def time_group(gm: fx.GraphModule, group: Group, ranks: Sequence[int], stopwatch
     Ratios are to the first of ``ranks``. Weights are arbitrary. The nodes need shapes.
     """
     parts: list[tuple[fx.Node, str | int]] = [
-        *((node, "out") for node in group.producers),
+        *((producer.node, "out") for producer in group.producers),
         *((node, "through") for node in group.through if isinstance(gm.get_submodule(str(node.target)), LAYERS)),
         *((consumer.node, consumer.block) for consumer in group.consumers),
     ]
@@ -35,7 +35,7 @@ def time_group(gm: fx.GraphModule, group: Group, ranks: Sequence[int], stopwatch
     for node, _ in parts:
         module, meta = as_layer(gm.get_submodule(str(node.target))), _input(node)
         texts.append(signature(module, tuple(_shape(module, meta)), meta.dtype, layout(meta)))
-    device = next(gm.get_submodule(str(group.producers[0].target)).parameters()).device
+    device = next(gm.get_submodule(str(group.producers[0].node.target)).parameters()).device
 
     def workload(rank: int) -> Workload:
         return Workload([_cut(gm, node, how, rank) for node, how in parts], stopwatch.under_inductor)

@@ -69,7 +69,7 @@ def test_depthwise():
 def test_what_may_be_merged():
     gm = swept(net(), images(2))
     whole = found(gm, "mid")
-    assert (whole.channels, [str(n.target) for n in whole.producers]) == (6, ["mid"])
+    assert (whole.channels, [str(p.node.target) for p in whole.producers]) == (6, ["mid"])
     assert [str(c.node.target) for c in whole.consumers] == ["last"]
     assert found(gm, "stem", stem=True).channels == 8
 

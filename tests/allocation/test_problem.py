@@ -14,8 +14,7 @@ BUDGETS = [4.0, 9.0, 14.0, 20.0, 31.0, 60.0]
 
 
 def merging(producer: str, consumer: str, options) -> Merging:
-    nodes = [SimpleNamespace(target=producer), SimpleNamespace(target=consumer)]
-    return Merging(SimpleNamespace(producers=nodes[:1], consumers=[SimpleNamespace(node=nodes[1])]), options)
+    return Merging(SimpleNamespace(cut=[producer, consumer]), options)
 
 
 def problem(seed: int) -> Problem:

@@ -17,7 +17,7 @@ def of(gm: fx.GraphModule, producer: str) -> Group | Reason:
 
 
 def targets(nodes) -> list[str]:
-    return sorted(str(n.target) for n in nodes)
+    return sorted(str(getattr(n, "node", n).target) for n in nodes)
 
 
 def parts(found: Group) -> tuple[list[str], list[str], dict[str, int]]:

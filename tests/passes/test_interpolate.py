@@ -20,6 +20,7 @@ from fxlrd.graph.channels import Consumer, Group, group_of
 from fxlrd.graph.facts import provenance, retained_channels, shape, statistics
 from fxlrd.graph.guards import NEVER_CALLED, why_not_replaceable
 from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls, fork, layers
 from fxlrd.layers.compose import input_importance
 from fxlrd.layers.kinds import channel_axis
@@ -52,6 +53,9 @@ def interpolation(gm: fx.GraphModule, consumer: Consumer, retained: torch.Tensor
     """Return the least squares interpolation, by the moments in the graph, of what a consumer reads."""
     axis = channel_axis(gm.get_submodule(consumer.node.target), len(shape(consumer.source)))
     measured = moments(consumer.source, axis, consumer.block)
+    nodes = calls(gm, consumer.node.target)
+    if len(nodes) > 1:
+        measured = statistics_of(nodes).input_moments
     matrix = least_squares(measured.second, retained, measured.ridge)
     linear = isinstance(gm.get_submodule(consumer.node.target), nn.Linear)
     return Interpolate(retained, matrix, -1 if linear else 1, consumer.block)
@@ -62,13 +66,15 @@ def interpolated(original: fx.GraphModule, result) -> fx.GraphModule:
     gm = fork(original)
     for i, name in enumerate(site_names(result)):
         retained = retained_channels(calls(result.graph_module, name)[0])
-        for j, consumer in enumerate(group_made_by(original, name).consumers):
-            (node,) = calls(gm, consumer.node.target)
-            (read,) = node.all_input_nodes
+        group = group_made_by(original, name)
+        retained = retained[retained < group.channels]  # those of the first part, where there are several
+        for j, consumer in enumerate(group.consumers):
             gm.add_submodule(f"fit{i}_{j}", interpolation(original, consumer, retained))
-            with gm.graph.inserting_before(node):
-                fit = gm.graph.call_module(f"fit{i}_{j}", (read,))
-            node.replace_input_with(read, fit)
+            for node in calls(gm, consumer.node.target):
+                (read,) = node.all_input_nodes
+                with gm.graph.inserting_before(node):
+                    fit = gm.graph.call_module(f"fit{i}_{j}", (read,))
+                node.replace_input_with(read, fit)
     gm.recompile()
     return gm
 
@@ -271,6 +277,36 @@ FREE: dict = {
 }
 
 
+def packed(m, x):
+    up, gate = m.a(x).chunk(2, dim=-1)
+    return m.b(up * torch.nn.functional.silu(gate))
+
+
+def split_by_size(m, x):
+    up, gate = m.a(x).mul(2).split(8, dim=-1)
+    return m.b(gate.sigmoid() * up)
+
+
+def written_out(m, x):
+    y = m.a(x)
+    return m.b(0.5 * y * (1 + torch.tanh(0.8 * (y + 0.04 * torch.pow(y, 3)))))
+
+
+class Own(nn.Module):
+    """An activation that no list has."""
+
+    def forward(self, x):
+        return torch.atan(x) * x.clamp_min(0).sqrt()
+
+
+FREE["spatial gate"] = (lambda m, x: m.b(m.a(x) * m.c(x)), {"a": conv(), "c": conv(c_out=1), "b": conv()})
+FREE["called twice"] = (lambda m, x: m.b(m.a(x).relu()) + m.b(m.a(x.flip(0))), {"a": conv(), "b": conv()})
+FREE["own activation"] = (lambda m, x: m.b(m.o(m.a(x))), {"a": conv(), "o": Own(), "b": conv()})
+FREE["written out"] = (written_out, {"a": nn.Linear(6, 8), "b": nn.Linear(8, 5)})
+FREE["packed"] = (packed, {"a": nn.Linear(6, 16), "b": nn.Linear(8, 5)})
+FREE["split by size"] = (split_by_size, {"a": nn.Linear(6, 16), "b": nn.Linear(8, 5)})
+FREE["glu"] = (lambda m, x: m.b(torch.nn.functional.glu(m.a(x))), {"a": nn.Linear(6, 16), "b": nn.Linear(8, 5)})
+FREE["glu module"] = (lambda m, x: m.b(m.g(m.a(x))), {"a": nn.Linear(6, 16), "g": nn.GLU(), "b": nn.Linear(8, 5)})
 FREE["two readers"] = (
     lambda m, x: (lambda y: m.b(y.relu()) + m.c(y))(m.a(x)),
     {"a": conv(), "b": conv(k=3), "c": conv()},
@@ -290,22 +326,22 @@ def test_what_lies_between_and_treats_each_channel_alone(name):
 
 
 MIXED = {
-    "residual": (lambda m, x: m.b(m.a(x)) + m.a(x), {"a": conv(), "b": conv()}, "called-again", "a"),
+    "residual": (lambda m, x: m.b(m.a(x)) + m.a(x), {"a": conv(), "b": conv()}, "residual", "add"),
     "joins": (lambda m, x: (lambda y: m.b(y) + y)(m.a(x)), {"a": conv(), "b": conv()}, "residual", "add"),
     "output": (lambda m, x: (lambda y: (m.b(y), y))(m.a(x)), {"a": conv(), "b": conv()}, "model-output", ""),
-    "shared": (lambda m, x: m.b(m.b(m.a(x))), {"a": conv(), "b": conv()}, "called-again", "b"),
+    "shared": (lambda m, x: m.b(m.b(m.a(x))), {"a": conv(), "b": conv()}, "model-output", ""),
     "shared norm": (
         lambda m, x: m.b(m.n(m.a(m.n(x)))),
         {"a": conv(), "n": nn.BatchNorm2d(8), "b": conv()},
-        "called-again",
-        "n",
+        "mixed",
+        "x",
     ),
     "grouped consumer": (lambda m, x: m.b(m.a(x)), {"a": conv(), "b": conv(groups=2)}, "grouped", "b"),
     "grouped producer": (lambda m, x: m.b(m.a(x)), {"a": conv(groups=2), "b": conv()}, "grouped", "a"),
     "layer norm": (
         lambda m, x: m.b(m.n(m.a(x))),
         {"a": nn.Linear(6, 8), "n": nn.LayerNorm(8), "b": nn.Linear(8, 5)},
-        "mixed",
+        "norm-over-channels",
         "n",
     ),
     "softmax": (lambda m, x: m.b(m.a(x).softmax(1)), {"a": conv(), "b": conv()}, "mixed", "softmax"),
@@ -331,12 +367,6 @@ MIXED = {
     ),
     "other axis": (lambda m, x: m.b(m.a(x)), {"a": conv(), "b": nn.Linear(6, 5)}, "other-axis", "b"),
     "conv on linear": (lambda m, x: m.b(m.a(x)), {"a": nn.Linear(6, 6), "b": conv()}, "other-axis", "b"),
-    "spatial gate": (
-        lambda m, x: m.b(m.a(x) * m.c(x)),
-        {"a": conv(), "c": conv(c_out=1), "b": conv()},
-        "other-channels",
-        "c",
-    ),
     "dead end": (lambda m, x: m.b(x) + m.a(x).sum() * 0, {"a": conv(), "b": conv()}, "mixed", "sum_1"),
 }
 
