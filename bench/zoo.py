@@ -1,10 +1,11 @@
-"""Every model of torchvision.models.list_models() but the quantized ones: compressed and verified, or why not.
+"""Every model of torchvision, one of each of timm's families, architectures of transformers: compressed, or why not.
 
-``python -m bench.zoo [--only 'resnet50,swin*'] [--preset lrd] [--exact] [--largest 100e6]`` prints a row for each.
-Weights are random, seeded, and the examples about as small as the model takes, so errors are large and say little; that
-it captures, compresses and runs is what counts. ``--exact`` decomposes at full rank as well, in place: then the outputs
-(of the regions, where the whole is not traceable) must be those of the original up to rounding, in float32. A model
-that fails is a row, its traceback goes to standard error; the table is printed also when interrupted.
+``python -m bench.zoo [--only 'resnet50,swin*,timm:*'] [--preset lrd] [--exact] [--largest 100e6]`` prints a row for
+each. Weights are random, seeded, and the examples about as small as the model takes, so errors are large and say
+little; that it captures, compresses and runs is what counts, and which share of the conv and linear parameters is left
+alone (`bench.left_alone`). ``--exact`` decomposes at full rank as well, in place: then the outputs (of the regions,
+where the whole is not traceable) must be those of the original up to rounding, in float32. A model that fails is a row,
+its traceback goes to standard error; the table is printed also when interrupted.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import nn
-from torchvision import models
 from tqdm import tqdm
 
+from bench import zoo_timm, zoo_torchvision, zoo_transformers
+from bench.left_alone import as_text, left_alone, mean_text
 from fxlrd import Budget, compress
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.inputs import Inputs
-from fxlrd.layers.kinds import LAYERS
 from fxlrd.pipeline import PRESETS
 from fxlrd.report.numbers import change, giga
 from fxlrd.report.numbers import error as digits
@@ -40,75 +41,54 @@ from fxlrd.report.report import Report
 EXACT = 1e-3
 """In float32 the depth of a network multiplies rounding errors; above this it is no rounding."""
 
-_SMALL = {"min_size": 128, "max_size": 128}
-EXAMPLES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "raft_*": ({}, (1, 3, 128, 128)),
-    "ssd*": ({}, (3, 128, 128)),  # these scale to the size that they are made for
-    "*rcnn_*": (_SMALL, (3, 128, 128)),
-    "fcos_*": (_SMALL, (3, 128, 128)),
-    "retinanet_*": (_SMALL, (3, 128, 128)),
-    "s3d": ({}, (1, 3, 14, 224, 224)),  # the last pooling takes 2×7×7
-    "mvit_*": ({}, (1, 3, 16, 224, 224)),  # positions are learned for this size
-    "swin3d_*": ({}, (1, 3, 4, 64, 64)),
-    "mc3_18": ({}, (1, 3, 4, 32, 32)),
-    "r*d_18": ({}, (1, 3, 4, 32, 32)),
-    "vit_h_14": ({"image_size": 56}, (1, 3, 56, 56)),
-    "vit_*": ({"image_size": 64}, (1, 3, 64, 64)),
-    "maxvit_t": ({}, (1, 3, 224, 224)),  # partitions of 7 at every stage
-    "inception_v3": ({}, (1, 3, 75, 75)),
-    "*": ({}, (1, 3, 64, 64)),
-}
-"""Name or glob, the first that fits: the builder's options, and the shape of an input."""
-
 HEADERS = ["model", "captured", "layers", "cut", "left alone", "parameters", "", "FLOPs", "", "error", "full rank"]
 
 
+COLLECTIONS = {"torchvision": zoo_torchvision, "timm": zoo_timm, "transformers": zoo_transformers}
+"""The modules that name and build the models, by the library of these."""
+
+
 def names(only: str | None = None) -> list[str]:
-    """Return the models' names, those that names or globs with commas between them choose."""
-    every = [n for n in models.list_models() if not n.startswith("quantized")]
+    """Return the names of the models that names or globs with commas between them choose; without, of all.
+
+    Those of other libraries than torchvision start with the library's name and a colon. Raises FxlrdError for a name or
+    glob that fits no model.
+    """
+    every = [name for library in COLLECTIONS for name in _names_of(library, only)]
     if only is None:
         return every
     chosen = [p.strip() for p in only.split(",")]
     for pattern in chosen:
         if not any(fnmatch(n, pattern) for n in every):
-            raise FxlrdError(f"--only {pattern}: no model of torchvision has this name, quantized ones aside")
+            raise FxlrdError(
+                f"--only {pattern}: no model of {', '.join(COLLECTIONS)} has this name, quantized ones aside"
+            )
     return [n for n in every if any(fnmatch(n, p) for p in chosen)]
+
+
+def _names_of(library: str, only: str | None) -> list[str]:
+    try:
+        return COLLECTIONS[library].names()
+    except ImportError:
+        if only is None or f"{library}:" in only:
+            print(f"bench.zoo: {library} is not installed, its models are left out: pip install 'fxlrd[bench]'")
+        return []
+
+
+def collection(name: str) -> str:
+    """Return the library of a model."""
+    library = name.partition(":")[0]
+    return library if library in COLLECTIONS and ":" in name else "torchvision"
 
 
 def build(name: str) -> nn.Module:
     """Return a model with seeded random weights in eval mode."""
-    options, _ = _example(name)
-    # Detectors and segmenters would fetch a backbone's weights unless told not to.
-    backbone = {"weights_backbone": None} if name in _with_backbone() else {}
-    quiet = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}  # they warn of it otherwise
-    torch.manual_seed(0)
-    model = models.get_model(name, weights=None, **backbone, **quiet, **options)
-    # Some start with branches, or the last layer, at nothing or nearly so: no error would show. Larger weights, as for
-    # ReLU, make EfficientNets so chaotic that rounding alone moves their outputs.
-    for module in model.modules():
-        if isinstance(module, LAYERS):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-        if isinstance(getattr(module, "layer_scale", None), nn.Parameter):
-            nn.init.ones_(module.layer_scale)
-    return model.eval()
+    return COLLECTIONS[collection(name)].build(name)
 
 
 def inputs(name: str) -> Inputs:
-    """Return seeded inputs: one image, clip or pair of images; detectors take a list of images between 0 and 1."""
-    _, shape = _example(name)
-    generator = torch.Generator().manual_seed(0)
-    if name in models.list_models(models.detection):
-        return Inputs(([torch.rand(shape, generator=generator)],))
-    number = 2 if name in models.list_models(models.optical_flow) else 1
-    return Inputs(tuple(torch.randn(shape, generator=generator) for _ in range(number)))
-
-
-def _example(name: str) -> tuple[dict[str, Any], tuple[int, ...]]:
-    return next(example for pattern, example in EXAMPLES.items() if fnmatch(name, pattern))
-
-
-def _with_backbone() -> list[str]:
-    return models.list_models(models.detection) + models.list_models(models.segmentation)
+    """Return seeded inputs of a model."""
+    return COLLECTIONS[collection(name)].inputs(name)
 
 
 def main() -> None:
@@ -125,26 +105,31 @@ def main() -> None:
     except FxlrdError as error:
         sys.exit(f"bench.zoo: {error}")
     rows: list[list[str]] = []
+    shares: dict[str, dict[str, float]] = {}
     try:
         with tqdm(chosen, leave=False, disable=None) as progress:
             for name in progress:
                 progress.set_description(name)
                 start = time.perf_counter()
-                row = [name, *_row(name, arguments.preset, arguments.exact, arguments.largest)]
-                rows.append([*row, *[""] * (len(HEADERS) - len(row)), f"{time.perf_counter() - start:.1f} s"])
+                row = [name, *_row(name, arguments.preset, arguments.exact, arguments.largest, shares)]
+                row += [""] * (len(HEADERS) - len(row))
+                rows.append([*row, as_text(shares.get(name)), f"{time.perf_counter() - start:.1f} s"])
                 gc.collect()  # graphs have cycles, and hold the weights
     except KeyboardInterrupt:
         print(f"interrupted: {len(rows)} of {len(chosen)}")
     finally:
-        print(tabulate(rows, headers=[*HEADERS, "time"], disable_numparse=True))
+        print(tabulate(rows, headers=[*HEADERS, "of parameters left alone", "time"], disable_numparse=True))
         counts = Counter(row[1].rpartition(" ")[2] for row in rows)
         print(f"\n{len(rows)} models:", ", ".join(f"{number} {how}" for how, number in counts.most_common()))
+        for library in COLLECTIONS:
+            if listed := [share for name, share in shares.items() if collection(name) == library]:
+                print(f"parameters left alone, mean of {len(listed)} models of {library}: {mean_text(listed)}")
 
 
-def _row(name: str, preset: str, exact: bool, largest: float) -> list[str]:
-    """Return a model's row, after its name; whatever goes wrong is one."""
+def _row(name: str, preset: str, exact: bool, largest: float, shares: dict[str, dict[str, float]]) -> list[str]:
+    """Return a model's row, after its name; whatever goes wrong is one. What is left alone goes into ``shares``."""
     try:
-        size = next(iter(models.get_model_weights(name))).meta["num_params"]
+        size = COLLECTIONS[collection(name)].parameters(name)
         if size > largest:
             return ["refused", "", "", f"larger than --largest: {size:,} parameters"]
         # The weights, factors, a copy of those; at full rank they are twice as large.
@@ -152,7 +137,9 @@ def _row(name: str, preset: str, exact: bool, largest: float) -> list[str]:
         if needed > free:
             return ["refused", "", "", f"{needed / 2**30:.1f} GiB of memory needed, {free / 2**30:.1f} available"]
         model, example = build(name), inputs(name)
-        cells = _cells(_compressed(model, example, preset))
+        report = _compressed(model, example, preset)
+        shares[name] = left_alone(model, report)
+        cells = _cells(report)
         return [*cells, _at_full_rank(model, example) if exact else ""]
     except FxlrdError as error:
         return ["refused", "", "", str(error)]
