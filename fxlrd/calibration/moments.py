@@ -16,6 +16,7 @@ from fxlrd.graph.captured import feed
 from fxlrd.graph.facts import output_moments, shape, statistics
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.operations import features_per_channel
+from fxlrd.graph.reached import ReachingInterpreter, reached
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import layers, source
 from fxlrd.layers.fit import Moments, Statistics
@@ -73,7 +74,7 @@ def forget_statistics(gm: fx.GraphModule) -> None:
         statistics.drop(node)
 
 
-class _Sweep(fx.Interpreter):
+class _Sweep(ReachingInterpreter):
     """Runs a graph and adds up the moments of the tensors that layers read and make.
 
     What a layer reads is measured when it reads it: an operation in place may have changed it since it was made.
@@ -86,6 +87,7 @@ class _Sweep(fx.Interpreter):
         read_as: by call of a layer, the node that it reads and the number of changes in place before it does.
         sums: the moments so far, by node, number of changes in place since its value was made, and axis.
         patches: the moments of patches so far, by conv.
+        reached: the calls of layers that were run.
     """
 
     def __init__(self, gm: fx.GraphModule, outputs: bool, patches: int) -> None:
@@ -98,6 +100,7 @@ class _Sweep(fx.Interpreter):
         self.sums: dict[tuple[fx.Node, int], dict[Axis, Moments]] = {}
         self.patches: dict[fx.Node, Moments] = {}
         self.read_as: dict[fx.Node, tuple[fx.Node, int]] = {}
+        self.reached: set[fx.Node] = set()
         self._added: set[tuple[fx.Node, int, Axis]] = set()  # in this run
         self._versions: dict[fx.Node, int] = {}
         for node, module, read in _layer_calls(gm):
@@ -122,6 +125,8 @@ class _Sweep(fx.Interpreter):
             if n in self.patch_readers:
                 self._add_patches(n, module, value)
         value = super().run_node(n)
+        if module is not None and reached(value):
+            self.reached.add(n)
         if _is_real(value):
             self._versions[n] = value._version
             if module is not None and self.outputs:
@@ -170,7 +175,8 @@ class _Sweep(fx.Interpreter):
             axis = None if sizes is None else channel_axis(module, len(sizes))
             reads = [each for (a, block), each in by_axis.items() if block == 1 and axis in (None, a)]
             one = reads[0] if len(reads) == 1 else None
-            statistics.record(node, Statistics(one, self.patches.get(node), importance.estimate(node)))
+            estimate = importance.estimate(node)
+            statistics.record(node, Statistics(one, self.patches.get(node), estimate, node in self.reached))
 
 
 def _is_real(value: Any) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from fxlrd.calibration.batches import failure
 from fxlrd.graph.captured import feed
 from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.reached import ReachingInterpreter, reached
 
 
 class Stepper:
@@ -21,7 +22,7 @@ class Stepper:
         self.pending = list(gm.graph.nodes)
         self.runs: list[tuple[fx.Interpreter, Inputs]] = []
         for inputs in batches:
-            run = fx.Interpreter(gm)
+            run = ReachingInterpreter(gm)
             run.args_iter = iter(feed(gm, inputs))
             self.runs.append((run, inputs))
 
@@ -37,8 +38,8 @@ class Stepper:
             self._step()
 
     def values(self, node: fx.Node) -> list[Tensor]:
-        """Return the value of a node for each input; some node that reads it has still to run."""
-        return [run.env[node] for run, _ in self.runs]
+        """Return the value of a node for each input that reaches it; some node that reads it has still to run."""
+        return [value for run, _ in self.runs if reached(value := run.env[node])]
 
     def _step(self) -> None:
         """Run one node. Raises FxlrdError for inputs that it fails on."""

@@ -23,6 +23,7 @@ from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.cost import NOTHING, Cost
 from fxlrd.graph.facts import FACTORS, Fact, times
 from fxlrd.graph.inputs import Inputs, tensors
+from fxlrd.graph.reached import NOT_REACHED_VALUE
 from fxlrd.graph.regions import Slot, call_for, copies, install_layers, record
 from fxlrd.graph.run import counting, evaluating, isolated, run
 from fxlrd.graph.surgery import called, fork
@@ -187,18 +188,15 @@ class Regions:
         """Return what the placeholders get while the model runs on ``inputs``.
 
         If a region runs fewer times than on the example inputs, its recorded calls are reused cyclically. If it does
-        not run, or gets an argument that is no tensor, it is fed what it got for the example inputs.
+        not run, or gets an argument that is no tensor, its arguments are `NOT_REACHED_VALUE`.
         """
         if inputs is self.inputs:
             return [t.clone() for t in self.example]
         calls = record(structural_copy(self.model), inputs, {slot.name for slot in self.slots})
-        values: list[Tensor] = []
+        values: list[Any] = []
         for slot in self.slots:
             call = call_for(slot, calls)
-            if call is not None:
-                values += copies(call.arguments)
-            else:
-                values += self.example[len(values) : len(values) + slot.arguments]
+            values += copies(call.arguments) if call is not None else [NOT_REACHED_VALUE] * slot.arguments
         return values
 
     def runnable(self, gm: fx.GraphModule) -> nn.Module:

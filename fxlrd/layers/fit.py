@@ -77,14 +77,23 @@ class Statistics:
         input_moments: those of the input's channels.
         patch_moments: those of the patches that the kernel is applied to, where `Calibrate` was asked for them.
         importance: Γ, the importance of the directions of the output (fxlrd/calibration/importance.py).
+        called: whether the layer was called at all.
     """
 
     input_moments: Moments | None = None
     patch_moments: Moments | None = None
     importance: Tensor | None = None
+    called: bool = True
+
+    @property
+    def reached(self) -> bool:
+        """Whether any input reached the layer."""
+        return self.called and (self.input_moments is None or self.input_moments.count > 0)
 
     def __add__(self, other: Statistics) -> Statistics:
         """Return the statistics of two calls together: what only one of them has is dropped."""
+        if not (self.called and other.called):
+            return self if self.called else other
         importances = [t for t in (self.importance, other.importance) if t is not None]
         return Statistics(
             _sum(self.input_moments, other.input_moments),

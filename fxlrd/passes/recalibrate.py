@@ -26,7 +26,8 @@ from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.captured import feed
 from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import Inputs
-from fxlrd.graph.layer import origin
+from fxlrd.graph.layer import NOT_REACHED, origin
+from fxlrd.graph.reached import ReachingInterpreter
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import called, calls
 from fxlrd.layers.kinds import BATCH_NORMS
@@ -55,15 +56,15 @@ class Recalibrate:
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with BatchNorms of its own."""
         run = start(self, gm, progress)
-        norms: list[nn.Module] = []
+        norms: dict[str, nn.Module] = {}
         for name, module in called(run.gm).items():
             if type(module) not in BATCH_NORMS or module.running_mean is None:
                 continue
             if hooked(module):
                 run.add(Skip(origin(calls(run.gm, name)[0]), HOOKED))
                 continue
-            norms.append(copy.deepcopy(module))
-            run.gm.set_submodule(name, norms[-1])
+            norms[name] = copy.deepcopy(module)
+            run.gm.set_submodule(name, norms[name])
             run.add(Site(origin(calls(run.gm, name)[0]), False, "statistics re-estimated"))
         if not norms:
             return run.result()
@@ -72,9 +73,15 @@ class Recalibrate:
             return run.undone(inputs_held_out.reason)
         try:
             batches = as_inputs(run.gm, progress(as_batches(self.calibration), run.label))
-            _estimate(run.gm, norms, to_fit(batches, divisible=partial(rows_are_examples, reference(gm) or gm)))
+            divisible = partial(rows_are_examples, reference(gm) or gm)
+            reached = _estimate(run.gm, list(norms.values()), to_fit(batches, divisible=divisible))
         except _OneValueError:
             return run.undone(ONE_VALUE)
+        for name in [name for name, norm in norms.items() if norm not in reached]:
+            run.gm.set_submodule(name, gm.get_submodule(name))
+            place = origin(calls(run.gm, name)[0])
+            run.sites = [site for site in run.sites if site.name != place]
+            run.add(Skip(place, NOT_REACHED))
         verdict = keep_if_better(inputs_held_out, gm, run.gm)
         return run.result(verdict.note) if verdict.keep else run.undone(WORSE, verdict.note)
 
@@ -83,15 +90,16 @@ class _OneValueError(Exception):
     """A BatchNorm was to estimate a variance from one value."""
 
 
-def _estimate(gm: fx.GraphModule, norms: list[nn.Module], batches: Iterable[Inputs]) -> None:
-    """Set the statistics of ``norms`` to the mean over the batches."""
+def _estimate(gm: fx.GraphModule, norms: list[nn.Module], batches: Iterable[Inputs]) -> set[nn.Module]:
+    """Set the statistics of ``norms`` to the mean over the batches. Return those that any of these reached."""
     count = 0
+    reached: set[nn.Module] = set()
     with evaluating(gm), torch.no_grad(), ExitStack() as stack:
         for norm in norms:
-            stack.enter_context(_averaging(norm))
+            stack.enter_context(_averaging(norm, reached))
         for i, inputs in enumerate(batches):
             try:
-                gm(*feed(gm, inputs))
+                ReachingInterpreter(gm).run(*feed(gm, inputs))
             except _OneValueError:
                 raise
             except Exception as error:
@@ -101,16 +109,25 @@ def _estimate(gm: fx.GraphModule, norms: list[nn.Module], batches: Iterable[Inpu
         raise FxlrdError(NO_INPUTS)
     if not all(bool(norm.running_var.isfinite().all()) for norm in norms):  # type: ignore[operator]
         raise FxlrdError("recalibrate: the calibration inputs give NaN or Inf; is their scale right?")
+    return reached
 
 
 @contextmanager
-def _averaging(norm: nn.Module) -> Iterator[None]:
-    """Let the statistics of a BatchNorm become the mean over the batches; its momentum and counter come back."""
+def _averaging(norm: nn.Module, reached: set[nn.Module]) -> Iterator[None]:
+    """Let the statistics of a BatchNorm become the mean over the batches; its momentum and counter come back.
+
+    If any batch reaches it, it is in ``reached`` afterwards.
+    """
     momentum, batches_tracked = norm.momentum, copy.deepcopy(norm.num_batches_tracked)
     norm.reset_running_stats()  # type: ignore[operator]
     norm.momentum = None  # type: ignore[assignment]
     norm.training = True
-    handle = norm.register_forward_pre_hook(_check_variance)
+
+    def before(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        _check_variance(norm, args)
+        reached.add(norm)
+
+    handle = norm.register_forward_pre_hook(before)
     try:
         yield
     finally:

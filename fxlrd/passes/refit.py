@@ -28,6 +28,7 @@ from fxlrd.calibration.stepper import Stepper
 from fxlrd.errors import Reason
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.facts import FACTORS, provenance, retained_channels
+from fxlrd.graph.layer import NOT_REACHED
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import calls, source
 from fxlrd.layers.fit import Moments
@@ -142,7 +143,10 @@ def _refit(gm: fx.GraphModule, name: str, place: Place, compressed: Stepper, ori
     assert read is not None
     original.through(place.original)
     compressed.before(place.call)
-    pairs = zip(compressed.values(read), original.values(place.original), strict=True)
+    values = compressed.values(read)
+    if not values:
+        return Skip(name, NOT_REACHED)
+    pairs = zip(values, original.values(place.original), strict=True)
     new = _solved(gm.get_submodule(str(place.call.target)), retained_channels(place.call), pairs)
     if new is None:
         return Skip(name, NOT_FINITE)

@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import fxlrd
 from fxlrd import FxlrdError, Pipeline, capture
 from fxlrd.calibration.holdout import Disabled, held_out
+from fxlrd.capturing.model import capture_any
 from fxlrd.calibration.moments import moments
 from fxlrd.graph.facts import output_moments, statistics
+from fxlrd.graph.inputs import Inputs
 from fxlrd.passes import Calibrate, Merge
 
 
@@ -228,3 +230,34 @@ def test_an_expert_that_no_input_reached_is_left_alone():
     result = Pipeline.parse("calibrate,decompose").with_options(calibration=data)(gm)
     (skip,) = result.ledger[1].skipped
     assert (skip.name, skip.reason.code) == ("b", "not-reached")
+
+
+class Branching(nn.Module):
+    """Large inputs go one way, others another; each way has layers that a BatchNorm follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.large = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32))
+        self.small = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32))
+
+    def forward(self, x):
+        y = self.large(x * 2) if (x > 10).any() else torch.zeros_like(x)
+        return y + self.small(x)
+
+
+def test_a_region_that_no_input_called_is_left_alone_and_gives_no_data():
+    """The example calls both branches; the calibration inputs call one."""
+    example, data = torch.randn(8, 32) + 9, [torch.randn(8, 32) for _ in range(6)]
+    gm = capture_any(Branching().eval(), Inputs.of((example,)))
+    steps = Pipeline.parse("calibrate,decompose,refit,recalibrate").with_options(calibration=data)
+    calibrate, decompose, refit, recalibrate = steps(gm).ledger
+    assert {site.name for site in decompose.sites} == {"small.0", "small.2"}
+    for record, names in ((decompose, {"large.0", "large.2"}), (recalibrate, {"large.1"})):
+        assert {skip.name: skip.reason.code for skip in record.skipped} == dict.fromkeys(names, "not-reached")
+    assert {site.name for site in recalibrate.sites} == {"small.1"}
+
+    result = fxlrd.compress(
+        Branching().eval(), example, pipeline="decompose,recalibrate", calibration=data, measure=False
+    ).model
+    assert torch.equal(result.large[1].running_mean, torch.zeros(32))
+    assert not torch.equal(result.small[1].running_mean, torch.zeros(32))
