@@ -1,4 +1,4 @@
-"""One small model of each of timm's families (modules of timm.models), and of the kinds of layers that differ inside."""
+"""One small model of each of timm's families (modules of timm.models), and more where kinds of layers differ inside."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 from fxlrd.capturing.proof import Original
 from fxlrd.capturing.regions import capture_regions_of
 from fxlrd.capturing.whole import capture_whole, original_of
-from fxlrd.errors import CaptureError
+from fxlrd.errors import CaptureError, FxlrdError
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Regions, Whole, captured, warn
 from fxlrd.graph.cost import Cost
@@ -32,6 +32,11 @@ def capture_any(
     that the result will be the model itself, with what no node of the graph stands for: its cost then counts.
     """
     original = original_of(model, inputs)
+    if complete and original.changed_weight is not None:
+        raise FxlrdError(
+            f"inplace: calling the {type(model).__name__} changes its weight {original.changed_weight}, also in eval "
+            "mode; use inplace=False"
+        )
     try:
         gm = capture_whole(original)
     except CaptureError as error:

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import BaseTorchFunctionMode
 
 from fxlrd.capturing.multiplied import NotingMultiplied
+from fxlrd.capturing.settling import changed_weight, never_settles, settled, weights_of
 from fxlrd.capturing.tracing import CONSTANT
 from fxlrd.errors import FxlrdError, Reason, VerificationError, one_line
 from fxlrd.graph.compare import difference, rounding
@@ -29,6 +30,7 @@ from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import Call as Recorded
 from fxlrd.graph.regions import recorded_calls
 from fxlrd.graph.run import bit_equal, called_on, counting, evaluating, isolated
+from fxlrd.graph.writes import address, guarding_weights
 
 Call = Callable[[Any, Inputs], Any]
 
@@ -86,6 +88,8 @@ class Original:
     Attributes:
         model: a copy of the model, with buffers of its own, which is never run.
         inputs: the example inputs.
+        changed_weight: a parameter that the user's model changes when it is called, or None. The copy then has weights
+            of its own, see `fxlrd.capturing.settling`.
         behaviour: what another copy did.
         flops: the FLOPs on the example inputs (2 × multiply-adds).
         multiplied: the names of the parameters that products read on the example inputs.
@@ -94,16 +98,41 @@ class Original:
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model, self.inputs, self.flops = private_copy(model), inputs, 0
         self.multiplied: frozenset[str] = frozenset()
-        other = inputs.varied(torch.Generator().manual_seed(0))
-        trials = [(other, True), (other, False), (inputs, True), (inputs, False)]
+        self.changed_weight: str | None = None
+        behaviour = self._without_writing()
+        self.behaviour = self._settled() if behaviour is None else behaviour
+
+    def _without_writing(self) -> Behaviour | None:
+        """Return what a copy of the model does; None if it writes into a parameter, which stays as it is."""
+        try:
+            with guarding_weights(self.model) as guard:
+                behaviour = self._observed()
+        except Exception:
+            if guard.written is None:
+                raise
+            return None
+        return behaviour if guard.written is None else None
+
+    def _settled(self) -> Behaviour:
+        """Let a copy with weights of its own stand for the model, see `fxlrd.capturing.settling`."""
+        users, self.model = self.model, settled(self.model, self.inputs)
+        self.changed_weight = changed_weight(weights_of(users), self.model)
+        before = {name: weight.clone() for name, weight in weights_of(self.model).items()}
+        behaviour = self._observed()
+        if name := changed_weight(before, self.model):
+            raise never_settles(self.model, name)
+        return behaviour
+
+    def _observed(self) -> Behaviour:
+        """Return what a copy of the model does, on other inputs and with gradients as far as it takes these."""
+        other = self.inputs.varied(torch.Generator().manual_seed(0))
+        trials = [(other, True), (other, False), (self.inputs, True), (self.inputs, False)]
         for self._other, self._gradients in trials:
             try:
-                self.behaviour = self.behave(structural_copy(self.model), on_example=self._count)
-                break
+                return self.behave(structural_copy(self.model), on_example=self._count)
             except _OtherInputsError as error:
                 cause = error.cause
-        else:
-            raise cause
+        raise cause
 
     def _count(self, model: nn.Module, inputs: Inputs) -> Any:
         with counting() as counter, NotingMultiplied(model) as noting:
@@ -190,7 +219,7 @@ class Original:
         return None
 
     def _name_of(self, addresses: frozenset[int]) -> str | None:
-        return next((name for name, p in self.model.named_parameters() if _address(p) in addresses), None)
+        return next((name for name, p in self.model.named_parameters() if address(p) in addresses), None)
 
 
 class _OtherInputsError(Exception):
@@ -244,7 +273,7 @@ def _no_backward(_: Any) -> Any:
 
 
 def _gradients_of(outputs: list[Tensor]) -> Gradients:
-    parameters = {_address(t) for t in outputs if t.is_leaf and t.requires_grad}
+    parameters = {address(t) for t in outputs if t.is_leaf and t.requires_grad}
     functions: Counter[str] = Counter()
     pending = [t.grad_fn for t in outputs if t.grad_fn is not None]
     visited = set(pending)
@@ -253,17 +282,9 @@ def _gradients_of(outputs: list[Tensor]) -> Gradients:
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             functions[type(node).__name__.removesuffix("Backward")] += 1
         if (variable := getattr(node, "variable", None)) is not None:
-            parameters.add(_address(variable))
+            parameters.add(address(variable))
         following = {n for n, _ in node.next_functions if n is not None} - visited
         visited |= following
         pending += following
     del functions["BackwardHookFunction"]  # of modules with backward hooks, which are torch's own
     return Gradients(frozenset(parameters), functions)
-
-
-def _address(parameter: Tensor) -> int:
-    """Return what identifies a parameter, also where another one is a view of its values."""
-    try:
-        return parameter.untyped_storage().data_ptr() or id(parameter)
-    except (RuntimeError, NotImplementedError):  # a tensor subclass without a storage
-        return id(parameter)

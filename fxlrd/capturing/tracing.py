@@ -29,6 +29,7 @@ from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import isolated, set_mode
 from fxlrd.graph.surgery import set_container_mode
+from fxlrd.graph.writes import guarding_weights
 from fxlrd.layers.stand_ins import is_layer
 
 
@@ -161,7 +162,7 @@ def _graph(model: nn.Module, frozen: dict[str, Any], training: bool) -> tuple[fx
     _use_own_forward(model)
     tracer = _Tracer(model)
     try:
-        with isolated(model, _SEED):
+        with isolated(model, _SEED), guarding_weights(model):
             graph = tracer.trace(model, frozen or None)
     except Exception as error:
         name, module = tracer.failed_in or ("", model)
