@@ -29,6 +29,8 @@ class WriteGuard(TorchDispatchMode):
         written: the name of the first such parameter.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.written: str | None = None
@@ -37,8 +39,9 @@ class WriteGuard(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Check what the operation writes into, then do it."""
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for argument, value in _with_values(func._schema.arguments, args, kwargs):
+        schema = getattr(func, "_schema", None)  # an operation that takes functions has none
+        if schema is not None and schema.is_mutable:
+            for argument, value in _with_values(schema.arguments, args, kwargs):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._check(value)
         return func(*args, **kwargs)
