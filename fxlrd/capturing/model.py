@@ -38,7 +38,7 @@ def capture_any(
             "mode; use inplace=False"
         )
     try:
-        gm = capture_whole(original)
+        gm = capture_whole(original, for_users_forward=complete)
     except CaptureError as error:
         gm = _regions(original, str(error).split(";")[0])
     else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
+from fxlrd.capturing.inlined import call_inlined_layers
 from fxlrd.capturing.multiplied import without_layer
 from fxlrd.capturing.proof import Original, same
 from fxlrd.capturing.tracing import constants, trace, train_path_differs
@@ -67,8 +68,11 @@ def original_of(model: nn.Module, example_inputs: Any) -> Original:
     return Original(model, inputs)
 
 
-def capture_whole(original: Original) -> fx.GraphModule:
-    """`capture` of a model of which is known what it does."""
+def capture_whole(original: Original, for_users_forward: bool = False) -> fx.GraphModule:
+    """`capture` of a model of which is known what it does.
+
+    ``for_users_forward`` says that the layers go back into the model, whose own forward will call them.
+    """
     model, inputs = original.model, original.inputs
     if not original.behaviour.outputs:
         raise CaptureError(f"{type(model).__name__} returns no tensor for the example inputs")
@@ -76,6 +80,8 @@ def capture_whole(original: Original) -> fx.GraphModule:
     gm, warnings = trace(model, frozen)
     if train_path_differs(model, frozen, gm):
         warnings.append("forward takes another path in training mode: the eval path was captured")
+    if not for_users_forward:
+        call_inlined_layers(gm, model)
     alike = _put_stand_ins(gm)
     annotate(gm)
     unreached = {**_unreached(model, gm), **without_layer(model, original.multiplied)}

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fxlrd.capturing.inlined import call_inlined_layers
 from fxlrd.capturing.tracing import trace
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.copies import structural_copy
@@ -102,6 +103,7 @@ def _target(folder: Path, architecture: Architecture, model: nn.Module) -> nn.Mo
         raise FxlrdError(f"load: {folder}: forward of the model takes no {other!r}: give the architecture")
     with evaluating(target):
         graph, _ = trace(target, dict(architecture.arguments))
+    call_inlined_layers(graph, target)
     return graph
 
 
