@@ -19,7 +19,7 @@ class Reading(nn.Module):
     def __init__(self, layer, product):
         super().__init__()
         self.before = type(layer)(16, 16, *([1] if isinstance(layer, nn.Conv2d) else []))
-        self.layer, self.product = layer, product
+        self.layer, self.product = copy.deepcopy(layer), product
         if product is put_together:
             self.q_bias, self.v_bias = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
 
