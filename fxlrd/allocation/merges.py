@@ -13,26 +13,31 @@ from torch import Tensor, fx, nn
 from fxlrd.allocation.measures import Measure
 from fxlrd.calibration.moments import LARGEST, moments
 from fxlrd.errors import Reason
-from fxlrd.factor.interpolative import greedy, least_squares, lost, residual, select
+from fxlrd.factor.elimination import Elimination, Reading, eliminate
+from fxlrd.factor.interpolative import Interpolation, interpolate
 from fxlrd.graph.channels import Consumer, Group, group_of
 from fxlrd.graph.facts import FACTORS, provenance, shape, statistics
 from fxlrd.graph.guards import is_stem, matches, stem_reason, why_not_replaceable
 from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls
-from fxlrd.layers.compose import input_importance
+from fxlrd.layers.compose import input_importance, takes_shift
 from fxlrd.layers.fit import Moments
 from fxlrd.layers.kinds import channel_axis, depthwise
 from fxlrd.progress import Progress
 
 
 class Reader(NamedTuple):
-    """A consumer with the second moments G of what it reads and its importance A = Σ WᵀΓW over the kernel."""
+    """A consumer with the second moments G of what it reads and its importance A = Σ WᵀΓW over the kernel.
+
+    A consumer whose bias can take a constant has the covariance for G, and the ``mean`` of what it reads.
+    """
 
     consumer: Consumer
     module: nn.Module
     second: Tensor
     weight: Tensor
     ridge: float
+    mean: Tensor | None = None
 
 
 class Option(NamedTuple):
@@ -102,7 +107,9 @@ def readers(gm: fx.GraphModule, group: Group) -> list[Reader] | Reason:
             )
         measured = statistics_of(calls(gm, str(consumer.node.target)))
         weight = input_importance(module, consumer.block, None if measured is None else measured.importance)
-        result.append(Reader(consumer, module, inputs.second, weight, inputs.ridge))
+        shifts = takes_shift(module)
+        second = inputs.covariance if shifts else inputs.second
+        result.append(Reader(consumer, module, second, weight, inputs.ridge, inputs.mean if shifts else None))
     return result
 
 
@@ -118,19 +125,10 @@ def _moments_read(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments
     return inputs if inputs is not None and len(inputs.total) == count else None
 
 
-def choose(read: Sequence[Reader], rank: int) -> tuple[Tensor, list[Tensor], list[float]]:
-    """Return the channels to retain, each reader's interpolation and its predicted relative error.
-
-    All readers must read the same channels: each proposes its best, and the proposal with the least sum of squared
-    errors is chosen.
-    """
-    proposals = []
-    for proposer in read:
-        retained = select(proposer.second, rank, proposer.weight)
-        matrices = [least_squares(r.second, retained, r.ridge) for r in read]
-        errors = [residual(r.second, retained, t, r.weight) for r, t in zip(read, matrices, strict=True)]
-        proposals.append((retained, matrices, errors))
-    return min(proposals, key=lambda proposal: sum(e * e for e in proposal[2]))
+def choose(read: Sequence[Reader], rank: int) -> tuple[Tensor, list[Interpolation]]:
+    """Return the channels to retain (ascending), and how each reader rebuilds the others."""
+    retained = _eliminated(read, rank).retained(rank)
+    return retained, [interpolate(r.second, retained, r.weight, r.ridge, r.mean) for r in read]
 
 
 def curve(read: Sequence[Reader], ranks: Sequence[int]) -> list[float]:
@@ -138,16 +136,21 @@ def curve(read: Sequence[Reader], ranks: Sequence[int]) -> list[float]:
 
     With Γ it is in units of the model's relative squared output error.
     """
-    orders = [greedy(r.second, max(ranks), r.weight) for r in read]
-    errors = []
-    for rank in ranks:
-        proposals = []
-        for order in orders:
-            retained = torch.tensor(sorted(order[:rank]), device=read[0].second.device)
-            matrices = [least_squares(r.second, retained, r.ridge) for r in read]
-            proposals.append(sum(lost(r.second, retained, t, r.weight) for r, t in zip(read, matrices, strict=True)))
-        errors.append(min(proposals))
-    return errors
+    elimination = _eliminated(read, min(ranks))
+    return [elimination.error(rank) for rank in ranks]
+
+
+def _eliminated(read: Sequence[Reader], fewest: int) -> Elimination:
+    """Drop channels until ``fewest`` are left. Readers of equal moments count as one."""
+    readings: list[Reading] = []
+    for r in read:
+        for i, (second, importance, ridge) in enumerate(readings):
+            if ridge == r.ridge and torch.equal(second, r.second):
+                readings[i] = Reading(second, importance + r.weight, ridge)
+                break
+        else:
+            readings.append(Reading(r.second, r.weight, r.ridge))
+    return eliminate(readings, fewest)
 
 
 def mergings(

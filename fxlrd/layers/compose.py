@@ -2,7 +2,7 @@
 
     scaled       y = g·(W·x + b) + h        →   W' = g·W,  b' = g·b + h
     composed     y = W₂·(W₁·x + b₁) + b₂    →   W' = W₂·W₁,  b' = W₂·b₁ + b₂
-    fold_inputs  y = W·(T·x) + b            →   W' = W·T
+    fold_inputs  y = W·(T·x + t) + b        →   W' = W·T,  b' = W·t + b
 
 Computed in float64. Every function returns a new module in the dtype of the old one; none is changed.
 """
@@ -119,16 +119,24 @@ def keep_channels(module: nn.Module, indices: Tensor) -> nn.Module:
     return new.train(module.training)
 
 
-def fold_inputs(module: nn.Module, matrix: Tensor, block: int = 1) -> nn.Module:
-    """Return the layer with T (C×r) folded into its input: W'·x = W·(T·x).
+def takes_shift(module: nn.Module) -> bool:
+    """Whether a constant added to the layer's input can go into its bias: not at a border of zeros, nor without one."""
+    zeros = isinstance(module, nn.Conv2d) and _pads(module) and module.padding_mode == "zeros"
+    return _has_bias(module) and not zeros
 
-    ``block`` is the number of consecutive input features that belong to one channel (after a flatten).
+
+def fold_inputs(module: nn.Module, matrix: Tensor, block: int = 1, shift: Tensor | None = None) -> nn.Module:
+    """Return the layer with T (C×r) and t (C) folded into its input: W'·x + b' = W·(T·x + t) + b.
+
+    ``block`` is the number of consecutive input features that belong to one channel (after a flatten). ``shift`` is t,
+    for a layer that `takes_shift` only.
     """
-    weight, _ = _double(module)
+    weight, bias = _double(module)
     by_channel = weight.unflatten(1, (-1, block))
     folded = torch.einsum("oc...,cr->or...", by_channel, matrix.double()).flatten(1, 2)
-    bias = as_layer(module).bias
-    return resized(module, folded, None if bias is None else bias.detach())
+    if shift is not None:
+        bias = bias + by_channel.flatten(2).sum(2) @ shift.double()
+    return resized(module, folded, bias if _has_bias(module) else None)
 
 
 def input_importance(module: nn.Module, block: int = 1, importance: Tensor | None = None) -> Tensor:

@@ -3,18 +3,19 @@
     producer ─ BN ─ ReLU ─ (depthwise, pooling, flatten …) ─ consumer
 
 A producer with weight W makes C channels, operations that treat each channel alone follow, consumers with weights V
-read them. Retain r channels S and interpolate all from them, x ≈ T·x[S] with T (C×r), where the consumers read
-(fxlrd/factor/interpolative.py). To select channels commutes with everything between, so that
+and biases b read them. Retain r channels S and interpolate all from them, x ≈ T·x[S] + t with T (C×r), where the
+consumers read (fxlrd/factor/interpolative.py). To select channels commutes with everything between, so that
 
-    W' = W[S]  (r rows),    V' = V·T  (r columns)
+    W' = W[S]  (r rows),    V' = V·T  (r columns),    b' = b + V·t
 
-compute exactly what producer → select S → interpolate T → consumer would. Whatever is between has its parameters cut to
-S too. A squeeze-excitation is one more consumer and one more producer.
+compute exactly what producer → select S → interpolate → consumer would. Whatever is between has its parameters cut to
+S too. A squeeze-excitation is one more consumer and one more producer. t is 0 for a consumer without a bias, and for a
+conv that pads with zeros, which is not the same constant at the border.
 
-Approximate: S and T are chosen by the error that the moments left by `calibrate` predict for what the consumers make;
-each site says how large that is. Where `allocate` has left a plan, that says how many channels each group retains.
-Otherwise the compression ratio α does: where a k×k conv reads or makes the channels, r follows from it by the paper's
-eq. (7); elsewhere (depthwise, linear, 1×1) r = C/α.
+Approximate: S and T are chosen by the error that the moments left by `calibrate` predict for what the consumers make
+(fxlrd/factor/elimination.py); each site says how large that is. Where `allocate` has left a plan, that says how many
+channels each group retains. Otherwise the compression ratio α does: where a k×k conv reads or makes the channels, r
+follows from it by the paper's eq. (7); elsewhere (depthwise, linear, 1×1) r = C/α.
 """
 
 from __future__ import annotations
@@ -147,10 +148,10 @@ def _cut_with_its_producer(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _apply(gm: fx.GraphModule, cut: Cut) -> float:
     """Cut a group and return the largest predicted relative error of what a consumer makes."""
-    retained, matrices, errors = choose(cut.readers, cut.rank)
-    largest = max(errors)
-    for reader, matrix, error in zip(cut.readers, matrices, errors, strict=True):
-        folded = fold_inputs(reader.module, matrix, reader.consumer.block)
+    retained, interpolations = choose(cut.readers, cut.rank)
+    largest = max(error for _, _, error in interpolations)
+    for reader, (matrix, shift, error) in zip(cut.readers, interpolations, strict=True):
+        folded = fold_inputs(reader.module, matrix, reader.consumer.block, shift)
         put_merged(gm, reader.consumer.node, folded, (cut.rank, None), error)
     for node in cut.group.through:
         put_merged(gm, node, keep_channels(gm.get_submodule(str(node.target)), retained))

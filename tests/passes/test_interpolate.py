@@ -13,7 +13,8 @@ import fxlrd
 from fxlrd import FxlrdError, capture
 from fxlrd.allocation.plan import Plan, planned
 from fxlrd.calibration.moments import moments
-from fxlrd.factor.interpolative import least_squares, select
+from fxlrd.factor.elimination import Reading, eliminate
+from fxlrd.factor.interpolative import interpolate
 from fxlrd.graph import cost
 from fxlrd.graph.captured import propagate
 from fxlrd.graph.channels import Consumer, Group, group_of
@@ -22,7 +23,7 @@ from fxlrd.graph.guards import NEVER_CALLED, why_not_replaceable
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls, fork, layers
-from fxlrd.layers.compose import input_importance
+from fxlrd.layers.compose import input_importance, takes_shift
 from fxlrd.layers.kinds import channel_axis
 from fxlrd.passes import Branch, Calibrate, Decompose, Freeze, Merge
 from tests.support.merging import Net, calibrated, conv, hooked_conv, merged, randomised
@@ -34,13 +35,14 @@ from tests.support.timers import FakeTimer
 class Interpolate(nn.Module):
     """Select channels S, interpolate all from them: what the merged network does without doing it."""
 
-    def __init__(self, retained, matrix, axis, block):
+    def __init__(self, retained, matrix, shift, axis, block):
         super().__init__()
         self.retained, self.matrix, self.axis, self.block = retained, matrix, axis, block
+        self.shift = torch.zeros(len(matrix)).double() if shift is None else shift
 
     def forward(self, x):
         rows = x.movedim(self.axis, -1).unflatten(-1, (-1, self.block))
-        full = torch.einsum("...cb,dc->...db", rows[..., self.retained, :], self.matrix)
+        full = torch.einsum("...cb,dc->...db", rows[..., self.retained, :], self.matrix) + self.shift[:, None]
         return full.flatten(-2).movedim(-1, self.axis)
 
 
@@ -51,14 +53,15 @@ def group_made_by(gm: fx.GraphModule, name: str) -> Group:
 
 def interpolation(gm: fx.GraphModule, consumer: Consumer, retained: torch.Tensor) -> Interpolate:
     """Return the least squares interpolation, by the moments in the graph, of what a consumer reads."""
-    axis = channel_axis(gm.get_submodule(consumer.node.target), len(shape(consumer.source)))
-    measured = moments(consumer.source, axis, consumer.block)
+    module = gm.get_submodule(consumer.node.target)
+    measured = moments(consumer.source, channel_axis(module, len(shape(consumer.source))), consumer.block)
     nodes = calls(gm, consumer.node.target)
     if len(nodes) > 1:
         measured = statistics_of(nodes).input_moments
-    matrix = least_squares(measured.second, retained, measured.ridge)
-    linear = isinstance(gm.get_submodule(consumer.node.target), nn.Linear)
-    return Interpolate(retained, matrix, -1 if linear else 1, consumer.block)
+    shifts = takes_shift(module)
+    second, mean = (measured.covariance, measured.mean) if shifts else (measured.second, None)
+    matrix, shift, _ = interpolate(second, retained, input_importance(module, consumer.block), measured.ridge, mean)
+    return Interpolate(retained, matrix, shift, -1 if isinstance(module, nn.Linear) else 1, consumer.block)
 
 
 def interpolated(original: fx.GraphModule, result) -> fx.GraphModule:
@@ -150,8 +153,9 @@ def test_retained_channels_and_interpolation_come_from_the_moments_on_the_nodes(
         (consumer,) = group_made_by(original, name).consumers
         target = consumer.node.target
         retained = retained_channels(calls(result.graph_module, name)[0])
-        second = moments(consumer.source, 1).second
-        assert torch.equal(retained, select(second, len(retained), input_importance(original.get_submodule(target))))
+        measured = moments(consumer.source, 1)
+        read = Reading(measured.second, input_importance(original.get_submodule(target)), measured.ridge)
+        assert torch.equal(retained, eliminate([read]).retained(len(retained)))
         matrix = interpolation(original, consumer, retained).matrix
         folded = torch.einsum("scij,cr->srij", original.get_submodule(target).weight, matrix)
         torch.testing.assert_close(result.graph_module.get_submodule(target).weight, folded, rtol=1e-12, atol=1e-12)

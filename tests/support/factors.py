@@ -14,6 +14,17 @@ def second_moments(x: Tensor) -> Tensor:
     return x.mT @ x / len(x)
 
 
+def mixed(samples: int, sources: int, channels: int) -> Tensor:
+    """Return samples of channels that are linear functions of ``sources`` of them."""
+    return torch.randn(samples, sources).double() @ torch.randn(sources, channels).double()
+
+
+def decaying(samples: int, channels: int) -> Tensor:
+    """Return samples of correlated channels, each direction of less variance than the one before."""
+    scale = 1 / torch.arange(1, channels + 1).double()
+    return torch.randn(samples, channels).double() * scale @ torch.randn(channels, channels).double()
+
+
 def svd_product(pair: Pair) -> Tensor:
     """Return last · first, in float64."""
     return pair.last.double() @ pair.first.double()
