@@ -12,6 +12,7 @@ from fxlrd.layers.compose import (
     keep_channels,
     keep_outputs,
     scaled,
+    takes_shift,
     why_not_composable,
 )
 from tests.support.tensors import assert_close
@@ -146,6 +147,30 @@ def test_an_interpolation_is_folded_in(module, block):
     full = torch.einsum("...rb,cr->...cb", x.movedim(axis, -1).unflatten(-1, (2, block)), matrix)
     expected = filled(module)(full.flatten(-2).movedim(-1, axis))
     assert_close(fold_inputs(module, matrix, block)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "block"),
+    [
+        (nn.Linear(12, 7), 3),
+        (nn.Conv2d(4, 7, 3), 1),
+        (nn.Conv2d(4, 7, 3, padding=1, padding_mode="reflect"), 1),
+    ],
+)
+def test_a_constant_goes_into_the_bias(module, block):
+    module, matrix, shift = module.double(), torch.randn(4, 2).double(), torch.randn(4).double()
+    x = torch.randn(5, 2, *([5, 5] if isinstance(module, nn.Conv2d) else [block])).double()
+    rebuilt = torch.einsum("nr...,cr->nc...", x, matrix) + shift.view(-1, *[1] * (x.dim() - 2))
+    assert takes_shift(module)
+    flat = (lambda t: t.flatten(1)) if isinstance(module, nn.Linear) else (lambda t: t)
+    assert_close(fold_inputs(module, matrix, block, shift)(flat(x)), module(flat(rebuilt)))
+
+
+def test_no_constant_goes_into_a_border_of_zeros_nor_into_a_layer_without_bias():
+    assert not takes_shift(nn.Conv2d(4, 7, 3, padding=1))
+    assert not takes_shift(nn.Conv2d(4, 7, 3, padding="same"))
+    assert not takes_shift(nn.Conv2d(4, 7, 3, bias=False))
+    assert takes_shift(nn.Conv2d(4, 7, 1, padding="same"))
 
 
 @pytest.mark.parametrize("block", [1, 3])
