@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxlrd.capturing.joining import joined
 from fxlrd.capturing.multiplied import without_layer
 from fxlrd.capturing.proof import Original, same
 from fxlrd.capturing.reads import has_weights
@@ -39,6 +40,7 @@ from fxlrd.capturing.watch import (
     unreached,
 )
 from fxlrd.capturing.whole import original_of
+from fxlrd.capturing.widths import fixed_widths
 from fxlrd.errors import CaptureError, Reason
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Regions, captured, propagate_values
@@ -47,7 +49,7 @@ from fxlrd.graph.cost import Cost
 from fxlrd.graph.facts import record_times
 from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import tensors
-from fxlrd.graph.regions import Call, Slot, copies
+from fxlrd.graph.regions import Call, Slot, calls_between, copies
 from fxlrd.graph.run import evaluating, isolated, set_mode
 from fxlrd.graph.surgery import annotate, attribute, called
 from fxlrd.layers.stand_ins import is_layer, stand_in
@@ -65,16 +67,28 @@ ASKED = Reason(
 
 @dataclass(frozen=True)
 class Region:
-    """A submodule of the model with its trace, or without one for a region that is a single layer."""
+    """A submodule of the model with its trace, or without one for a region that is a single layer.
+
+    With ``ends`` it is what flows from layer ``name`` to layer ``ends``, which the graph calls by their full names.
+    """
 
     name: str
     graph: fx.GraphModule | None = None
+    ends: str = ""
+
+    def target(self, inside: str) -> str:
+        """Return the name in the model of what the graph calls ``inside``."""
+        return inside if self.ends else f"{self.name}.{inside}"
 
     def layer_names(self) -> list[str]:
         """Return the names of its layers in the model."""
         if self.graph is None:
             return [self.name]
-        return [f"{self.name}.{target}" for target, module in called(self.graph).items() if is_layer(module)]
+        return [self.target(name) for name, module in called(self.graph).items() if is_layer(module)]
+
+    def calls(self, recorded: Mapping[str, list[Call]]) -> list[Call]:
+        """Return its calls, of those that were recorded of all modules."""
+        return calls_between(self.name, self.ends, recorded)
 
     def reproduces(self, model: nn.Module, calls: Sequence[Call]) -> bool:
         """Whether the graph, or the layer alone, gives the recorded output for every recorded call."""
@@ -119,6 +133,7 @@ def capture_regions_of(original: Original) -> fx.GraphModule:
     not_in_graph = {name: entry for name, entry in left_out.items() if name not in modules}
     not_in_graph |= without_layer(model, original.multiplied)
     record = Regions(original.inputs, not_in_graph, model, modules, slots, example, outside)
+    record = replace(record, fixed_widths=fixed_widths(original, gm))
     captured.record(gm, replace(record, warnings=_fast_path_warnings(model, modules), described=observation.described))
     return gm
 
@@ -145,9 +160,7 @@ def _proven_regions(
     while True:
         regions = _candidates(original.model, observation, blocked, refused)
         calls, more = original.recorded([region.name for region in regions])
-        failing = [
-            r for r in regions if not r.reproduces(original.model, [*calls.get(r.name, ()), *more.get(r.name, ())])
-        ]
+        failing = [r for r in regions if not r.reproduces(original.model, [*r.calls(calls), *r.calls(more)])]
         if failing:
             blocked.update({region.name: UNLIKE for region in failing if region.graph is None})
             refused.update(region.name for region in failing)
@@ -155,8 +168,26 @@ def _proven_regions(
         names = [name for region in regions for name in region.layer_names()]
         asked = asked_for(original, names, observation.described)
         if not asked:
-            return regions, calls
+            return _with_joined(original, regions, blocked, calls, more), calls
         blocked.update(dict.fromkeys(asked, ASKED))
+
+
+def _with_joined(
+    original: Original,
+    regions: list[Region],
+    blocked: Mapping[str, Reason],
+    *recorded: Mapping[str, list[Call]],
+) -> list[Region]:
+    """Return the regions, with one in the place of single layers between which nothing but channels flow."""
+    alone = [region.name for region in regions if region.graph is None]
+    at: dict[str, Region] = {}
+    inside: set[str] = set()
+    for piece in joined(original, alone, blocked):
+        region = Region(piece.starts[0], piece.graph, piece.ends)
+        if region.reproduces(original.model, [c for each in recorded for c in region.calls(each)]):
+            at[region.name] = region
+            inside.update(piece.layers)
+    return [at.get(r.name, r) for r in regions if r.name in at or r.name not in inside]
 
 
 def _candidates(
@@ -219,7 +250,7 @@ def _slots(regions: Sequence[Region], calls: Mapping[str, list[Call]]) -> tuple[
         signatures = [tuple((v.shape, v.dtype) for v in call.arguments) for call in calls[region.name]]
         for signature in list(dict.fromkeys(signatures))[:SHAPES]:
             index, times = signatures.index(signature), signatures.count(signature)
-            slots.append(Slot(region.name, index, len(signature), times))
+            slots.append(Slot(region.name, index, len(signature), times, region.ends))
     return tuple(slots)
 
 
@@ -263,7 +294,7 @@ def _append(
             continue
         values[node] = graph.node_copy(node, values.__getitem__)
         if node.op in ("call_module", "get_attr"):
-            target = f"{name}.{node.target}"
+            target = region.target(str(node.target))
             values[node].target = target
             value = attribute(inner, str(node.target))
             attributes[target] = _as_layer(value) if isinstance(value, nn.Module) else value

@@ -24,7 +24,7 @@ from fxlrd.graph.cost import NOTHING, Cost
 from fxlrd.graph.facts import FACTORS, Fact, times
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.reached import NOT_REACHED_VALUE
-from fxlrd.graph.regions import Slot, call_for, copies, install_layers, record
+from fxlrd.graph.regions import Slot, call_for, copies, install_layers, names_in, record
 from fxlrd.graph.run import counting, evaluating, isolated, run
 from fxlrd.graph.surgery import called, fork
 from fxlrd.layers.described import DescribedFactors
@@ -162,6 +162,7 @@ class Regions:
         example: what the slots get for the example ``inputs``.
         outside: parameters and FLOPs of the model that no region has.
         described: the layers whose weight other code asks for its dtype, device or shape.
+        fixed_widths: the layers whose number of outputs the model's code counts on.
     """
 
     inputs: Inputs
@@ -174,6 +175,7 @@ class Regions:
     warnings: tuple[str, ...] = ()
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     described: frozenset[str] = frozenset()
+    fixed_widths: frozenset[str] = frozenset()
 
     user_forward = True
 
@@ -192,7 +194,7 @@ class Regions:
         """
         if inputs is self.inputs:
             return [t.clone() for t in self.example]
-        calls = record(structural_copy(self.model), inputs, {slot.name for slot in self.slots})
+        calls = record(structural_copy(self.model), inputs, names_in(self.slots))
         values: list[Any] = []
         for slot in self.slots:
             call = call_for(slot, calls)
@@ -227,7 +229,7 @@ class Regions:
         Both get the arguments that ``model`` gives its regions on the example inputs. A region that ``model`` no longer
         calls, because its values have changed, does not count.
         """
-        calls = record(structural_copy(model), self.inputs, {slot.name for slot in self.slots})
+        calls = record(structural_copy(model), self.inputs, names_in(self.slots))
         called = [call_for(slot, calls) for slot in self.slots]
         values: list[Tensor] = []
         for slot, call in zip(self.slots, called, strict=True):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxlrd.errors import Reason
+from fxlrd.graph.captured import Regions, captured
 from fxlrd.graph.operations import PRODUCTS, SUMS, is_elementwise, is_flatten, reads_only_batch_size, takes_two_tensors
 from fxlrd.graph.splits import set_part_size, split_of
 from fxlrd.graph.surgery import calls
@@ -132,6 +133,8 @@ class _Walk:
         self.values = Values(gm, self.linear)
         self.group = Group(_out_channels(module) // self._parts(producer))
         self.visited: set[fx.Node] = set()
+        capture = captured(gm)
+        self.fixed = capture.fixed_widths if isinstance(capture, Regions) else frozenset()
 
     def backward(self, node: fx.Node) -> None:
         """Add the producer of a node's value, which carries the channels, and follow them from there."""
@@ -213,6 +216,9 @@ class _Walk:
         if _out_channels(module) != parts * self.group.channels or isinstance(module, nn.Linear) != self.linear:
             raise _Mixes(Reason("other-channels", f"{node.target} makes other channels that are multiplied in"))
         self._check(node)
+        if str(node.target) in self.fixed:
+            text = f"the model's code counts on the {_out_channels(module)} outputs of {node.target}"
+            raise _Mixes(Reason("fixed-width", text, "use shapes of tensors there in the place of numbers"))
         first, *_ = nodes = calls(self.gm, str(node.target))
         if all(producer.node is not first for producer in self.group.producers):
             self.group.producers.append(Producer(first, parts))

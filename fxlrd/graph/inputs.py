@@ -57,6 +57,14 @@ class Inputs:
         args, kwargs = map_tensors(lambda t: _varied(t, generator), (self.args, self.kwargs))
         return Inputs(args, kwargs)
 
+    def first_rows(self, count: int = 1) -> Inputs | None:
+        """Return the inputs with the first rows only of every tensor; None where these have no number in common."""
+        sizes = {len(t) if t.dim() else 0 for t in tensors((self.args, self.kwargs))}
+        if len(sizes) != 1 or max(sizes) <= count:
+            return None
+        args, kwargs = map_tensors(lambda t: t[:count], (self.args, self.kwargs))
+        return Inputs(args, kwargs)
+
     def describe(self) -> str:
         """Return the tensors' dtypes, shapes and devices in words."""
         found = tensors((self.args, self.kwargs))

@@ -49,18 +49,34 @@ class Slot:
         call: the index of the call among those of the region in one run.
         arguments: the number of its arguments, each a tensor.
         times: the number of calls with arguments of these shapes; this is the first.
+        ends: the module whose call of the same number ends the region, where that is another one.
     """
 
     name: str
     call: int
     arguments: int
     times: int = 1
+    ends: str = ""
 
 
 def call_for(slot: Slot, calls: Mapping[str, list[Call]]) -> Call | None:
     """Return the recorded call that a slot stands for; only calls with tensors for all arguments count."""
-    usable = [call for call in calls.get(slot.name, ()) if all_tensors(call.arguments, slot.arguments)]
+    recorded = calls_between(slot.name, slot.ends, calls)
+    usable = [call for call in recorded if all_tensors(call.arguments, slot.arguments)]
     return usable[slot.call % len(usable)] if usable else None
+
+
+def calls_between(name: str, ends: str, calls: Mapping[str, list[Call]]) -> list[Call]:
+    """Return the calls of a region, with the arguments of module ``name`` and the outputs of ``ends``, if given."""
+    starting = calls.get(name, [])
+    if not ends:
+        return starting
+    return [Call(start.arguments, end.output) for start, end in zip(starting, calls.get(ends, ()), strict=False)]
+
+
+def names_in(slots: Iterable[Slot]) -> set[str]:
+    """Return the modules whose calls have to be recorded for the slots."""
+    return {name for slot in slots for name in (slot.name, slot.ends) if name}
 
 
 def record(model: nn.Module, inputs: Inputs, names: Collection[str]) -> dict[str, list[Call]]:

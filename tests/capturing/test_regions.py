@@ -48,7 +48,8 @@ def stopped(forward, **parts):
 
 def regions(model, inputs=X):
     gm = capture_regions(model, inputs)
-    return list(dict.fromkeys(slot.name for slot in captured(gm).slots))
+    names = (name for slot in captured(gm).slots for name in (slot.name, slot.ends) if name)
+    return list(dict.fromkeys(names))
 
 
 def reason(model, name, inputs=X):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fxlrd import Budget
+from fxlrd import Budget, Pipeline, load, save
 from fxlrd.graph.guards import shared_parameter
+from fxlrd.passes import Calibrate, Merge
 from tests.support.compression import FULL_RANK, assert_same_outputs, decisions, largest_error, layer_reasons, quick
 
 pytestmark = pytest.mark.slow
@@ -184,3 +185,27 @@ def test_vit_in_torchao_int8_after_compression():
     torchao.quantize_(small, torchao.Int8WeightOnlyConfig())
     with torch.no_grad():
         assert largest_error(small.vit(**inputs)[0], compressed.vit(**inputs)[0]) < 0.1
+
+
+INNER = {
+    "bert": {"encoder.layer.0.intermediate.dense": "encoder.layer.0.output.dense"},
+    "gpt2": {"transformer.h.0.mlp.c_fc": "transformer.h.0.mlp.c_proj"},
+    "llama": {"model.layers.0.mlp.gate_proj": "model.layers.0.mlp.down_proj"},
+    "vit": {"vit.layers.0.mlp.fc1": "vit.layers.0.mlp.fc2"},
+    "whisper": {"encoder.layers.0.fc1": "encoder.layers.0.fc2", "decoder.layers.0.fc1": "decoder.layers.0.fc2"},
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_the_inner_widths_of_feed_forward_blocks_are_cut(name, tmp_path):
+    model, x = hugging_face(name)
+    ranks = dict.fromkeys(INNER[name], 12)
+    pipeline = Pipeline([Calibrate(x), Merge(ranks=ranks)])
+    result = quick(model, x, pipeline=pipeline)
+    for producer, consumer in INNER[name].items():
+        assert result.model.get_submodule(producer).out_features == 12
+        assert result.model.get_submodule(consumer).in_features == 12
+    save(result, tmp_path / "saved")
+    loaded = load(tmp_path / "saved", copy.deepcopy(model))
+    other = {k: v.roll(1, -1) if k != "attention_mask" else v for k, v in x.items()}
+    assert_same_outputs(loaded, result.model, **other)

@@ -1,0 +1,144 @@
+"""Which channels the code of a model counts on: it would fail, or compute something else, if there were fewer.
+
+A trace of a region does not run in its model; the user's forward does, around whatever layers are put there. So it is
+tried, with half of the channels of every group. The model with narrower layers must do what the model does whose
+consumers have zeros for the channels that are missing: that holds exactly, up to rounding. It is tried on other inputs
+too, on one row, and in training mode, where a forward may take other ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxlrd.capturing.proof import Original, same
+from fxlrd.graph.channels import Group, group_of
+from fxlrd.graph.copies import independent_copy, structural_copy
+from fxlrd.graph.guards import why_not_replaceable
+from fxlrd.graph.inputs import Inputs, tensors
+from fxlrd.graph.regions import set_modules
+from fxlrd.graph.run import called_on, isolated, run, set_mode
+from fxlrd.graph.surgery import calls, layers
+from fxlrd.layers.compose import fold_inputs, keep_channels, keep_outputs
+
+
+def fixed_widths(original: Original, gm: fx.GraphModule) -> frozenset[str]:
+    """Return the layers of the regions ``gm`` whose number of outputs the code of the model counts on."""
+    failing = _failing(original, gm, groups_of(gm))
+    return frozenset(str(producer.node.target) for group in failing for producer in group.producers)
+
+
+def groups_of(gm: fx.GraphModule) -> list[Group]:
+    """Return the groups of channels of a graph, each once."""
+    reasons = why_not_replaceable(gm, norms=True)
+    found: list[Group] = []
+    producers: set[str] = set()
+    for name in layers(gm):
+        group = None if name in producers else group_of(gm, calls(gm, name)[0], reasons)
+        if isinstance(group, Group):
+            found.append(group)
+            producers |= {str(producer.node.target) for producer in group.producers}
+    return found
+
+
+def _failing(original: Original, gm: fx.GraphModule, groups: Sequence[Group]) -> list[Group]:
+    if not groups or _narrows(original, gm, groups):
+        return []
+    if len(groups) == 1:
+        return [*groups]
+    half = len(groups) // 2
+    return [*_failing(original, gm, groups[:half]), *_failing(original, gm, groups[half:])]
+
+
+def _narrows(original: Original, gm: fx.GraphModule, groups: Sequence[Group]) -> bool:
+    """Whether the model does with narrower layers what it does with zeros in their place."""
+    zeroed, narrow = _Changes(gm), _Changes(gm)
+    for i, group in enumerate(groups):
+        order = torch.randperm(group.channels, generator=torch.Generator().manual_seed(i))
+        retained = order[: (group.channels + 1) // 2].sort().values
+        zeroed.zero(group, retained)
+        narrow.cut(group, retained)
+    row = original.inputs.first_rows()
+    ways = [_as_called, partial(_on, inputs=row) if row is not None else _nothing, _in_training]
+    return all(_alike(way, original, zeroed.modules, narrow.modules) for way in ways)
+
+
+Way = Callable[[Original, Mapping[str, nn.Module]], list[Tensor]]
+
+
+def _alike(way: Way, original: Original, zeroed: Mapping[str, nn.Module], narrow: Mapping[str, nn.Module]) -> bool:
+    """Whether the model with either modules gives the same in a way of calling it that it can be called in."""
+    try:
+        expected = way(original, zeroed)
+    except Exception:  # the model itself does not run so
+        return way is not _as_called
+    try:
+        return same(way(original, narrow), expected)
+    except Exception:  # whatever the model's code says of fewer channels
+        return False
+
+
+def _as_called(original: Original, modules: Mapping[str, nn.Module]) -> list[Tensor]:
+    behaviour = original.behave(_with(structural_copy(original.model), modules))
+    return [*behaviour.outputs, *behaviour.other_outputs]
+
+
+def _on(original: Original, modules: Mapping[str, nn.Module], inputs: Inputs) -> list[Tensor]:
+    return tensors(run(_with(structural_copy(original.model), modules), inputs))
+
+
+def _nothing(original: Original, modules: Mapping[str, nn.Module]) -> list[Tensor]:
+    return []
+
+
+def _in_training(original: Original, modules: Mapping[str, nn.Module]) -> list[Tensor]:
+    """Return the shapes of the outputs in training mode: their values depend on what dropout draws."""
+    model = _with(independent_copy(original.model), modules)
+    set_mode(model, True)
+    with isolated(model), torch.no_grad():
+        return [torch.tensor(t.shape) for t in tensors(called_on(model, original.inputs))]
+
+
+def _with(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    set_modules(model, modules)
+    return model
+
+
+class _Changes:
+    """Modules that take the place of a graph's, by name; groups may share some."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.modules: dict[str, nn.Module] = {}
+
+    def zero(self, group: Group, retained: Tensor) -> None:
+        mask = torch.zeros(group.channels, dtype=torch.float64, device=self._device(group))
+        mask[retained] = 1
+        self._fold(group, mask.diag())
+
+    def cut(self, group: Group, retained: Tensor) -> None:
+        retained = retained.to(self._device(group))
+        eye = torch.eye(group.channels, dtype=torch.float64, device=retained.device)
+        self._fold(group, eye[:, retained])
+        for node in group.through:
+            self._put(node, keep_channels(self._now(node), retained))
+        for producer in group.producers:
+            rows = producer.rows(retained, group.channels)
+            self._put(producer.node, keep_outputs(self._now(producer.node), rows))
+
+    def _fold(self, group: Group, matrix: Tensor) -> None:
+        for consumer in group.consumers:
+            self._put(consumer.node, fold_inputs(self._now(consumer.node), matrix, consumer.block))
+
+    def _now(self, node: fx.Node) -> nn.Module:
+        name = str(node.target)
+        return self.modules.get(name) or self.gm.get_submodule(name)
+
+    def _put(self, node: fx.Node, module: nn.Module) -> None:
+        self.modules[str(node.target)] = module
+
+    def _device(self, group: Group) -> torch.device:
+        return next(self._now(group.producers[0].node).parameters()).device
