@@ -23,7 +23,7 @@ from fxlrd.graph.facts import shape, times
 from fxlrd.graph.layer import Layer
 from fxlrd.graph.surgery import source
 from fxlrd.layers.forms import Ranks, form, parameters, ranks_text
-from fxlrd.layers.kinds import TRANSPOSED, as_layer, channel_axis, channels_per_group, kernel_area
+from fxlrd.layers.kinds import TRANSPOSED, as_layer, channel_axis, channels_per_group, depthwise, kernel_area
 from fxlrd.timing.clock import Timing
 from fxlrd.timing.groups import time_group
 from fxlrd.timing.layers import ORIGINAL, placed, time_ranks
@@ -54,7 +54,15 @@ class Measure(Protocol):
         ...
 
     def shares(self, gm: fx.GraphModule, group: Group, counts: Sequence[int]) -> dict[int, float]:
-        """Return the share of its layers' cost that is left if a group retains each number of channels."""
+        """Return the share of what a group's channels cost that is left if it retains each number of them."""
+        ...
+
+    def between(self, gm: fx.GraphModule, group: Group) -> float:
+        """Return what the modules between a group's layers cost, which lose channels with them."""
+        ...
+
+    def bias(self, module: nn.Module) -> float:
+        """Return the part of a layer's cost that goes with the channels that it makes, whatever it reads."""
         ...
 
     def total(self, gm: fx.GraphModule) -> float:
@@ -78,6 +86,10 @@ class Computed:
         """Return the share of the channels."""
         return {count: count / group.channels for count in counts}
 
+    def bias(self, module: nn.Module) -> float:
+        """Return 0: what a layer costs goes with what it reads."""
+        return 0.0
+
 
 class Params(Computed):
     """Parameters, those of biases included."""
@@ -90,6 +102,16 @@ class Params(Computed):
         added = c_out * groups if fitted else bias
         original = Choice(None, 0.0, module.weight.numel() + bias)
         return [*_with_costs(forms, lambda ranks: parameters(module, ranks) + added), original]
+
+    def between(self, gm: fx.GraphModule, group: Group) -> float:
+        """Return the parameters that the modules between have for each channel."""
+        modules = [gm.get_submodule(str(node.target)) for node in group.through]
+        return sum(p.numel() for module in modules for p in module.parameters() if len(p) == group.channels)
+
+    def bias(self, module: nn.Module) -> float:
+        """Return the size of its bias."""
+        bias = as_layer(module).bias
+        return 0.0 if bias is None else bias.numel()
 
     def total(self, gm: fx.GraphModule) -> float:
         """Return the model's number of parameters."""
@@ -104,6 +126,11 @@ class Flops(Computed):
         module = layer.module
         original = Choice(None, 0.0, sum(flops(node, module, None) for node in layer.calls))
         return [*_with_costs(forms, lambda ranks: sum(flops(node, module, ranks) for node in layer.calls)), original]
+
+    def between(self, gm: fx.GraphModule, group: Group) -> float:
+        """Return the FLOPs of the depthwise convs between."""
+        modules = {node: gm.get_submodule(str(node.target)) for node in group.through}
+        return sum(flops(node, module, None) for node, module in modules.items() if depthwise(module))
 
     def total(self, gm: fx.GraphModule) -> float:
         """Return the model's FLOPs. Raises FxlrdError if there are no shapes on the nodes."""
@@ -138,6 +165,14 @@ class Latency:
             *_with_costs(few, lambda ranks: seconds * timings[ranks_text(ranks)].ratio),
             Choice(None, 0.0, seconds),
         ]
+
+    def between(self, gm: fx.GraphModule, group: Group) -> float:
+        """Return 0: the model is timed as a plan makes it."""
+        return 0.0
+
+    def bias(self, module: nn.Module) -> float:
+        """Return 0: a bias takes no time of its own."""
+        return 0.0
 
     def shares(self, gm: fx.GraphModule, group: Group, counts: Sequence[int]) -> dict[int, float]:
         """Time the group's layers at each number of channels, and at all of them."""

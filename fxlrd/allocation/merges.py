@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -53,12 +54,21 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Merging:
-    """A channel group, and its options by the number of channels that it retains."""
+    """A channel group, and its options by the number of channels that it retains.
+
+    ``between`` is what the modules between its layers cost, which lose channels too.
+    """
 
     group: Group
     options: Mapping[int, Option]
+    between: float = 0.0
 
-    @property
+    @cached_property
+    def makers(self) -> frozenset[str]:
+        """The layers that make the channels."""
+        return frozenset(str(node.target) for node in self.group.producers)
+
+    @cached_property
     def cut(self) -> list[str]:
         """The layers that retaining fewer channels cuts."""
         return self.group.cut
@@ -181,7 +191,7 @@ def mergings(
             continue
         errors, shares = curve(read, counts), measure.shares(gm, group, counts)
         options = {count: Option(error, shares[count]) for count, error in zip(counts, errors, strict=True)}
-        result[name] = Merging(group, options)
+        result[name] = Merging(group, options, measure.between(gm, group))
     return result
 
 

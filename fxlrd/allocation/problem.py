@@ -27,10 +27,16 @@ class Problem:
     """The forms of each layer, its original last, and the groups that may be merged.
 
     What does not depend on the budget is computed once; a problem is not to be changed.
+
+    Attributes:
+        items: the forms by layer.
+        groups: by the name of the group's first producer.
+        biases: by layer, the part of its cost that goes with what it makes, whatever it reads.
     """
 
     items: Mapping[str, Sequence[Choice]]
     groups: Mapping[str, Merging] = field(default_factory=dict)
+    biases: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def original(self) -> float:
@@ -51,44 +57,64 @@ class Problem:
 
     def cost(self, plan: Plan) -> float:
         """Return what the layers cost under a plan."""
-        shares = self.shares(plan.retained)
-        merged = sum(self._original(name) * share for name, share in shares.items())
-        return sum((choice.cost for choice in self._chosen(plan)), merged)
+        return sum((choice.cost for choice in self._chosen(plan)), self._merged_cost(plan.retained))
 
     def error(self, plan: Plan) -> float:
         """Return the predicted error of a plan: the relative squared error of the model's output."""
         merged = sum(self.groups[group].options[count].error for group, count in plan.retained.items())
         return sum((choice.error for choice in self._chosen(plan)), merged)
 
-    def shares(self, retained: Retained) -> dict[str, float]:
-        """Return the layers that merges cut, each with the share of its cost that is left."""
-        shares: dict[str, float] = {}
-        for group, count in retained.items():
-            for name in self.groups[group].cut:
-                shares[name] = shares.get(name, 1.0) * self.groups[group].options[count].share
-        return shares
+    def cut(self, retained: Retained) -> set[str]:
+        """Return the layers that merges cut."""
+        return {name for group in retained for name in self.groups[group].cut}
 
     def _original(self, name: str) -> float:
         return self.items[name][-1].cost
 
     def _chosen(self, plan: Plan) -> Iterator[Choice]:
         """Return the forms under a plan of the layers that no merge cuts."""
-        shares = self.shares(plan.retained)
+        cut = self.cut(plan.retained)
         for name, item in self.items.items():
-            if name not in shares:
+            if name not in cut:
                 yield next(choice for choice in item if choice.ranks == plan.ranks.get(name))
 
     def _cheapest(self, retained: Retained) -> float:
         """Return the least that the layers can cost with these merges."""
-        shares = self.shares(retained)
-        free = (min(c.cost for c in item) for name, item in self.items.items() if name not in shares)
-        return sum(self._original(name) * share for name, share in shares.items()) + sum(free)
+        cut = self.cut(retained)
+        free = (min(c.cost for c in item) for name, item in self.items.items() if name not in cut)
+        return self._merged_cost(retained) + sum(free)
+
+    def _merged_cost(self, retained: Retained) -> float:
+        """Return what the layers cost that merges cut, less what is saved between them."""
+        saved = sum(self._saved(group, count) for group, count in retained.items())
+        return sum(self._cost_cut(name, retained) for name in sorted(self.cut(retained))) - saved
+
+    def _saved(self, group: str, count: int) -> float:
+        return self.groups[group].between * (1 - self.groups[group].options[count].share)
+
+    def _cost_cut(self, name: str, retained: Retained) -> float:
+        """Return what a layer costs that merges cut: W with fewer rows, columns or both, and its bias."""
+        reads, makes = (
+            math.prod(self.groups[g].options[retained[g]].share for g in groups if g in retained)
+            for groups in self._cutters[name]
+        )
+        bias = self.biases.get(name, 0.0)
+        return makes * (reads * (self._original(name) - bias) + bias)
+
+    @cached_property
+    def _cutters(self) -> dict[str, tuple[list[str], list[str]]]:
+        """By layer, the groups that it reads and those that it makes."""
+        cutters: dict[str, tuple[list[str], list[str]]] = {}
+        for group, merging in self.groups.items():
+            for name in merging.cut:
+                cutters.setdefault(name, ([], []))[name in merging.makers].append(group)
+        return cutters
 
     def _filled(self, retained: Retained, budget: float) -> Plan | None:
         """Return the best plan with these merges, or None if there is none within the budget."""
-        shares = self.shares(retained)
-        free = [name for name in self.items if name not in shares]
-        remaining = budget - sum(self._original(name) * share for name, share in shares.items())
+        cut = self.cut(retained)
+        free = [name for name in self.items if name not in cut]
+        remaining = budget - self._merged_cost(retained)
         chosen = spend([[(c.cost, c.error) for c in self.items[name]] for name in free], remaining)
         if chosen is None:
             return None
@@ -134,7 +160,9 @@ class Problem:
         return merges
 
     def _lambdas(self) -> list[float]:
-        error = sum(max(c.error for c in item) for item in self.items.values())
+        error = sum(max(c.error for c in item) for item in self.items.values()) or sum(
+            max(option.error for option in merging.options.values()) for merging in self.groups.values()
+        )
         if not error > 0 or not self.original > 0:
             return []
         return [error / self.original * 10 ** (1 - 8 * i / (_LAMBDAS - 1)) for i in range(_LAMBDAS)]
@@ -142,18 +170,16 @@ class Problem:
     def _descend(self, weight: float) -> Retained:
         """Return the merges of a local minimum of error + weight · cost."""
         alone = {name: min(c.error + weight * c.cost for c in item) for name, item in self.items.items()}
-        cutters: dict[str, list[str]] = {}
-        for group, merging in self.groups.items():
-            for name in merging.cut:
-                cutters.setdefault(name, []).append(group)
         retained: Retained = {}
 
         def value(group: str, count: int | None) -> float:
             trial = _moved(retained, group, count)
-            total = 0.0 if count is None else self.groups[group].options[count].error
+            total = 0.0
+            if count is not None:
+                total = self.groups[group].options[count].error - weight * self._saved(group, count)
             for name in self.groups[group].cut:
-                shares = [self.groups[g].options[trial[g]].share for g in cutters[name] if g in trial]
-                total += weight * self._original(name) * math.prod(shares) if shares else alone[name]
+                cut = any(g in trial for groups in self._cutters[name] for g in groups)
+                total += weight * self._cost_cut(name, trial) if cut else alone[name]
             return total
 
         for _ in range(_SWEEPS):

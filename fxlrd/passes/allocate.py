@@ -86,12 +86,13 @@ class Allocate:
         uncut = self._uncut(run, items)
         if not items:
             raise FxlrdError(f"{NOTHING}{uncut}")
-        problem = Problem(items, groups)
+        biases = {name: measure.bias(run.gm.get_submodule(name)) for name in items}
+        problem = Problem(items, groups, biases)
         plan, spent, warnings = best_plan(run.gm, problem, measure, self.budget, progress, uncut)
         planned.record(run.gm, plan)
         run.warnings += warnings
         reported = {skip.name for skip in run.skipped}
-        unchanged = [name for name in items if name not in plan.ranks and name not in problem.shares(plan.retained)]
+        unchanged = [name for name in items if name not in plan.ranks and name not in problem.cut(plan.retained)]
         run.skipped += [Skip(name, NOT_WORTH_IT) for name in unchanged if name not in reported]
         return run.result(f"{spent}; predicted output error {math.sqrt(problem.error(plan)):.2g}", measure.timings)
 

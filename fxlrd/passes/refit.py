@@ -4,7 +4,7 @@ Factors are fitted to the inputs that the *original* network gives each layer. I
 by the errors of all layers before. From the first layer to the last, with z the input of the last factor (or of a
 merged layer) in the compressed network, and y the output of the layer in the original one:
 
-    min ‖y − (A + Δ)·z − b‖² + ρ·‖Δ‖²       over Δ and b
+    min ‖y − (A + Δ)·z − b‖² + ρ·‖Δ‖²       over Δ and b (b = 0 if the layer has no bias)
 
 so that each layer also makes up for the ones before (asymmetric reconstruction, Zhang et al. 2016). Both networks run
 in step, a node at a time for all inputs: one pass each. Approximate. Where `calibrate` held inputs out, the result is
@@ -157,6 +157,8 @@ def _refit(gm: fx.GraphModule, name: str, place: Place, compressed: Stepper, ori
 def _solved(module: nn.Module, retained: Tensor | None, pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.Module | None:
     """Return the layer with the weight and bias of the least squares fit, or None where values are not finite.
 
+    A layer without bias gets none: what follows it, such as a BatchNorm, has a shift of its own, and budgets count it.
+
     ``pairs`` are z, which the layer reads, and y, of which it makes the channels ``retained`` (all if None).
     """
     weight = as_layer(module).weight.detach().double().flatten(1)
@@ -167,7 +169,8 @@ def _solved(module: nn.Module, retained: Tensor | None, pairs: Iterable[tuple[Te
         made = (made if retained is None else made[..., retained]).reshape(-1, count).double()
         most = max(ROWS * width, FEW)
         joint.add(torch.cat([_rows(module, z, most), made[:: stride_for(len(made), most)]], 1))
-    covariance = joint.covariance
+    has_bias = as_layer(module).bias is not None
+    covariance = joint.covariance if has_bias else joint.second
     if not bool(covariance.isfinite().all()):
         return None
     inner, cross = covariance[:width, :width], covariance[width:, :width]
@@ -177,7 +180,7 @@ def _solved(module: nn.Module, retained: Tensor | None, pairs: Iterable[tuple[Te
     regularised = inner + scale * torch.eye(width, dtype=inner.dtype, device=inner.device)
     change = torch.linalg.solve(regularised, (cross - weight @ inner).mT).mT
     weight = weight + change
-    bias = joint.mean[width:] - weight @ joint.mean[:width]
+    bias = joint.mean[width:] - weight @ joint.mean[:width] if has_bias else None
     return resized(module, weight.view_as(as_layer(module).weight), bias)
 
 

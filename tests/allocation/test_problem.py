@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -64,13 +65,22 @@ def test_the_original_is_within_its_own_cost():
 def test_a_layer_that_two_merges_cut_costs_the_product_of_their_shares():
     shared = problem(0)
     plan = Plan({}, {"2": 4, "3": 6})
-    assert shared.shares(plan.retained) == {"2": 0.5, "3": 0.5 * 0.75, "4": 0.75}
+    assert shared.cut(plan.retained) == {"2", "3", "4"}
     costs = {name: item[-1].cost for name, item in shared.items.items()}
     assert shared.cost(plan) == pytest.approx(
         sum(costs.values()) - 0.5 * costs["2"] - (1 - 0.375) * costs["3"] - 0.25 * costs["4"]
     )
     merges = shared.groups
     assert shared.error(plan) == pytest.approx(merges["2"].options[4].error + merges["3"].options[6].error)
+
+
+def test_a_bias_goes_with_what_its_layer_makes_and_what_is_between_goes_too():
+    items = {name: [Choice(None, 0.0, cost)] for name, cost in (("a", 20.0), ("b", 12.0))}
+    pair = replace(merging("a", "b", {4: Option(0.1, 0.5)}), between=6.0)
+    alone = Problem(items, {"a": pair}, {"a": 4.0, "b": 2.0})
+    assert alone.cost(Plan({}, {"a": 4})) == 0.5 * 20 + (0.5 * 10 + 2) - 0.5 * 6
+    assert alone.original == 32.0
+    assert alone.least == 14.0
 
 
 def test_without_groups_the_plan_is_that_of_the_knapsack_alone():
