@@ -12,6 +12,9 @@ from fxlrd.errors import FxlrdError, unknown
 class Budget:
     """What the compressed model may cost: one of parameters, FLOPs, or latency measured on this device.
 
+    ``layers`` counts the parameters of the convs and linears that may be cut, and nothing else: of a transformer those
+    of the linear layers in its blocks, without embeddings, a head that is tied to them, norms and layers to skip.
+
     >>> import fxlrd
     >>> half = fxlrd.Budget(latency=0.5)  # half the time of the original
     >>> half.measure, half.share
@@ -25,12 +28,15 @@ class Budget:
     params: float | None = None
     flops: float | None = None
     latency: float | None = None
+    layers: float | None = None
 
     def __post_init__(self) -> None:
         limits = [f.name for f in fields(self) if getattr(self, f.name) is not None]
         if len(limits) != 1:
             got = " and ".join(limits) or "nothing"
-            raise FxlrdError(f"budget: give one of params, flops or latency, such as Budget(latency=0.5); got {got}")
+            raise FxlrdError(
+                f"budget: give one of params, flops, latency or layers, such as Budget(latency=0.5); got {got}"
+            )
         if not is_share(self.share):
             raise FxlrdError(
                 f"budget: {self.measure}={self.share!r} is not a fraction of the original between 0 and 1, such as 0.5"
@@ -51,7 +57,7 @@ class Budget:
 
     @property
     def measure(self) -> str:
-        """What is limited: params, flops or latency."""
+        """What is limited: params, flops, latency or layers."""
         return next(f.name for f in fields(self) if getattr(self, f.name) is not None)
 
     @property

@@ -105,7 +105,7 @@ def _add_compress(subparsers: Any, parents: list[_Parser]) -> None:
     parser = subparsers.add_parser("compress", parents=parents, help="compress a model and report on it")
     parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: lrd)")
     parser.add_argument("--passes", metavar="SPEC", help="passes in text form: decompose{ratio=2},snap")
-    parser.add_argument("--budget", metavar="M=SHARE", help="latency=0.5, params=0.5 or flops=0.5 of the original's")
+    parser.add_argument("--budget", metavar="M=SHARE", help="latency=0.5 of the original's, or params, flops or layers")
     parser.add_argument("--calibration", metavar="DATA", help=".npy or .pt file of inputs, or random (merge, auto)")
     parser.add_argument("--save", type=Path, metavar="DIR", help="save the result, to be a MODEL or for fxlrd.load")
     parser.set_defaults(run=commands.run_compress)

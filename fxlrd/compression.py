@@ -86,8 +86,8 @@ def compress(
         ratio: compression ratio of each layer (parameters before / after), for the passes that take one.
         preset: lrd (the default), ranks, merge, branch, freeze or auto, see `fxlrd.pipeline.PRESETS`.
         pipeline: passes to run instead of a preset: a `Pipeline`, a list of passes, or their text form.
-        budget: what the result may cost, as a fraction of the original: ``Budget(latency=0.5)``, or params or flops.
-            It runs the preset auto, which chooses the form of each layer under it and needs ``calibration``.
+        budget: what the result may cost, as a fraction of the original: ``Budget(latency=0.5)``, or params, flops or
+            layers. It runs the preset auto, which chooses the form of each layer under it and needs ``calibration``.
         skip: names or globs of layers to leave alone.
         calibration: inputs like the real ones for the passes that fit to data (merge, auto): a tensor, or an
             iterable of batches, such as a DataLoader. No labels are needed; of (x, y) pairs x is used. If several

@@ -106,7 +106,7 @@ def _check_takes_ratio(passes: Pipeline, pipeline: Any, budget: Budget | None) -
 
 def _with_budget(passes: Pipeline, budget: Budget) -> Pipeline:
     if not isinstance(budget, Budget):
-        raise FxlrdError(f"budget: give fxlrd.Budget(latency=0.5), or params or flops, not {budget!r}")
+        raise FxlrdError(f"budget: give fxlrd.Budget(latency=0.5), or params, flops or layers, not {budget!r}")
     if not _allocates(passes):
         raise FxlrdError(f"budget: only allocate spends one, and {passes} has none; use preset auto")
     return passes.with_options(**asdict(budget))

@@ -12,7 +12,7 @@ from fxlrd.allocation.knapsack import STEPS, spend
 from fxlrd.budget import is_share
 
 
-@pytest.mark.parametrize("measure", ["params", "flops", "latency"])
+@pytest.mark.parametrize("measure", ["params", "flops", "latency", "layers"])
 def test_a_budget_is_one_share(measure):
     budget = Budget(**{measure: 0.25})
     assert (budget.measure, budget.share) == (measure, 0.25)
@@ -21,7 +21,7 @@ def test_a_budget_is_one_share(measure):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, r"budget: give one of params, flops or latency, such as Budget\(latency=0.5\); got nothing"),
+        ({}, r"budget: give one of params, flops, latency or layers, such as Budget\(latency=0.5\); got nothing"),
         ({"params": 0.5, "flops": 0.5}, "got params and flops"),
         ({"params": 1.0}, "budget: params=1.0 is not a fraction of the original between 0 and 1, such as 0.5"),
         ({"flops": 0}, "flops=0 is not a fraction"),

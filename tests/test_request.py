@@ -40,7 +40,7 @@ def test_options_that_exclude_each_other_or_are_out_of_range(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 0.5}, r"^budget: give fxlrd.Budget\(latency=0.5\), or params or flops, not 0.5"),
+        ({"budget": 0.5}, r"^budget: give fxlrd.Budget\(latency=0.5\), or params, flops or layers, not 0.5"),
         ({"budget": Budget(params=0.5), "ratio": 2.0}, "^ratio and budget: give one of the two"),
         ({"budget": Budget(params=0.5), "preset": "lrd"}, "^budget: only allocate spends one, and decompose has none"),
         ({"budget": Budget(params=0.5), "pipeline": "decompose"}, "use preset auto"),

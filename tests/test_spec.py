@@ -57,7 +57,7 @@ def test_invalid_text(text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("allocate", "give one of params, flops or latency"),
+        ("allocate", "give one of params, flops, latency or layers"),
         ("allocate{params=0.5,flops=0.5}", "got params and flops"),
         ("allocate{latency=1}", "latency=1.0 is not a fraction"),
         ("allocate{latency=-1}", "latency=-1.0 is not a fraction"),
@@ -78,6 +78,7 @@ EVERY_OPTION = [
     "calibrate{outputs=false,patches=3,effects=4,holdout=true}",
     "allocate{params=0.5}",
     "allocate{flops=0.5}",
+    "allocate{layers=0.5}",
     "allocate{latency=0.25,skip=a|b.*,merge=false,compile=true,seconds=2.5,cache=false}",
     "decompose{ratio=3.5,ranks=32x-,skip=a|b.*,beta=0.5,sweeps=2,fit=false}",
     "snap{search=algorithm1,floor=0.5,trade=1,compile=true,seconds=2.5,cache=false}",

@@ -11,6 +11,9 @@ its higher-order SVD,
 
 (an upper bound for Tucker-2, whose bases are refined afterwards). Without Γ the error is relative to the layer's own
 output, without moments to its weight: then the errors of different layers compare only roughly.
+
+Where Γ is zero, no change of the layer reaches the model's output. Its errors are then those of its own output, times
+`NEGLIGIBLE`: of forms that all cost nothing, that nearest to the original is the best.
 """
 
 from __future__ import annotations
@@ -35,6 +38,10 @@ RATIOS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0)
 """Compression ratios whose ranks are always among the choices."""
 
 
+NEGLIGIBLE = 1e-12
+"""The predicted error of a layer without any output, if no output of it matters."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A form of one layer: its ranks (None: the original), predicted error, and cost in the measure of the budget."""
@@ -50,14 +57,16 @@ class Curve:
     def __init__(self, module: nn.Module, fit: Fit | None) -> None:
         weight = weight_blocks(module).double()
         weight = weight.reshape(*weight.shape[:3], kernel_area(module))
+        silent = False
         if fit is not None:
-            reads, importance = roots(module, fit)
+            silent = fit.importance is not None and not bool(fit.importance.any())
+            reads, importance = roots(module, fit._replace(importance=None) if silent else fit)
             weight = torch.einsum("gsck,gcd->gsdk", weight, reads.root)
             if importance is not None:
                 weight = torch.einsum("gts,gsck->gtck", importance.root, weight)
-        absolute = fit is not None and fit.importance is not None
+        absolute = fit is not None and fit.importance is not None and not silent
         total = float(weight.square().sum())
-        self.scale = kernel_share(module) if absolute or total == 0 else 1 / total
+        self.scale = kernel_share(module) if absolute or total == 0 else (NEGLIGIBLE if silent else 1) / total
         self.form = form(module)
         self.energy = _svd_energy(weight[..., 0]) if self.form == "svd" else _tucker_energy(weight)
 

@@ -21,7 +21,7 @@ def spend(items: Sequence[Sequence[tuple[float, float]]], budget: float) -> list
     """Return the index of the choice for each item, or None if even the cheapest ones exceed the budget.
 
     Each item is a list of (cost, error) to choose one from. The sum of costs never exceeds the budget; the sum of
-    errors is the least, but for the rounding of costs.
+    errors is the least, but for the rounding of costs. Of choices with equal errors, the most costly one is taken.
     """
     cheapest = [min(cost for cost, _ in item) for item in items]
     spare = budget - sum(cheapest)
@@ -39,12 +39,12 @@ def spend(items: Sequence[Sequence[tuple[float, float]]], budget: float) -> list
     for item, least in zip(items, cheapest, strict=True):
         errors = np.full(STEPS + 1, np.inf)
         which = np.zeros(STEPS + 1, dtype=np.int32)
-        for i, (cost, error) in enumerate(item):
+        for i, (cost, error) in sorted(enumerate(item), key=lambda each: each[1][0]):
             steps = steps_for(cost - least)
             if steps > STEPS:
                 continue
             new = best[: STEPS + 1 - steps] + error
-            better = new < errors[steps:]
+            better = new <= errors[steps:]
             errors[steps:][better] = new[better]
             which[steps:][better] = i
         best = errors

@@ -65,8 +65,11 @@ class Measure(Protocol):
         """Return the part of a layer's cost that goes with the channels that it makes, whatever it reads."""
         ...
 
-    def total(self, gm: fx.GraphModule) -> float:
-        """Return what the model costs, what is outside of the graph included."""
+    def total(self, gm: fx.GraphModule, layers: float) -> float:
+        """Return what the budget is a share of: what the model costs, what is outside of the graph included.
+
+        ``layers`` is the cost of those that may be changed.
+        """
         ...
 
 
@@ -113,9 +116,21 @@ class Params(Computed):
         bias = as_layer(module).bias
         return 0.0 if bias is None else bias.numel()
 
-    def total(self, gm: fx.GraphModule) -> float:
+    def total(self, gm: fx.GraphModule, layers: float) -> float:
         """Return the model's number of parameters."""
         return cost.params(gm) + captured_or_bare(gm).outside.params
+
+
+class LayerParams(Params):
+    """Parameters of the layers that may be changed, and of no other modules."""
+
+    def between(self, gm: fx.GraphModule, group: Group) -> float:
+        """Return 0: what is between layers does not count."""
+        return 0.0
+
+    def total(self, gm: fx.GraphModule, layers: float) -> float:
+        """Return those of the layers."""
+        return layers
 
 
 class Flops(Computed):
@@ -132,7 +147,7 @@ class Flops(Computed):
         modules = {node: gm.get_submodule(str(node.target)) for node in group.through}
         return sum(flops(node, module, None) for node, module in modules.items() if depthwise(module))
 
-    def total(self, gm: fx.GraphModule) -> float:
+    def total(self, gm: fx.GraphModule, layers: float) -> float:
         """Return the model's FLOPs. Raises FxlrdError if there are no shapes on the nodes."""
         total = cost.flops(gm) + captured_or_bare(gm).outside.flops
         if not total:
@@ -179,7 +194,7 @@ class Latency:
         timings = time_group(gm, group, [group.channels, *counts], self.stopwatch)
         return {count: timings[str(count)].ratio / timings[str(group.channels)].ratio for count in counts}
 
-    def total(self, gm: fx.GraphModule) -> float:
+    def total(self, gm: fx.GraphModule, layers: float) -> float:
         """Time the model, in seconds that compare with those of its layers. Raises FxlrdError if it is not captured."""
         capture = captured(gm)
         if capture is None:
@@ -200,7 +215,7 @@ class Latency:
 
 def measure_of(budget: Budget, stopwatch: Stopwatch) -> Measure:
     """Return the measure of a budget; ``stopwatch`` takes the times."""
-    computed: dict[str, Measure] = {"params": Params(), "flops": Flops()}
+    computed: dict[str, Measure] = {"params": Params(), "layers": LayerParams(), "flops": Flops()}
     return computed.get(budget.measure) or Latency(stopwatch)
 
 

@@ -66,7 +66,7 @@ class Merging:
     @cached_property
     def makers(self) -> frozenset[str]:
         """The layers that make the channels."""
-        return frozenset(str(node.target) for node in self.group.producers)
+        return frozenset(str(producer.node.target) for producer in self.group.producers)
 
     @cached_property
     def cut(self) -> list[str]:
@@ -187,6 +187,8 @@ def mergings(
         done.update(producer.node for producer in group.producers)
         counts = _counts(group.channels)
         measured = all(statistics(reader.consumer.node) is not None for reader in read)
+        if not any(bool(reader.weight.any()) for reader in read):  # no channel reaches the output
+            continue
         if not counts or not measured or not set(Merging(group, {}).cut) <= set(names):
             continue
         errors, shares = curve(read, counts), measure.shares(gm, group, counts)

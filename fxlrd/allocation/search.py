@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from fxlrd.allocation.measures import Latency, Measure
+from fxlrd.allocation.measures import Latency, Measure, Params
 from fxlrd.allocation.plan import Plan, sketch
 from fxlrd.allocation.problem import Problem
 from fxlrd.budget import Budget
@@ -53,10 +53,10 @@ def best_plan(
     ``uncut`` says what stands in the way of a computed budget, to end an error with.
     Raises FxlrdError for a budget out of reach, saying what is within.
     """
-    total = measure.total(gm)
+    total = measure.total(gm, problem.original)
     if not isinstance(measure, Latency):
         plan, share = plan_computed(problem, total, budget, uncut)
-        return Outcome(plan, f"{share:.3f} of {budget.measure}")
+        return Outcome(plan, f"{share:.3f} of {budget.measure}{_of_params(gm, problem, plan, budget)}")
     groups = {name: merging.group for name, merging in problem.groups.items()}
     plan, share = plan_measured(
         problem, total, budget.share, lambda plan: measure.ratio(gm, sketch(gm, plan, groups)), progress
@@ -68,6 +68,14 @@ def best_plan(
             "was other load, or Inductor fuses over layers; the plan is measured, but may not be the best"
         )
     return Outcome(plan, f"{share:.3f} of latency, measured", tuple(doubts))
+
+
+def _of_params(gm: fx.GraphModule, problem: Problem, plan: Plan, budget: Budget) -> str:
+    """Return the share of the model's parameters, in words, that a share of its layers' comes to."""
+    if budget.measure != "layers":
+        return ""
+    total = Params().total(gm, problem.original)
+    return f" ({(problem.cost(plan) + total - problem.original) / total:.3f} of params)"
 
 
 def plan_computed(problem: Problem, total: float, budget: Budget, uncut: str = "") -> tuple[Plan, float]:

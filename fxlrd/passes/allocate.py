@@ -23,6 +23,7 @@ from typing import ClassVar
 from torch import fx
 
 from fxlrd.allocation.choices import Choice
+from fxlrd.allocation.doubts import doubts
 from fxlrd.allocation.measures import Measure, forms_of, measure_of
 from fxlrd.allocation.merges import mergings
 from fxlrd.allocation.plan import planned
@@ -46,6 +47,7 @@ NOT_WORTH_IT = Reason("not-worth-it", "no cheaper form is worth its error")
 class Allocate:
     """Choose every layer's form under one budget: ``params``, ``flops`` or ``latency``, as a share of the original's.
 
+    ``layers`` is a budget of the parameters of the layers that may be cut, without all others (`fxlrd.Budget`).
     ``skip`` takes names and globs of layers to leave alone. ``merge=False`` leaves interpolative merges out of the
     choices. For latency: ``compile`` times under Inductor with frozen weights, ``seconds`` bounds the timing of one
     layer signature, ``cache=False`` neither reads nor writes timings on disk. Predicted errors mean most after
@@ -57,6 +59,7 @@ class Allocate:
     params: float | None = None
     flops: float | None = None
     latency: float | None = None
+    layers: float | None = None
     skip: tuple[str, ...] = ()
     merge: bool = True
     compile: bool = False
@@ -65,17 +68,17 @@ class Allocate:
     timer: Timer = field(default=compare, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("params", "flops", "latency"):
+        for name in ("params", "flops", "latency", "layers"):
             object.__setattr__(self, name, getattr(self, name) or None)  # 0 is as good as not given
         object.__setattr__(self, "skip", names(self.skip))
-        Budget(self.params, self.flops, self.latency)  # which checks them
+        _ = self.budget  # which checks them
         if not self.seconds > 0:
             raise FxlrdError(f"allocate: seconds={self.seconds} leaves no time to measure")
 
     @property
     def budget(self) -> Budget:
         """The budget asked for."""
-        return Budget(self.params, self.flops, self.latency)
+        return Budget(self.params, self.flops, self.latency, self.layers)
 
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with a plan on it. Nodes need shapes: capture or propagate first."""
@@ -90,7 +93,7 @@ class Allocate:
         problem = Problem(items, groups, biases)
         plan, spent, warnings = best_plan(run.gm, problem, measure, self.budget, progress, uncut)
         planned.record(run.gm, plan)
-        run.warnings += warnings
+        run.warnings += [*warnings, *doubts(run.gm, problem, plan, self.budget)]
         reported = {skip.name for skip in run.skipped}
         unchanged = [name for name in items if name not in plan.ranks and name not in problem.cut(plan.retained)]
         run.skipped += [Skip(name, NOT_WORTH_IT) for name in unchanged if name not in reported]

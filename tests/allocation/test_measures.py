@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxlrd import FxlrdError, capture
-from fxlrd.allocation.measures import Flops, Latency, Params, flops, forms_of
+from fxlrd.allocation.measures import Flops, Latency, LayerParams, Params, flops, forms_of
 from fxlrd.allocation.merges import mergeable
 from fxlrd.graph import cost
 from fxlrd.graph.guards import why_not_replaceable
@@ -135,11 +135,12 @@ def test_the_share_of_a_merge_is_that_of_its_channels_or_of_its_time():
 
 def test_totals():
     gm = capture(Twice(), X)
-    assert Params().total(gm) == cost.params(gm)
-    assert Flops().total(gm) == cost.flops(gm)
+    assert Params().total(gm, 0) == cost.params(gm)
+    assert LayerParams().total(gm, 5.0) == 5.0
+    assert Flops().total(gm, 0) == cost.flops(gm)
     latency = Latency(Stopwatch(timer=microseconds()))
-    assert latency.total(gm) == pytest.approx((2 * 32 * 32 + 10) * 1e-6)
+    assert latency.total(gm, 0) == pytest.approx((2 * 32 * 32 + 10) * 1e-6)
     bare = torch.fx.symbolic_trace(Twice())
     for measure, message in ((Flops(), "give example inputs"), (latency, "needs a captured model")):
         with pytest.raises(FxlrdError, match=message):
-            measure.total(bare)
+            measure.total(bare, 0)

@@ -160,6 +160,48 @@ def test_what_merges_remove_beside_weights_is_counted(measure, asked):
         assert asked * 0.9 < share(made, gm, measure) <= asked, "a step of four channels is up to 7 % of this network"
 
 
+class Tagger(nn.Module):
+    """A language model in small: an embedding, two blocks, and a head that is tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(100, 32)
+        self.blocks = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
+        self.head = nn.Linear(32, 100, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.head(self.blocks(self.table(x)))
+
+
+def test_a_budget_of_the_layers_alone_and_a_word_on_embeddings():
+    x = torch.arange(100).view(20, 5)
+    gm = calibrated(Tagger().double().eval(), x)
+    result = Allocate(layers=0.6)(gm)
+    after = carried_out(result.graph_module)
+    blocks, rest = cost.params(gm.get_submodule("blocks")), cost.params(gm.get_submodule("table"))
+    assert 0.55 < cost.params(after.get_submodule("blocks")) / blocks <= 0.6
+    assert after.get_submodule("head").weight is after.get_submodule("table").weight
+    assert result.note.startswith(f"{cost.params(after.get_submodule('blocks')) / blocks:.3f} of layers (")
+    assert f"({cost.params(after) / (blocks + rest):.3f} of params)" in result.note
+    assert result.warnings == ()
+    (warning,) = Allocate(params=0.8)(gm).warnings
+    assert warning.startswith(f"allocate: {rest / (rest + blocks):.0%} of the parameters are embeddings")
+
+
+def test_a_model_whose_output_does_not_depend_on_its_layers():
+    model, x = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6)), nn.Linear(32, 8)), torch.randn(64, 32)
+    nn.init.zeros_(model[-1].weight), nn.init.zeros_(model[-1].bias)
+    gm = calibrated(model, x)
+    result = Allocate(params=0.7)(gm)
+    assert 0.66 < share(carried_out(result.graph_module), gm, "params") <= 0.7
+    ranks = planned(result.graph_module).ranks
+    assert all(rank > 4 for name, (rank,) in ranks.items() if name != "6"), "no layer but the zeros is cut to nothing"
+    assert "does not depend on the layers" in result.warnings[0]
+    nn.init.normal_(model[-1].weight)
+    assert not Allocate(params=0.7)(calibrated(model, x)).warnings
+
+
 @pytest.mark.parametrize("ratio", [1.5, 2.0, 3.0, 5.0])
 def test_never_worse_than_the_uniform_ratio_at_its_cost(ratio):
     gm = calibrated(network(), images(24, size=12))
