@@ -21,7 +21,7 @@ from fxlrd.graph.captured import captured, captured_or_bare, runnable
 from fxlrd.graph.channels import Group
 from fxlrd.graph.facts import shape, times
 from fxlrd.graph.layer import Layer
-from fxlrd.graph.surgery import source
+from fxlrd.graph.surgery import calls, source
 from fxlrd.layers.forms import Ranks, form, parameters, ranks_text
 from fxlrd.layers.kinds import TRANSPOSED, as_layer, channel_axis, channels_per_group, depthwise, kernel_area
 from fxlrd.timing.clock import Timing
@@ -144,8 +144,9 @@ class Flops(Computed):
 
     def between(self, gm: fx.GraphModule, group: Group) -> float:
         """Return the FLOPs of the depthwise convs between."""
-        modules = {node: gm.get_submodule(str(node.target)) for node in group.through}
-        return sum(flops(node, module, None) for node, module in modules.items() if depthwise(module))
+        modules = {str(node.target): gm.get_submodule(str(node.target)) for node in group.through}
+        convs = {name: module for name, module in modules.items() if depthwise(module)}
+        return sum(flops(node, module, None) for name, module in convs.items() for node in calls(gm, name))
 
     def total(self, gm: fx.GraphModule, layers: float) -> float:
         """Return the model's FLOPs. Raises FxlrdError if there are no shapes on the nodes."""

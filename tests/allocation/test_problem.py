@@ -15,7 +15,8 @@ BUDGETS = [4.0, 9.0, 14.0, 20.0, 31.0, 60.0]
 
 
 def merging(producer: str, consumer: str, options) -> Merging:
-    return Merging(SimpleNamespace(cut=[producer, consumer]), options)
+    makers = [SimpleNamespace(node=SimpleNamespace(target=producer))]
+    return Merging(SimpleNamespace(cut=[producer, consumer], producers=makers), options)
 
 
 def problem(seed: int) -> Problem:
