@@ -88,6 +88,7 @@ class Original:
     Attributes:
         model: a copy of the model, with buffers of its own, which is never run.
         inputs: the example inputs.
+        other: other inputs of the same form, or the example inputs where the model fails on those.
         changed_weight: a parameter that the user's model changes when it is called, or None. The copy then has weights
             of its own, see `fxlrd.capturing.settling`.
         behaviour: what another copy did.
@@ -127,7 +128,7 @@ class Original:
         """Return what a copy of the model does, on other inputs and with gradients as far as it takes these."""
         other = self.inputs.varied(torch.Generator().manual_seed(0))
         trials = [(other, True), (other, False), (self.inputs, True), (self.inputs, False)]
-        for self._other, self._gradients in trials:
+        for self.other, self._gradients in trials:
             try:
                 return self.behave(structural_copy(self.model), on_example=self._count)
             except _OtherInputsError as error:
@@ -164,10 +165,10 @@ class Original:
     def _call_on_other(self, model: nn.Module, call: Call) -> tuple[list[Tensor], Gradients | None]:
         if not self._gradients:
             with torch.no_grad():
-                return _copied(call(model, self._other)), None
+                return _copied(call(model, self.other)), None
         # Where gradients go is read off the autograd graph.
         with torch.enable_grad(), not_saving_for_backward():
-            outputs = tensors(call(model, self._other))
+            outputs = tensors(call(model, self.other))
         return _copied(outputs), _gradients_of(outputs)
 
     def difference(
@@ -195,7 +196,7 @@ class Original:
             return recorded_calls(model, names, lambda: [called_on(model, each) for each in inputs])
 
         with evaluating(model), isolated(model), torch.no_grad():
-            return calls(self.inputs), calls(self._other, self.inputs)
+            return calls(self.inputs), calls(self.other, self.inputs)
 
     def _other_buffers(self, behaviour: Behaviour) -> Reason | None:
         for name in sorted(self.behaviour.changed | behaviour.changed):

@@ -3,7 +3,7 @@
 A trace of a region does not run in its model; the user's forward does, around whatever layers are put there. So it is
 tried, with half of the channels of every group. The model with narrower layers must do what the model does whose
 consumers have zeros for the channels that are missing: that holds exactly, up to rounding. It is tried on other inputs
-too, on one row, and in training mode, where a forward may take other ways.
+than the example, on one row of that, and in training mode, where a forward may take other ways.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import set_modules
 from fxlrd.graph.run import called_on, isolated, run, set_mode
 from fxlrd.graph.surgery import calls, layers
-from fxlrd.layers.compose import fold_inputs, keep_channels, keep_outputs
+from fxlrd.layers.compose import keep_channels, keep_inputs, keep_outputs
+from fxlrd.layers.kinds import as_layer
+from fxlrd.layers.weights import resized
 
 
 def fixed_widths(original: Original, gm: fx.GraphModule) -> frozenset[str]:
@@ -82,8 +84,7 @@ def _alike(way: Way, original: Original, zeroed: Mapping[str, nn.Module], narrow
 
 
 def _as_called(original: Original, modules: Mapping[str, nn.Module]) -> list[Tensor]:
-    behaviour = original.behave(_with(structural_copy(original.model), modules))
-    return [*behaviour.outputs, *behaviour.other_outputs]
+    return _on(original, modules, original.other)
 
 
 def _on(original: Original, modules: Mapping[str, nn.Module], inputs: Inputs) -> list[Tensor]:
@@ -115,23 +116,23 @@ class _Changes:
         self.modules: dict[str, nn.Module] = {}
 
     def zero(self, group: Group, retained: Tensor) -> None:
-        mask = torch.zeros(group.channels, dtype=torch.float64, device=self._device(group))
-        mask[retained] = 1
-        self._fold(group, mask.diag())
+        for consumer in group.consumers:
+            module = as_layer(self._now(consumer.node))
+            mask = module.weight.new_zeros(group.channels)
+            mask[retained] = 1
+            by_channel = module.weight.detach().unflatten(1, (-1, consumer.block))
+            weight = by_channel * mask.view(-1, *[1] * (by_channel.dim() - 2))
+            self._put(consumer.node, resized(module, weight.flatten(1, 2), module.bias))
 
     def cut(self, group: Group, retained: Tensor) -> None:
         retained = retained.to(self._device(group))
-        eye = torch.eye(group.channels, dtype=torch.float64, device=retained.device)
-        self._fold(group, eye[:, retained])
+        for consumer in group.consumers:
+            self._put(consumer.node, keep_inputs(self._now(consumer.node), retained, consumer.block))
         for node in group.through:
             self._put(node, keep_channels(self._now(node), retained))
         for producer in group.producers:
             rows = producer.rows(retained, group.channels)
             self._put(producer.node, keep_outputs(self._now(producer.node), rows))
-
-    def _fold(self, group: Group, matrix: Tensor) -> None:
-        for consumer in group.consumers:
-            self._put(consumer.node, fold_inputs(self._now(consumer.node), matrix, consumer.block))
 
     def _now(self, node: fx.Node) -> nn.Module:
         name = str(node.target)

@@ -102,6 +102,13 @@ def keep_outputs(module: nn.Module, indices: Tensor) -> nn.Module:
     return resized(module, like.weight.detach()[indices], bias)
 
 
+def keep_inputs(module: nn.Module, indices: Tensor, block: int = 1) -> nn.Module:
+    """Return the layer with only the input channels ``indices``, of ``block`` features each."""
+    like = as_layer(module)
+    weight = like.weight.detach().unflatten(1, (-1, block))[:, indices].flatten(1, 2)
+    return resized(module, weight, None if like.bias is None else like.bias.detach())
+
+
 def keep_channels(module: nn.Module, indices: Tensor) -> nn.Module:
     """Return a per-channel module (BatchNorm, depthwise conv, PReLU) for the channels ``indices`` only."""
     if isinstance(module, nn.Conv2d):
