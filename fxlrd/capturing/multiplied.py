@@ -30,6 +30,7 @@ _SELECTING = {"index", "index_select", "gather"}
 """Operations that take entries by their index: of a table of vectors, rows of an embedding, which are no matrices."""
 _PREPARING = {
     *("clone", "_to_copy", "cat", "stack", "add", "sub", "mul", "div", "constant_pad_nd", "_unsafe_view"),
+    *("_weight_norm_interface", "norm"),
     *_SELECTING,
 }
 
@@ -77,8 +78,9 @@ class NotingMultiplied(TorchDispatchMode):
         operands = list(operands)
         read = [names for t in operands if (names := self._names_in(t)) is not None]
         tables = operation in _SELECTING and any(t.dim() < 3 for t in operands)
-        if len(read) == len(operands) and any(read) and not tables and isinstance(output, Tensor):
-            self._add(output, frozenset().union(*read))
+        if len(read) == len(operands) and any(read) and not tables:
+            for made in _floating(tree_leaves(output)):
+                self._add(made, frozenset().union(*read))
 
     def _names_in(self, tensor: Tensor) -> frozenset[str] | None:
         """Return the parameters that the tensor's values are of; None for one that is computed from inputs."""
@@ -107,8 +109,13 @@ def _storage(tensor: Tensor) -> StorageWeakRef | None:
         return None
 
 
-def without_layer(model: nn.Module, multiplied: Iterable[str]) -> dict[str, Unreached]:
-    """Return the ``multiplied`` parameters of two dimensions or more that no conv or linear layer holds, by name."""
+def without_layer(
+    model: nn.Module, multiplied: Iterable[str], closed: Mapping[str, Reason] | None = None
+) -> dict[str, Unreached]:
+    """Return the ``multiplied`` parameters of two dimensions or more that no conv or linear layer holds, by name.
+
+    ``closed`` are the reasons of attentions that could not be opened, by name.
+    """
     layers = [name for name, module in model.named_modules(remove_duplicate=False) if is_layer(module)]
     names_of = owners(model)
     entries = {}
@@ -117,7 +124,9 @@ def without_layer(model: nn.Module, multiplied: Iterable[str]) -> dict[str, Unre
         held = any(_inside(other, layer) for other in names for layer in layers)
         if name in multiplied and parameter.dim() >= 2 and not held:
             holder = type(model.get_submodule(name.rpartition(".")[0])).__name__
-            entries[name] = Unreached(_reason(parameter, holder), holder, tuple(parameter.shape), parameter.numel())
+            around = (reason for module, reason in (closed or {}).items() if _inside(name, module))
+            reason = next(around, None) or _reason(parameter, holder)
+            entries[name] = Unreached(reason, holder, tuple(parameter.shape), parameter.numel())
     return entries
 
 

@@ -86,7 +86,9 @@ class Original:
     the example inputs.
 
     Attributes:
-        model: a copy of the model, with buffers of its own, which is never run.
+        users: a copy of the model, with buffers of its own, which is never run.
+        model: what is captured of it: the same, or a copy of it with open attentions (`fxlrd.capturing.attentions`).
+        closed: why attentions are not open, by name.
         inputs: the example inputs.
         other: other inputs of the same form, or the example inputs where the model fails on those.
         changed_weight: a parameter that the user's model changes when it is called, or None. The copy then has weights
@@ -98,10 +100,12 @@ class Original:
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model, self.inputs, self.flops = private_copy(model), inputs, 0
+        self.closed: Mapping[str, Reason] = {}
         self.multiplied: frozenset[str] = frozenset()
         self.changed_weight: str | None = None
         behaviour = self._without_writing()
         self.behaviour = self._settled() if behaviour is None else behaviour
+        self.users = self.model
 
     def _without_writing(self) -> Behaviour | None:
         """Return what a copy of the model does; None if it writes into a parameter, which stays as it is."""

@@ -131,10 +131,10 @@ def capture_regions_of(original: Original) -> fx.GraphModule:
     modules = called(gm)
     outside = Cost(cost.params(model) - cost.params(gm), max(0, original.flops - cost.flops(gm)))
     not_in_graph = {name: entry for name, entry in left_out.items() if name not in modules}
-    not_in_graph |= without_layer(model, original.multiplied)
-    record = Regions(original.inputs, not_in_graph, model, modules, slots, example, outside)
-    record = replace(record, fixed_widths=fixed_widths(original, gm))
-    captured.record(gm, replace(record, warnings=_fast_path_warnings(model, modules), described=observation.described))
+    not_in_graph |= without_layer(model, original.multiplied, original.closed)
+    record = Regions(original.inputs, not_in_graph, original.users, modules, slots, example, outside)
+    record = replace(record, fixed_widths=fixed_widths(original, gm), described=observation.described)
+    captured.record(gm, replace(record, warnings=_fast_path_warnings(original.users, modules)))
     return gm
 
 

@@ -23,6 +23,7 @@ from torch.fx._symbolic_trace import _assert_is_none
 from fxlrd.capturing.descriptions import without_described_weights
 from fxlrd.capturing.obstacles import obstacle
 from fxlrd.errors import CaptureError, FxlrdError
+from fxlrd.graph.attentions import record_parts
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.facts import described_layers
 from fxlrd.graph.guards import hooked
@@ -30,6 +31,7 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import isolated, set_mode
 from fxlrd.graph.surgery import set_container_mode
 from fxlrd.graph.writes import guarding_weights
+from fxlrd.layers.attention import ProjectedAttention
 from fxlrd.layers.stand_ins import is_layer
 
 
@@ -87,6 +89,7 @@ class _Tracer(fx.Tracer):
         self.layer_names = {n for n, m in model.named_modules(remove_duplicate=False) if is_layer(m)}
         self._layers = {id(model.get_submodule(n)) for n in self.layer_names}
         self._thread = threading.get_ident()
+        self._open_calls = 0
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         with _TRACING:
@@ -109,11 +112,33 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         try:
+            if isinstance(m, ProjectedAttention) and not self.is_leaf_module(m, self.path_of_module(m)):
+                return self._call_open(m, forward, args, kwargs)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed_in is None:
                 self.failed_in = self.path_of_module(m), m
             raise
+
+    def _call_open(self, m: ProjectedAttention, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Trace an open attention. Its dropout depends on the mode that the module has in the graph."""
+        name, size, training = self.path_of_module(m), len(self.graph.nodes), m.training
+        if m.dropout:
+            vars(m)["training"] = self.create_proxy("get_attr", f"{name}.training", (), {})
+        try:
+            outputs = super().call_module(m, forward, args, kwargs)
+        finally:
+            m.training = training
+        arguments = inspect.signature(type(m).forward).bind(m, *args, **kwargs).arguments
+        arguments.pop("self")
+        self._open_calls += 1
+        nodes = list(self.graph.nodes)[size:]
+        record_parts(name, self._open_calls, nodes, self._as_nodes(arguments), self._as_nodes(outputs))
+        return outputs
+
+    @staticmethod
+    def _as_nodes(value: Any) -> Any:
+        return fx.node.map_aggregate(value, lambda v: v.node if isinstance(v, fx.Proxy) else v)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:

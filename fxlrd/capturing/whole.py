@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
+from fxlrd.capturing.attentions import open_attentions
 from fxlrd.capturing.inlined import call_inlined_layers
 from fxlrd.capturing.multiplied import without_layer
 from fxlrd.capturing.proof import Original, same
 from fxlrd.capturing.tracing import constants, trace, train_path_differs
 from fxlrd.errors import CaptureError, FxlrdError, Reason
 from fxlrd.graph.captured import Unreached, Whole, captured, feed, propagate_once
+from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.facts import described_layers
 from fxlrd.graph.guards import (
     MORE_INPUTS,
@@ -34,6 +36,7 @@ from fxlrd.graph.guards import (
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, isolated, stored
 from fxlrd.graph.surgery import annotate, called, calls, source
+from fxlrd.layers.attention import ProjectedAttention
 from fxlrd.layers.kinds import LAYERS, as_layer, op
 from fxlrd.layers.stand_ins import is_layer, stand_in
 
@@ -65,7 +68,9 @@ def original_of(model: nn.Module, example_inputs: Any) -> Original:
     if isinstance(model, LAYERS):
         layer, model = model, nn.Sequential(model)
         model.training = layer.training
-    return Original(model, inputs)
+    original = Original(model, inputs)
+    open_attentions(original)
+    return original
 
 
 def capture_whole(original: Original, for_users_forward: bool = False) -> fx.GraphModule:
@@ -78,18 +83,29 @@ def capture_whole(original: Original, for_users_forward: bool = False) -> fx.Gra
         raise CaptureError(f"{type(model).__name__} returns no tensor for the example inputs")
     frozen = constants(model, inputs)
     gm, warnings = trace(model, frozen)
+    _close_leaves(gm, original.users)
     if train_path_differs(model, frozen, gm):
         warnings.append("forward takes another path in training mode: the eval path was captured")
     if not for_users_forward:
         call_inlined_layers(gm, model)
     alike = _put_stand_ins(gm)
     annotate(gm)
-    unreached = {**_unreached(model, gm), **without_layer(model, original.multiplied)}
+    unreached = {**_unreached(model, gm), **without_layer(model, original.multiplied, original.closed)}
     warnings += _never_called(unreached)
-    record = Whole(inputs, unreached, tuple(warnings), model=model, modules=called(gm), alike=alike)
+    record = Whole(inputs, unreached, tuple(warnings), model=original.users, modules=called(gm), alike=alike)
     captured.record(gm, replace(record, described=described_layers(gm) or frozenset()))
     _check(gm, original)
     return gm
+
+
+def _close_leaves(gm: fx.GraphModule, users: nn.Module) -> None:
+    """Put the user's own modules in the place of those with open attentions inside, which the graph calls as one."""
+    leaves = [
+        name for name, leaf in called(gm).items() if any(isinstance(m, ProjectedAttention) for m in leaf.modules())
+    ]
+    own = structural_copy(users) if leaves else users
+    for name in leaves:
+        gm.set_submodule(name, own.get_submodule(name))
 
 
 def _check(gm: fx.GraphModule, original: Original) -> None:

@@ -18,6 +18,7 @@ from torch.fx.passes.shape_prop import ShapeProp, _extract_tensor_metadata
 
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph import cost
+from fxlrd.graph.attentions import close, is_closed, untouched
 from fxlrd.graph.compare import Difference, difference
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.cost import NOTHING, Cost
@@ -111,15 +112,29 @@ class Whole:
         return gm
 
     def as_users(self, gm: fx.GraphModule) -> fx.GraphModule:
-        """Return the graph with the user's own modules in the place of stand-ins that no pass has replaced."""
+        """Return the graph with the user's own modules in the place of stand-ins that no pass has replaced.
+
+        So it is with attentions that were traced open.
+        """
         now = called(gm)
-        untouched = {name: m for name, m in self.alike.items() if now.get(name) is self.modules[name]}
-        if not untouched:
+        alike = {name: m for name, m in self.alike.items() if now.get(name) is self.modules[name]}
+        closed = self._closed(gm)
+        if not alike and not closed:
             return gm
         gm = fork(gm)
-        for name, module in untouched.items():
+        for name, module in alike.items():
             gm.set_submodule(name, module)
+        if closed:
+            close(gm, closed)
+            gm.recompile()
         return gm
+
+    def _closed(self, gm: fx.GraphModule) -> dict[str, nn.Module]:
+        """Return the user's own attentions of which no pass has replaced a projection, by name."""
+        if self.model is None:
+            return {}
+        attentions = {name: self.model.get_submodule(name) for name in untouched(gm, self.modules)}
+        return {name: module for name, module in attentions.items() if is_closed(module)}
 
     def outputs(self, gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
         """Return the model's output tensors with the graph's layers, in eval mode, without gradients."""

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from fxlrd.graph.attentions import attention_of, inside, open_for, with_siblings
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.fast_paths import turn_off_around
 from fxlrd.graph.inputs import Inputs
@@ -90,8 +91,10 @@ def record(model: nn.Module, inputs: Inputs, names: Collection[str]) -> dict[str
 def recorded_calls(model: nn.Module, names: Collection[str], run_model: Callable[[], Any]) -> dict[str, list[Call]]:
     """Return the calls of the modules ``names`` of a model while ``run_model`` runs it.
 
+    Attentions that they are projections of are opened.
     Fast paths that read weights in the place of calling layers are off meanwhile.
     """
+    open_for(model, names)
     calls: dict[str, list[Call]] = {}
     watching = _watching(model, names, lambda name, call: calls.setdefault(name, []).append(call), calls)
     with watching, BaseTorchFunctionMode():
@@ -150,7 +153,7 @@ def install_layers(
     Returns the modules that were there, by name: `undo` with those undoes it. ``described`` are those whose weight
     other code asks for its dtype, device or shape.
     """
-    names = rewritten(gm, captured_modules)
+    names = with_siblings(model, rewritten(gm, captured_modules), captured_modules)
     removed = _removed(gm, captured_modules)
     # The user's code still calls a layer that was composed into another one: the input is passed through.
     modules = {name: nn.Identity() if name in removed else chained(gm.get_submodule(name)) for name in names}
@@ -163,15 +166,18 @@ def set_modules(
     """Put modules into ``model`` under their names, and return the replaced ones. Aliases stay one module.
 
     Factors of layers in ``described`` answer for the layer's weight, see `fxlrd.layers.described`. Fast paths around
-    the modules are turned off.
+    the modules are turned off. An attention of torch's own whose projections are among them is opened; it is returned
+    in their place.
     """
+    closed = open_for(model, new)
     modules = dict(model.named_modules(remove_duplicate=False))
-    replaced = {}
+    replaced = dict(closed)
     for name, module in new.items():
         if name in described and type(module) is nn.Sequential:
             module = DescribedFactors(OrderedDict(module.named_children()))
         for alias in [alias for alias, m in modules.items() if m is modules[name]]:
-            replaced[alias] = modules[alias]
+            if attention_of(alias) not in closed:
+                replaced[alias] = modules[alias]
             describe(module, modules[alias])
             set_mode(module, modules[alias].training)
             model.set_submodule(alias, module)
@@ -207,7 +213,8 @@ def rewritten(gm: fx.GraphModule, captured_modules: Mapping[str, nn.Module]) -> 
 
 
 def _removed(gm: fx.GraphModule, captured_modules: Mapping[str, nn.Module]) -> set[str]:
-    return set(captured_modules) - {p.name for n in gm.graph.nodes if (p := provenance(n)) is not None}
+    named = {p.name for n in gm.graph.nodes if (p := provenance(n)) is not None}
+    return set(captured_modules) - named - inside(captured_modules, called(gm))
 
 
 def all_tensors(arguments: tuple[Any, ...], count: int) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fxlrd.layers.attention import ProjectedAttention
 from fxlrd.saving.schema import ModuleDescription
 from fxlrd.saving.tensors import parents
 
@@ -45,12 +46,19 @@ def descriptions(model: nn.Module, replaced: Mapping[str, nn.Module] | None = No
     """Return a description of every module that computes something, by name.
 
     Modules ``replaced`` are described instead of those that have replaced them. Containers are left out, and modules
-    that do nothing in eval mode: whether a model has a Dropout may depend on how it is trained.
+    that do nothing in eval mode: whether a model has a Dropout may depend on how it is trained. An open attention is
+    described as the stock one that it was.
     """
-    replaced = replaced or {}
+    modules = dict(model.named_modules())
+    opened = {name: module for name, module in modules.items() if isinstance(module, ProjectedAttention)}
+    replaced = {name: module for name, module in (replaced or {}).items() if name not in opened}
+    closed = {part: m for name, was in opened.items() for part, m in was.closed().named_modules(prefix=name)}
     described = {}
-    for name, module in {**dict(model.named_modules()), **replaced}.items():
-        if any(parent in replaced for parent in parents(name)):
+    for name, module in {**modules, **replaced, **closed}.items():
+        around = parents(name)
+        if any(parent in replaced for parent in around):
+            continue
+        if name not in closed and any(parent in opened for parent in around):
             continue
         own = description(module)
         idle = isinstance(module, nn.Identity) or any(hasattr(module, option) for option in _DROPS)

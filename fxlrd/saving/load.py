@@ -20,13 +20,14 @@ from torch.utils._pytree import tree_leaves
 from fxlrd.capturing.inlined import call_inlined_layers
 from fxlrd.capturing.tracing import trace
 from fxlrd.errors import FxlrdError, one_line
+from fxlrd.graph.attentions import open_for
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.regions import set_modules
 from fxlrd.graph.run import evaluating
 from fxlrd.saving.architecture import remember, wrapped
 from fxlrd.saving.descriptions import mismatch
 from fxlrd.saving.placement import Slots, place, put
-from fxlrd.saving.schema import Architecture, Origin, Plan, TensorTable
+from fxlrd.saving.schema import Origin, Plan, TensorTable
 from fxlrd.saving.specs import module_of
 from fxlrd.saving.storage import check_weights, read_plan
 from fxlrd.saving.tensors import attributes, joined, parents, registered
@@ -81,7 +82,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 def _loaded(folder: Path, plan: Plan, model: nn.Module) -> nn.Module:
     model = wrapped(model)
-    target = _target(folder, plan.architecture, model)
+    target = _target(folder, plan, model)
     devices = {name: tensor.device for name, tensor in registered(target).items()}
     devices |= _put_layers(folder, plan, target)
     _fill(check_weights(folder, plan.weights), plan.tensors, target, devices)
@@ -91,8 +92,9 @@ def _loaded(folder: Path, plan: Plan, model: nn.Module) -> nn.Module:
     return target
 
 
-def _target(folder: Path, architecture: Architecture, model: nn.Module) -> nn.Module:
+def _target(folder: Path, plan: Plan, model: nn.Module) -> nn.Module:
     """Return the architecture to put layers into: a copy of the model, or its graph with arguments frozen."""
+    architecture = plan.architecture
     if (difference := mismatch(architecture.modules, model)) is not None:
         raise FxlrdError(f"load: {folder}: {difference}: {_REMEDY}")
     target = structural_copy(model)
@@ -101,6 +103,7 @@ def _target(folder: Path, architecture: Architecture, model: nn.Module) -> nn.Mo
     parameters = inspect.signature(model.forward).parameters
     if (other := next((name for name in architecture.arguments if name not in parameters), None)) is not None:
         raise FxlrdError(f"load: {folder}: forward of the model takes no {other!r}: give the architecture")
+    open_for(target, plan.layers)
     with evaluating(target):
         graph, _ = trace(target, dict(architecture.arguments))
     call_inlined_layers(graph, target)
@@ -109,12 +112,13 @@ def _target(folder: Path, architecture: Architecture, model: nn.Module) -> nn.Mo
 
 def _put_layers(folder: Path, plan: Plan, target: nn.Module) -> dict[str, torch.device]:
     """Put empty layers into the architecture, and return the devices of those that they replace, by name."""
+    closed = open_for(target, plan.layers)
     modules = dict(target.named_modules(remove_duplicate=False))
     for name in plan.layers:
         if not name or name not in modules:
             raise FxlrdError(f"load: {folder}: the model has no module {name[:80]!r}: {_REMEDY}")
     new = {name: module_of(name, spec) for name, spec in plan.layers.items()}
-    replaced = set_modules(target, new, plan.architecture.described)
+    replaced = closed | set_modules(target, new, plan.architecture.described)
     return {name: tensor.device for name, old in replaced.items() for tensor in registered(old).values()}
 
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fxlrd.errors import FxlrdError, one_line
+from fxlrd.layers.attention import PROJECTIONS
 from fxlrd.saving.architecture import recall
 from fxlrd.saving.descriptions import description
-from fxlrd.saving.schema import Architecture, Factors, LayerSpec, Plan, TensorTable, Weights
+from fxlrd.saving.schema import ATTENTION, Architecture, Factors, LayerSpec, Plan, TensorTable, Weights
 from fxlrd.saving.specs import spec_of
 from fxlrd.saving.storage import write
 from fxlrd.saving.tensors import attributes, contiguous_strides, is_dense, joined, parents, registered
@@ -89,9 +90,12 @@ def _replacements(model: nn.Module, architecture: Architecture) -> dict[str, Lay
     modules = dict(model.named_modules(remove_duplicate=False))
     specs = {name: spec_of(name, nn.Identity()) for name in architecture.gone}
     containers = {parent for name in architecture.modules for parent in parents(name)}
+    opened = opened_attentions(architecture, modules)
+    projections = [joined(name, role) for name in opened for role in PROJECTIONS]
+    specs |= {name: spec_of(name, modules[name]) for name in projections}
     for name, was in architecture.modules.items():
         module = modules.get(name)
-        if not name or module is None or name in specs or description(module) == was:
+        if not name or module is None or name in specs or name in opened or description(module) == was:
             continue
         # torch.fx makes bare modules: for containers, and for a module of which it reads only a tensor.
         if type(module) is nn.Module and (name in containers or not module._modules):
@@ -110,6 +114,8 @@ def _tensors(
     own = registered(model)
     names = (joined(name, key) for name, module in architecture.modules.items() for key in module.shapes)
     listed = dict.fromkeys(names)
+    opened = opened_attentions(architecture, dict(model.named_modules(remove_duplicate=False)))
+    layers = {*layers, *opened}
     if architecture.arguments is None:
         for name in listed:
             if name not in own and not _in_layer(name, layers):
@@ -118,6 +124,15 @@ def _tensors(
     # What the architecture does not register: constants of a graph, and tensors that are attributes of modules.
     optional = {name for name in own if name not in listed and not _in_layer(name, layers)}
     return _table({**unregistered, **own}, sorted({*unregistered, *optional}))
+
+
+def opened_attentions(architecture: Architecture, modules: Collection[str]) -> list[str]:
+    """Return the attentions of an architecture whose projections are layers among the ``modules`` of a model."""
+    return [
+        name
+        for name, was in architecture.modules.items()
+        if was.kind == ATTENTION and {joined(name, role) for role in PROJECTIONS} <= {*modules}
+    ]
 
 
 def _in_layer(name: str, layers: Collection[str]) -> bool:

@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
+from torch import nn
+
 from fxlrd.errors import FxlrdError
 from fxlrd.graph.facts import FACTORS
+from fxlrd.layers.attention import PROJECTIONS
 from fxlrd.layers.kinds import OPTIONS
 from fxlrd.saving.fields import Check, Record, at, field_types, invalid, parse, parse_fields
 
@@ -22,6 +25,9 @@ FORMAT = "fxlrd checkpoint"
 VERSION = 1
 KINDS = {kind.__name__: kind for kind in OPTIONS}
 """The classes of the modules that a plan may put into a model."""
+
+ATTENTION = nn.MultiheadAttention.__name__
+"""The class of modules whose projections may take their place: ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``."""
 
 A = TypeVar("A", bound="Architecture")
 Json = Any
@@ -172,6 +178,8 @@ class Plan(Record):
         """Return the plan. Raises FxlrdError for anything that can be wrong without regard to a model."""
         plan = super().from_json({"made_with": {}} | {k: value[k] for k in field_types(cls) if k in value}, path)
         names = {*plan.architecture.modules, *plan.architecture.gone}
+        attentions = [name for name, module in plan.architecture.modules.items() if module.kind == ATTENTION]
+        names |= {f"{name}.{role}" for name in attentions for role in PROJECTIONS}
         if (other := next((name for name in plan.layers if name not in names), None)) is not None:
             raise FxlrdError(f"{at('layers', other)}: not in the architecture")
         if value.get("checksum") != checksum(value):

@@ -381,7 +381,7 @@ def test_modules_that_read_the_weights_inside_them_are_kept_whole(kind):
     def forward(self, x):
         return self.c(self.part(x))
 
-    attention = module(lambda self, x: self.mha(x, x, x)[0], mha=nn.MultiheadAttention(8, 2))
+    attention = module(lambda self, x: self.mha(x, x, x)[0], mha=nn.MultiheadAttention(8, 2, add_zero_attn=True))
     part, name, why = {
         "attention": (attention, "part.mha.out_proj", "container-reads"),
         "compiled": (torch.compile(mlp(), backend="eager"), "part._orig_mod.0", "compiled"),

@@ -19,6 +19,7 @@ from fxlrd.graph.guards import container_hooked
 from fxlrd.graph.inputs import tensors
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import layers
+from fxlrd.layers.attention import PROJECTIONS
 
 X = torch.linspace(-1, 1, 2 * 4 * 6 * 6).reshape(2, 4, 6, 6)
 
@@ -373,7 +374,7 @@ def test_hooks_of_the_model_itself_are_reported(register):
     )
 
 
-def test_attention_is_kept_whole():
+def test_a_transformer_of_torch_and_an_attention_that_cannot_be_opened_are_kept_whole():
     m = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1))
     x = torch.linspace(-1, 1, 2 * 5 * 8).reshape(2, 5, 8)
     gm = capture(m, x)
@@ -381,8 +382,7 @@ def test_attention_is_kept_whole():
     assert found["1.layers.0.self_attn.out_proj"].reason.code == "container-reads"
     assert {*layers(gm), *found} == {
         "0",
-        "1.layers.0.self_attn.in_proj_weight",
-        "1.layers.0.self_attn.out_proj",
+        *(f"1.layers.0.self_attn.{role}" for role in PROJECTIONS),
         "1.layers.0.linear1",
         "1.layers.0.linear2",
     }
@@ -391,9 +391,11 @@ def test_attention_is_kept_whole():
     def forward(self, x):
         return self.attention(self.fc(x), x, x)
 
-    m = model(forward, fc=nn.Linear(8, 8), attention=nn.MultiheadAttention(8, 2, batch_first=True))
+    attention = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True)
+    m = model(forward, fc=nn.Linear(8, 8), attention=attention)
     gm = capture(m, x)
     assert targets(gm) == ["fc", "attention"]
+    assert captured(gm).unreached["attention.in_proj_weight"].reason.code == "added-keys"
     assert_same(gm, m, x)
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 import fxlrd
 from fxlrd.errors import VerificationError
-from tests.support.compression import FULL_RANK, assert_same_outputs, decisions, layer_reasons, quick
+from fxlrd.layers.attention import PROJECTIONS
+from tests.support.compression import FULL_RANK, assert_same_outputs, decisions, quick
 
 
 def encoder(layers=2, **options):
@@ -27,13 +28,10 @@ def test_the_linears_of_encoder_layers_are_decomposed():
     model = encoder()
     result = quick(model, X, pipeline=FULL_RANK)
     assert decisions(result) == {
-        f"layers.{i}.{name}": decision
+        f"layers.{i}.{name}": "svd"
         for i in range(2)
-        for name, decision in [("self_attn.out_proj", "skipped"), ("linear1", "svd"), ("linear2", "svd")]
-    } | {n: "skipped" for n in decisions(result) if n.endswith("in_proj_weight")}
-    assert layer_reasons(result)["layers.0.self_attn.out_proj"].startswith(
-        "layers.0.self_attn (MultiheadAttention) reads its weight itself"
-    )
+        for name in ("linear1", "linear2", *(f"self_attn.{role}" for role in PROJECTIONS))
+    }
     assert type(result.model.layers[0].linear1) is nn.Sequential
     assert_same_outputs(result.model, model, X)
     assert_same_outputs(result.model, model, torch.randn(3, 7, 16, dtype=torch.float64))
@@ -95,7 +93,9 @@ def test_a_whole_transformer(inplace):
     original = copy.deepcopy(model)
     result = quick(model, (X, X[:, :3]), pipeline=FULL_RANK, inplace=inplace)
     cut = {name for name, decision in decisions(result).items() if decision == "svd"}
-    assert cut == {f"{side}.layers.0.linear{i}" for side in ("encoder", "decoder") for i in (1, 2)}
+    attentions = ("encoder.layers.0.self_attn", "decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn")
+    projections = {f"{attention}.{role}" for attention in attentions for role in PROJECTIONS}
+    assert cut == projections | {f"{side}.layers.0.linear{i}" for side in ("encoder", "decoder") for i in (1, 2)}
     assert_same_outputs(result.model, original, X, X[:, :3])
     assert_same_outputs(result.model, original, X[:1], X[:1, :4])
     causal = nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64)
@@ -106,9 +106,9 @@ def test_an_encoder_inside_a_model_that_could_be_traced_without_it():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), encoder(1), nn.Linear(16, 4)).double().eval()
     result = quick(model, X, pipeline=FULL_RANK)
-    assert {"0", "1.layers.0.linear1", "1.layers.0.linear2", "2"} == {
-        name for name, decision in decisions(result).items() if decision == "svd"
-    }
+    projections = [f"1.layers.0.self_attn.{role}" for role in PROJECTIONS]
+    names = ["0", "1.layers.0.linear1", "1.layers.0.linear2", "2", *projections]
+    assert decisions(result) == dict.fromkeys(names, "svd")
     assert_same_outputs(result.model, model, X)
 
 

@@ -19,7 +19,8 @@ import fxlrd
 from fxlrd import Budget, FxlrdError
 from fxlrd.errors import VerificationError
 from fxlrd.finetuning import finetune
-from fxlrd.graph.guards import NEVER_CALLED, container_reads
+from fxlrd.graph.guards import NEVER_CALLED
+from fxlrd.layers.attention import PROJECTIONS
 from fxlrd.passes.freeze import freeze_factors
 from fxlrd.timing.clock import compare
 from tests.support.compression import FULL_RANK, assert_same_outputs, decisions, largest_error, layer_reasons, quick
@@ -368,10 +369,9 @@ def test_a_recurrent_model_and_attention():
 
     model, x = Model().double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
     result = quick(model, x, pipeline=FULL_RANK)
-    without_layer = ("attention.in_proj_weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0")
-    skipped = dict.fromkeys(("attention.out_proj", *without_layer), "skipped")
-    assert decisions(result) == {"embed": "svd", "out": "svd", **skipped}
-    assert layer_reasons(result)["attention.out_proj"] == str(container_reads("attention", model.attention))
+    projections = {f"attention.{role}": "svd" for role in PROJECTIONS}
+    recurrent = {f"rnn.weight_{kind}_l0": "skipped" for kind in ("ih", "hh")}
+    assert decisions(result) == {"embed": "svd", "out": "svd"} | projections | recurrent
     assert_same_outputs(result.model, model, x)
     with torch.no_grad():
         assert_same_outputs(result.model, model, x[:, :1], model(x)[1])
