@@ -12,7 +12,7 @@ moments G of whole patches (channels × kernel positions), alternating steps the
     core and last fixed    first is a linear least squares problem, solved by conjugate gradients
 
 Directions without any variance would be divided by zero: a share of the mean variance (``RIDGE``, plus the caller's
-``ridge`` where there were few samples) is added to G and Γ. Everything runs in float64. Factors are balanced (SVD)
+``ridge``) is added to G and Γ. Everything runs in float64. Factors are balanced (SVD)
 or have orthonormal outer factors (Tucker-2), as those of `svd` and `tucker2`.
 """
 
@@ -93,7 +93,6 @@ def whitened_tucker2(
     input_root: Root | None,
     output_root: Root | None = None,
     patches: Tensor | None = None,
-    ridge: float = 0.0,
 ) -> Triple:
     """Return the Tucker-2 factors of ``weight`` (G, S, C, k…) fitted to the moments; shapes are those of `tucker2`.
 
@@ -116,7 +115,7 @@ def whitened_tucker2(
         core = torch.einsum("gor...,grc->goc...", core, input_root.inverse)
     if patches is not None and bool(patches.count_nonzero()):
         scaled = w if output_root is None else torch.einsum("gts,gsc...->gtc...", output_root.root, w)
-        first, core, last, error = _refined(scaled, first, core, last, patches, ridge)
+        first, core, last, error = _refined(scaled, first, core, last, patches)
     if last is not None and output_root is not None:
         last = output_root.inverse @ last
     elif output_root is not None:
@@ -137,14 +136,12 @@ def _orthonormal(
     return first, core, last
 
 
-def _refined(
-    w: Tensor, first: Tensor | None, core: Tensor, last: Tensor | None, patches: Tensor, ridge: float
-) -> Triple:
+def _refined(w: Tensor, first: Tensor | None, core: Tensor, last: Tensor | None, patches: Tensor) -> Triple:
     """Alternate between (core, last) and first on the patches' moments, and return the best factors and their error."""
     width, kernel = w.shape[2], w.shape[3:]
     moments = patches.double()
     moments = moments + torch.eye(len(moments), dtype=moments.dtype, device=moments.device) * (
-        moments.diagonal().mean() * (RIDGE + ridge)
+        moments.diagonal().mean() * RIDGE
     )
     target = w[0].flatten(1)  # S × C·K
     total = _energy(target, moments)

@@ -63,7 +63,7 @@ def _fitted(module: ConvOrLinear, ranks: Ranks, fit: Fit) -> tuple[nn.Sequential
         product = torch.einsum("gsr,grc->gsc", pair.last, pair.first).unflatten(2, weight.shape[2:])
     else:
         r1, r2 = ranks
-        triple = whitened_tucker2(weight, r1, r2, input_root, output_root, fit.patch_covariance, fit.patch_ridge)
+        triple = whitened_tucker2(weight, r1, r2, input_root, output_root, fit.regularised_patches)
         factors, error = _factors(triple), triple.error
         product = triple.core
         if triple.first is not None:

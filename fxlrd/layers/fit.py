@@ -6,43 +6,82 @@ the kernel is applied to (C·K × C·K, channel-major), and the importance Γ of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fxlrd.factor.ridge import GRID, best_ridge, with_ridge
 from fxlrd.factor.whiten import Root, root
 from fxlrd.layers.kinds import channels_per_group, kernel_area
+
+HELD_OUT = 8
+"""One position in so many is held out where there are few, to choose the ridge by."""
+
+ENOUGH = 16
+"""Positions per channel from which on none are held out: a fit to them needs no ridge."""
+
+
+@dataclass
+class HeldOut:
+    """Σ x (C) and Σ x·xᵀ (C×C) of some of the positions of a tensor. Float32 is exact enough to choose a ridge by."""
+
+    total: Tensor
+    products: Tensor
+    count: int = 0
+
+    def __add__(self, other: HeldOut) -> HeldOut:
+        """Return the sums over the positions of both."""
+        return HeldOut(self.total + other.total, self.products + other.products, self.count + other.count)
 
 
 @dataclass
 class Moments:
     """Running moments of one tensor's C channels over every position of every input.
 
-    ``total`` (C) is Σ x, ``products`` (C×C) is Σ x·xᵀ, in float64; ``count`` is the number of positions.
+    ``total`` (C) is Σ x, ``products`` (C×C) is Σ x·xᵀ, in float64; ``count`` is the number of positions. While those
+    are few, ``held_out`` has the sums over some of them.
     """
 
     total: Tensor
     products: Tensor
     count: int = 0
+    held_out: HeldOut | None = None
+    _ridge: float | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def empty(cls, channels: int, device: torch.device) -> Moments:
         """Return the moments of no positions."""
         zeros = torch.zeros(channels, channels, dtype=torch.float64, device=device)
-        return cls(zeros[0].clone(), zeros)
+        return cls(zeros[0].clone(), zeros, 0, HeldOut(zeros[0].clone(), zeros.float()))
 
     def add(self, x: Tensor) -> None:
         """Add the rows of ``x`` (N×C), in float64.
 
         Products rounded to float32 would leave noise of 1e-7 in directions that carry nothing, and a least
-        squares fit would divide by it.
+        squares fit would divide by it. The last rows are held out: with those of other inputs they have least in
+        common.
         """
         x = x.detach().double()
         self.products += x.mT @ x
         self.total += x.sum(0)
         self.count += len(x)
+        self._ridge = None
+        if self.held_out is None:
+            return
+        if self.count >= ENOUGH * len(self.total):
+            self.held_out = None
+            return
+        due = (self.count + HELD_OUT - 2) // HELD_OUT - self.held_out.count
+        rows = x[len(x) - min(due, len(x)) :]
+        self.held_out += HeldOut(rows.sum(0), (rows.mT @ rows).float(), len(rows))
+
+    def __add__(self, other: Moments) -> Moments:
+        """Return the moments of the positions of both."""
+        both = self.held_out is not None and other.held_out is not None
+        held_out = self.held_out + other.held_out if both else None  # type: ignore[operator]
+        return Moments(self.total + other.total, self.products + other.products, self.count + other.count, held_out)
 
     @property
     def second(self) -> Tensor:
@@ -62,11 +101,25 @@ class Moments:
 
     @property
     def ridge(self) -> float:
-        """The regularisation that a fit to these moments needs, relative to their mean variance.
+        """The regularisation that a fit to these moments needs, as a share of each channel's variance.
 
-        0 from four positions per channel on. With fewer, a fit would follow the sample.
+        It is chosen by the positions held out (fxlrd/factor/ridge.py), and 0 from `ENOUGH` positions per channel on.
         """
-        return 1e-2 * max(0.0, len(self.total) / max(self.count, 1) - 0.25)
+        if self._ridge is None:
+            self._ridge = self._chosen()
+        return self._ridge
+
+    def _chosen(self) -> float:
+        others = self.held_out
+        if others is None or self.count >= ENOUGH * len(self.total):
+            return 0.0
+        fitted = self.count - others.count
+        if not others.count or not fitted:
+            return GRID[-1]
+        mean = (self.total - others.total) / fitted
+        covariance = (self.products - others.products) / fitted - torch.outer(mean, mean)
+        cross = torch.outer(mean, others.total / others.count)
+        return best_ridge(covariance, others.products / others.count - cross - cross.mT + torch.outer(mean, mean))
 
 
 @dataclass
@@ -122,7 +175,7 @@ def _moments_of(moments: Moments | None, width: int) -> Moments | None:
 def _sum(a: Moments | None, b: Moments | None) -> Moments | None:
     if a is None or b is None or a is b:
         return a if a is b else None
-    return Moments(a.total + b.total, a.products + b.products, a.count + b.count)
+    return a + b
 
 
 class Fit(NamedTuple):
@@ -131,7 +184,7 @@ class Fit(NamedTuple):
     Attributes:
         covariance: that of the input (C×C).
         mean: that of the input (C).
-        ridge: the regularisation of the covariance, relative to its mean variance; see `Moments.ridge`.
+        ridge: the share of each channel's variance that is added to it; see `Moments.ridge`.
         patch_covariance: that of the patches (C·K × C·K, channel-major), where it was measured; so the next two.
         importance: Γ (S×S), where it was measured.
     """
@@ -144,6 +197,16 @@ class Fit(NamedTuple):
     patch_ridge: float = 0.0
     importance: Tensor | None = None
 
+    @property
+    def regularised(self) -> Tensor:
+        """The covariance of the input with the ridge added."""
+        return with_ridge(self.covariance, self.ridge)
+
+    @property
+    def regularised_patches(self) -> Tensor | None:
+        """The covariance of the patches with the ridge added."""
+        return None if self.patch_covariance is None else with_ridge(self.patch_covariance, self.patch_ridge)
+
 
 IMPORTANCE_RIDGE = 1e-2
 """Share of the mean that is added to every direction of Γ: an estimate of no importance is an error of the estimate."""
@@ -152,7 +215,7 @@ IMPORTANCE_RIDGE = 1e-2
 def roots(module: nn.Module, fit: Fit) -> tuple[Root, Root | None]:
     """Return the roots of the input's covariance (G, C/G, C/G) and of Γ (G, S/G, S/G), for each of G groups."""
     groups = channels_per_group(module)[2]
-    input_root = root(_diagonal_blocks(fit.covariance, groups), fit.ridge)
+    input_root = root(_diagonal_blocks(fit.regularised, groups))
     if fit.importance is None:
         return input_root, None
     return input_root, root(_diagonal_blocks(fit.importance, groups), IMPORTANCE_RIDGE)

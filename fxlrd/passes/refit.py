@@ -26,6 +26,7 @@ from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better
 from fxlrd.calibration.patches import patches, stride_for
 from fxlrd.calibration.stepper import Stepper
 from fxlrd.errors import Reason
+from fxlrd.factor.ridge import with_ridge
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.facts import FACTORS, provenance, retained_channels
 from fxlrd.graph.layer import NOT_REACHED
@@ -174,10 +175,10 @@ def _solved(module: nn.Module, retained: Tensor | None, pairs: Iterable[tuple[Te
     if not bool(covariance.isfinite().all()):
         return None
     inner, cross = covariance[:width, :width], covariance[width:, :width]
-    scale = inner.diagonal().mean() * (RIDGE + joint.ridge)
+    scale = inner.diagonal().mean() * RIDGE
     if not scale > 0:
         return None
-    regularised = inner + scale * torch.eye(width, dtype=inner.dtype, device=inner.device)
+    regularised = with_ridge(inner, joint.ridge) + scale * torch.eye(width, dtype=inner.dtype, device=inner.device)
     change = torch.linalg.solve(regularised, (cross - weight @ inner).mT).mT
     weight = weight + change
     bias = joint.mean[width:] - weight @ joint.mean[:width] if has_bias else None

@@ -11,11 +11,13 @@ from fxlrd.calibration.batches import as_batches, as_inputs
 from fxlrd.calibration.importance import Importance
 from fxlrd.calibration.moments import LARGEST, PATCHES, moments, sweep
 from fxlrd.calibration.patches import patches
+from fxlrd.factor.ridge import GRID
 from fxlrd.graph.facts import output_moments, statistics
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.layer import statistics_of
 from fxlrd.layers.fit import Moments, Statistics
 from fxlrd.layers.kinds import channel_axis
+from tests.support.factors import decaying
 
 
 def rows(x: torch.Tensor, axis: int) -> torch.Tensor:
@@ -66,12 +68,46 @@ def test_what_never_varies_has_a_covariance_without_negative_directions(value, c
     assert values.max() <= 2e-12 * value**2
 
 
-def test_a_fit_is_regularised_below_four_positions_a_channel():
-    def ridge(count: int) -> float:
-        return Moments(torch.zeros(8), torch.zeros(8, 8), count).ridge
+def measured(x: torch.Tensor, batch: int = 50) -> Moments:
+    """Return the moments of samples that come in batches."""
+    found = Moments.empty(x.shape[1], x.device)
+    for part in x.split(batch):
+        found.add(part)
+    return found
 
-    assert ridge(0) > ridge(4) > ridge(8) > ridge(31) > 0
-    assert ridge(32) == ridge(10**6) == 0
+
+@pytest.mark.parametrize("batch", [1, 3, 50, 200])
+def test_one_position_in_eight_is_held_out_while_there_are_few(batch):
+    x = torch.randn(200, 100).double()
+    found = measured(x, batch)
+    assert found.count == 200
+    assert found.held_out is not None
+    assert found.held_out.count == 200 // 8 or batch > 50
+    torch.testing.assert_close(found.second, x.mT @ x / 200, rtol=1e-12, atol=1e-12)
+    many = measured(torch.randn(1600, 100).double(), batch)
+    assert many.held_out is None
+    assert many.ridge == 0
+
+
+def test_moments_of_two_calls_add_up():
+    x = decaying(200, 100)
+    both, whole = measured(x[:120], 20) + measured(x[120:], 20), measured(x, 20)
+    torch.testing.assert_close(both.products, whole.products, rtol=1e-12, atol=1e-12)
+    assert both.held_out.count == whole.held_out.count
+    assert both.ridge == whole.ridge > 0
+
+
+def test_the_ridge_is_chosen_anew_when_positions_are_added():
+    x = decaying(300, 60)
+    found = measured(x[:40], 20)
+    few = found.ridge
+    found.add(x[40:])
+    assert few > found.ridge > 0
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_next_to_nothing_is_regularised_most(count):
+    assert measured(torch.randn(count, 8)).ridge == GRID[-1]
 
 
 @pytest.mark.parametrize(

@@ -182,21 +182,20 @@ KERNEL = (3, 2)
 CASES = [(3, 4), (2, 2), (5, 1), (None, 4), (3, None), (6, 3)]
 
 
-def tucker(w, ranks, x, gamma=None, ridge=0.0):
+def tucker(w, ranks, x, gamma=None):
     """Factors fitted to the patches of images."""
     reads = rooted(second_moments(x.movedim(1, -1).flatten(0, -2)))
     matters = None if gamma is None else rooted(gamma)
-    return whitened_tucker2(w, *ranks, reads, matters, second_moments(unfolded(x, KERNEL)), ridge)
+    return whitened_tucker2(w, *ranks, reads, matters, second_moments(unfolded(x, KERNEL)))
 
 
 @pytest.mark.parametrize("ranks", CASES)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("ridge", [0.0, 0.05])
-def test_the_tucker_error_is_the_error_on_the_patches(ranks, weighted, ridge):
+def test_the_tucker_error_is_the_error_on_the_patches(ranks, weighted):
     w, x = randn(1, 7, 6, *KERNEL), image()
     gamma = second_moments(correlated(99, 7)) if weighted else None
-    triple = tucker(w, ranks, x, gamma, ridge)
-    data = sampled(regularised(second_moments(unfolded(x, KERNEL)), ridge))
+    triple = tucker(w, ranks, x, gamma)
+    data = sampled(regularised(second_moments(unfolded(x, KERNEL))))
     weight = None if gamma is None else regularised(gamma)
     actual = error(w[0].flatten(1), tucker_product(triple)[0].flatten(1), data, weight)
     assert actual == pytest.approx(triple.error, rel=1e-8)
@@ -361,7 +360,7 @@ def test_tucker_of_poor_data_is_finite(poor, weighted, ridge):
         w, x = randn(1, 7, 6, *KERNEL), POOR[poor](6 * 6).double()
         by_channel = rooted(second_moments(x.unflatten(1, (6, 6)).mT.flatten(0, 1)), ridge)
         gamma = rooted(second_moments(POOR[poor](7).double())) if weighted else None
-        triple = whitened_tucker2(w, *ranks, by_channel, gamma, second_moments(x), ridge)
+        triple = whitened_tucker2(w, *ranks, by_channel, gamma, second_moments(x))
         assert finite(*triple[:3])
         assert 0 <= triple.error <= 1
         assert_moderate(tucker_product(triple), w, weighted)

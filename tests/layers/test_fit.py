@@ -102,15 +102,17 @@ def test_the_error_is_that_of_the_output_about_its_mean(make, ranks):
     fit = fitted_to(module, x)
     form, error = decomposed(module, ranks, fit=fit)
     change = (module.weight - rebuilt(module, form)).detach()
-    # The ridge adds to each group its share of the mean variance of what that reads.
+    # What is added to the variance of each number that is read, within its group.
     groups, positions = channels_per_group(module)[2], module(x).numel() / len(module.weight)
+    covariance, ridge = fit.covariance, fit.ridge
     if fit.patch_covariance is not None:
-        variance, share = fit.patch_covariance.diagonal().mean()[None], RIDGE + fit.patch_ridge
-    else:
-        variance, share = fit.covariance.diagonal().unflatten(0, (groups, -1)).mean(1), RIDGE + fit.ridge
+        covariance, ridge = fit.patch_covariance, fit.patch_ridge
+    variances = covariance.diagonal().unflatten(0, (groups, -1))
+    more = ridge * variances + RIDGE * (1 + ridge) * variances.mean(1, keepdim=True)
 
     def size(outputs, weight):
-        added = weight.detach().unflatten(0, (groups, -1)).flatten(1).square().sum(1) @ variance * share * positions
+        rows = weight.detach().flatten(1).unflatten(0, (groups, -1))
+        added = torch.einsum("gsc,gc->", rows.square(), more) * positions
         centred = outputs.movedim(channel_axis(module, outputs.dim()), -1).flatten(0, -2)
         return (centred - centred.mean(0)).square().sum() + added
 
@@ -134,7 +136,7 @@ def test_the_error_is_weighted_by_what_matters(make, ranks):
         total = 0.0
         for i in range(groups):
             ins, outs = (slice(i * n, (i + 1) * n) for n in (w.shape[2], w.shape[1]))
-            g = regularised(fit.covariance[ins, ins], RIDGE + fit.ridge)
+            g = regularised(fit.regularised[ins, ins], RIDGE)
             gamma = regularised(importance[outs, outs], RIDGE + IMPORTANCE_RIDGE)
             total += torch.einsum("st,sc,cd,td->", gamma, w[i], g, w[i]).item()
         return total
@@ -169,7 +171,8 @@ def test_a_transposed_conv_is_fitted_to_what_each_output_sees(make, ranks, weigh
     axis = channel_axis(module, x.dim())
     centred = x - fit.mean.view(-1, *[1] * (x.dim() - axis - 1))
     groups = channels_per_group(module)[2]
-    variance = fit.covariance.diagonal().unflatten(0, (groups, -1)).mean(1) * (RIDGE + fit.ridge)
+    variances = fit.covariance.diagonal().unflatten(0, (groups, -1))
+    more = fit.ridge * variances + RIDGE * (1 + fit.ridge) * variances.mean(1, keepdim=True)
     without = torch.zeros(12).double()
 
     def size(weight):
@@ -177,9 +180,8 @@ def test_a_transposed_conv_is_fitted_to_what_each_output_sees(make, ranks, weigh
             stand_in = copy.deepcopy(module)
             stand_in.weight.copy_(weight)
             stand_in.bias = nn.Parameter(without)
-            added = (
-                weight.unflatten(0, (groups, -1)).flatten(1).square().sum(1) @ variance * (x.numel() / width(module))
-            )
+            squares = weight.unflatten(0, (groups, -1)).flatten(2).square().sum(2)
+            added = (squares * more).sum() * (x.numel() / width(module))
             return stand_in(centred).square().sum() + added
 
     weight = module.weight.detach()
@@ -242,7 +244,7 @@ def test_the_roots_are_those_of_the_groups():
     reads, weights = roots(conv, fit)
     for i in range(2):
         ins, outs = slice(3 * i, 3 * i + 3), slice(2 * i, 2 * i + 2)
-        wanted = regularised(fit.covariance[ins, ins], RIDGE + fit.ridge)
+        wanted = regularised(fit.regularised[ins, ins], RIDGE)
         torch.testing.assert_close(reads.root[i] @ reads.root[i], wanted, rtol=1e-10, atol=1e-10)
         wanted = regularised(importance[outs, outs], RIDGE + IMPORTANCE_RIDGE)
         torch.testing.assert_close(weights.root[i] @ weights.root[i], wanted, rtol=1e-10, atol=1e-10)
