@@ -39,7 +39,7 @@ _INFLATION = 1e4
 class Reading(NamedTuple):
     """What a consumer reads: the units' second moments or covariance G (C×C), A = WᵀΓW (C×C), and the ridge.
 
-    ``ridge`` is relative to each unit's variance.
+    With a ``ridge`` ρ, G is (G + ρ·diag G) / (1 + ρ).
     """
 
     second: Tensor
@@ -51,7 +51,7 @@ class Elimination(NamedTuple):
     """Units in the order in which they are dropped, and the error after each.
 
     ``errors[d]`` is tr(A·R), summed over the consumers, with the first d units dropped and R the moments of what the
-    others do not explain. A ridge's share is in it: a fit to few samples has to expect that much more.
+    others do not explain: those of the moments with a ridge, by which a fit to few samples expects more.
     """
 
     units: int
@@ -100,7 +100,8 @@ class _Consumer:
         scale = second.diagonal().clamp_min(0).sqrt()
         divisor = torch.where(scale > 0, scale, torch.ones_like(scale))  # of a unit that is always zero
         self.moments = second / torch.outer(divisor, divisor)
-        self.moments.diagonal().fill_(1 + reading.ridge)
+        self.moments /= 1 + reading.ridge
+        self.moments.diagonal().fill_(1)
         self.importance = importance * torch.outer(scale, scale)
         self._invert()
 

@@ -24,6 +24,9 @@ _START = 6
 _ROUNDING = 1e-7
 """Least share: below it, the noise of rounding is what is fitted."""
 
+_NOTHING = 1e-6
+"""Relative squared error below which the one half of the channels determines the other."""
+
 
 def best_ridge(covariance: Tensor, held_out: Tensor) -> float:
     """Return ρ, of `GRID`, that predicts ``held_out`` best: the second moments (C×C) of other positions.
@@ -50,7 +53,7 @@ def best_ridge(covariance: Tensor, held_out: Tensor) -> float:
     for step in (-1, 1):
         while 0 <= at + step < len(GRID) and error(at + step) < error(at):
             at += step
-    return GRID[at]
+    return 0.0 if error(at) < _NOTHING * len(scale) else GRID[at]
 
 
 def _prediction_error(fitted: Tensor, others: Tensor, reads: Tensor, made: Tensor, ridge: float) -> float:
@@ -65,5 +68,5 @@ def _prediction_error(fitted: Tensor, others: Tensor, reads: Tensor, made: Tenso
 
 
 def with_ridge(moments: Tensor, ridge: float) -> Tensor:
-    """Return moments (C×C) with a share ``ridge`` of each channel's variance added to it."""
-    return moments + ridge * moments.diagonal().diag()
+    """Return moments (C×C) shrunk towards their diagonal: with ``ridge`` times that added, to the same variances."""
+    return (moments + ridge * moments.diagonal().diag()) / (1 + ridge)

@@ -5,6 +5,7 @@ import torch
 
 from fxlrd.factor.elimination import Reading, eliminate
 from fxlrd.factor.interpolative import interpolate, least_squares, lost, residual
+from fxlrd.factor.ridge import with_ridge
 from tests.support.factors import decaying, mixed, second_moments
 
 
@@ -136,7 +137,7 @@ def test_a_ridge_counts_in_the_error():
     for count in (20, 12, 3):
         retained = elimination.retained(count)
         matrix = least_squares(read.second, retained, 0.1)
-        moments = read.second + 0.1 * read.second.diagonal().diag()
+        moments = with_ridge(read.second, 0.1)
         expected = lost(moments, retained, matrix, read.importance)
         assert elimination.error(count) == pytest.approx(expected, rel=1e-9)
 

@@ -239,7 +239,7 @@ def test_factors_are_fitted_where_moments_are_known():
 def test_the_predicted_error_is_measured_on_the_calibration_inputs():
     net, x = (
         nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 20)).double().eval(),
-        torch.randn(500, 24).double(),
+        torch.randn(600, 24).double(),
     )
     gm = Decompose(ranks={"2": 5})(Calibrate(x)(capture(net, x)).graph_module).graph_module
     known = next(p for n in gm.graph.nodes if (p := provenance(n)) and p.role == "last")

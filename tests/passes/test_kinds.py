@@ -103,14 +103,15 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_alone(kind):
 
 @pytest.mark.parametrize("kind", ["Conv1d", "Conv3d"])
 def test_the_predicted_error_is_measured_on_the_calibration_inputs(kind):
-    # So few inputs that all of their patches are sampled.
-    model, x = nn.Sequential(KINDS[kind][0]()), inputs(kind, {"Conv1d": 90, "Conv3d": 25}[kind]) + 1
-    gm = Decompose(ranks=7)(Calibrate(x, patches=999)(captured(model, x)).graph_module).graph_module
+    # So few inputs in a batch that all of their patches are sampled, and so many in all that there is no ridge.
+    batch = {"Conv1d": 90, "Conv3d": 25}[kind]
+    model, x = nn.Sequential(KINDS[kind][0]()), inputs(kind, 3 * batch) + 1
+    gm = Decompose(ranks=7)(Calibrate(list(x.split(batch)), patches=999)(captured(model, x)).graph_module).graph_module
     y, actual = model(x).transpose(0, 1).flatten(1), gm(x).transpose(0, 1).flatten(1)
     (last,) = calls(gm, "0.last")
     error = (actual - y).norm() / (y - y.mean(1, keepdim=True)).norm()
     assert provenance(last).fitted
-    # But for a ridge, by which few samples are regularised.
+    # But for what is added to each direction (RIDGE).
     assert provenance(last).error == pytest.approx(error.item(), rel=1e-3)
     torch.testing.assert_close(actual.mean(1), y.mean(1), rtol=0, atol=1e-10)
 
@@ -267,7 +268,7 @@ def test_the_report_has_the_memory_format_of_volumes():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_allocate_notes_the_parameters_of_its_plan(kind, bias):
-    model, x = nn.Sequential(KINDS[kind][0](), nn.ReLU(), KINDS[kind][0]()), inputs(kind)
+    model, x = nn.Sequential(KINDS[kind][0](), nn.ReLU(), KINDS[kind][0]()), inputs(kind, 30)
     model[2] = type(model[2])(32, 8, 3, padding=1, bias=bias)
     gm = Calibrate(x, effects=4)(captured(model, x)).graph_module
     result = Allocate(params=0.4)(gm)
