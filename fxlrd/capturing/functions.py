@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -11,38 +11,13 @@ from torch import Tensor, fx, nn
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.node import has_side_effect
 
-from fxlrd.layers.kinds import BATCH_NORMS, CONVS, OPTIONS, TRANSPOSED, make
+from fxlrd.layers.functions import CALLS, arguments_of, layer_around
+from fxlrd.layers.kinds import BATCH_NORMS, OPTIONS, make
 
-# The arguments of torch's functions in order, and their defaults: inspect cannot read the signatures.
-TENSORS = {"input": None, "weight": None, "bias": None}
-_DEFAULTS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
-_CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")
-_TRANSPOSED_ARGUMENTS = ("stride", "padding", "output_padding", "groups", "dilation")
 _NORM_ARGUMENTS = {
     **{"input": None, "running_mean": None, "running_var": None, "weight": None, "bias": None},
     **{"training": False, "momentum": 0.1, "eps": 1e-5},
 }
-_CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSED_FUNCTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-
-
-def _arguments_after_tensors(names: Sequence[str]) -> dict[str, Any]:
-    return {**TENSORS, **{name: _DEFAULTS[name] for name in names}}
-
-
-CALLS: dict[Any, tuple[type[nn.Module], dict[str, Any]]] = {
-    F.linear: (nn.Linear, TENSORS),
-    **{
-        function: (kind, _arguments_after_tensors(_CONV_ARGUMENTS))
-        for function, kind in zip(_CONV_FUNCTIONS, CONVS, strict=True)
-    },
-    **{
-        function: (kind, _arguments_after_tensors(_TRANSPOSED_ARGUMENTS))
-        for function, kind in zip(_TRANSPOSED_FUNCTIONS, TRANSPOSED, strict=True)
-    },
-}
-"""By function: the module whose forward calls it, and the function's arguments with their defaults, in order."""
-FUNCTIONS = {kind: function for function, (kind, _) in CALLS.items()}
 STATIC = "_dynamo_static_input_type"
 """The mark that Dynamo puts on the placeholders of weights."""
 
@@ -91,8 +66,9 @@ def is_stock_call(node: fx.Node) -> bool:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Return a call's arguments by name, with defaults filled in."""
-    names = _NORM_ARGUMENTS if node.target is F.batch_norm else CALLS[node.target][1]
-    return {**names, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if node.target is F.batch_norm:
+        return {**_NORM_ARGUMENTS, **dict(zip(_NORM_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    return arguments_of(node.target, node.args, node.kwargs)
 
 
 def module_of(node: fx.Node, weights: Mapping[str, Tensor]) -> nn.Module | None:
@@ -120,16 +96,7 @@ def _stock(node: fx.Node, settings: dict[str, Any], tensors: dict[str, Tensor | 
     cls, weight = CALLS[node.target][0], tensors["weight"]
     if weight is None or (cls is nn.Linear and weight.dim() != 2):
         return None
-    outer, inner = weight.shape[:2]
-    settings["bias"] = tensors["bias"] is not None
-    if cls is nn.Linear:
-        settings |= {"in_features": inner, "out_features": outer}
-    else:
-        inner *= settings["groups"]
-        sizes = (outer, inner) if cls in TRANSPOSED else (inner, outer)
-        settings |= {"in_channels": sizes[0], "out_channels": sizes[1], "kernel_size": tuple(weight.shape[2:])}
-        settings["padding_mode"] = "zeros"
-    return _with_tensors(make(cls, {name: settings[name] for name in OPTIONS[cls]}), tensors)
+    return layer_around(node.target, weight, tensors["bias"], settings)
 
 
 def _norm(node: fx.Node, settings: dict[str, Any], tensors: dict[str, Tensor | None]) -> nn.Module | None:

@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fxlrd.capturing.functions import CALLS, FUNCTIONS, arguments
+from fxlrd.layers.functions import CALLS, FUNCTIONS, arguments_of
 from fxlrd.layers.kinds import Conv, ConvOrLinear, make, options, stock_type
 from fxlrd.layers.stand_ins import stand_in
 
@@ -51,7 +51,7 @@ def call_inlined_layers(gm: fx.GraphModule, model: nn.Module) -> None:
 def _arguments(node: fx.Node) -> Mapping[str, Any]:
     """Return the input, weight and bias, and a conv's options, of a product, by name; nothing for other nodes."""
     if node.op == "call_function" and node.target in CALLS:
-        return arguments(node)
+        return arguments_of(node.target, node.args, node.kwargs)
     if node.op in ("call_function", "call_method") and node.target in _MATRIX_PRODUCTS and len(node.args) == 2:
         value, weight = node.args
         if isinstance(weight, fx.Node) and _transposes(weight):

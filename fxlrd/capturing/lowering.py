@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxlrd.capturing.dynamo import Raised
-from fxlrd.capturing.functions import AUTOCAST_INVERSE, CALLS, FUNCTIONS, STATIC, TENSORS
+from fxlrd.capturing.functions import AUTOCAST_INVERSE, STATIC
 from fxlrd.errors import FxlrdError
 from fxlrd.graph.surgery import attribute
+from fxlrd.layers.functions import CALLS, FUNCTIONS, TENSORS
 from fxlrd.layers.kinds import BATCH_NORMS
 
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxlrd.capturing.functions import CALLS, arguments, is_stock_call, module_of
+from fxlrd.capturing.functions import arguments, is_stock_call, module_of
+from fxlrd.layers.functions import CALLS
 from fxlrd.layers.stand_ins import linear_around
 
 _PRODUCTS = {torch.addmm, torch.matmul, torch.mm, torch.einsum, torch.functional.einsum, operator.matmul}
