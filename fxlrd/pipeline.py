@@ -12,7 +12,7 @@ from torch import fx
 from fxlrd import spec
 from fxlrd.errors import FxlrdError, unknown
 from fxlrd.graph import cost
-from fxlrd.graph.captured import captured
+from fxlrd.graph.captured import captured, captured_or_bare
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import annotate, fork
 from fxlrd.passes.contract import Pass, PassResult, Site, Skip
@@ -186,7 +186,7 @@ def _record(step: Pass, result: PassResult, errors: Errors, seconds: float) -> R
         errors.relative,
         errors.step,
         seconds,
-        cost.params(gm),
+        cost.params(gm) + captured_or_bare(gm).added_params(gm),
         cost.flops(gm),
         cost.depth(gm),
         result.note,

@@ -118,7 +118,8 @@ class Params(Computed):
 
     def total(self, gm: fx.GraphModule, layers: float) -> float:
         """Return the model's number of parameters."""
-        return cost.params(gm) + captured_or_bare(gm).outside.params
+        capture = captured_or_bare(gm)
+        return cost.params(gm) + capture.added_params(gm) + capture.outside.params
 
 
 class LayerParams(Params):

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import called_on, evaluating, isolated
-from fxlrd.layers.stand_ins import stand_in
+from fxlrd.layers.folded import stock_layer
 
 _OPERATORS = {
     **{"mul": operator.mul, "add": operator.add, "sub": operator.sub, "div": operator.truediv},
@@ -63,13 +63,15 @@ class _Recorder(TorchFunctionMode):
     def watch(self, name: str, module: nn.Module) -> list[Any]:
         """Let calls of a module be nodes of that name; return the handles of its hooks."""
 
+        layer = stock_layer(module)
+
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._inside += 1
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._inside -= 1
             if self._inside == 0:
-                self._modules[name] = stand_in(module) or module
+                self._modules[name] = layer
                 self._add("call_module", name, args, kwargs, output)
 
         return [

@@ -47,7 +47,8 @@ def capture_any(
     assert record is not None
     if complete and isinstance(record, Whole):
         # Layers that are never called, or whose output is not used.
-        outside = Cost(cost.params(model) - cost.params(gm), max(0, original.flops - cost.flops(gm)))
+        params = cost.params(gm) + record.added_params(gm)
+        outside = Cost(cost.params(model) - params, max(0, original.flops - cost.flops(gm)))
         record = replace(record, outside=outside)
     captured.record(gm, replace(record, weight_shapes=dict(weight_shapes or {})))
     return gm

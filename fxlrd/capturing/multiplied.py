@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from fxlrd.errors import Reason
 from fxlrd.graph.captured import Unreached
 from fxlrd.graph.guards import owners
-from fxlrd.layers.stand_ins import is_layer
+from fxlrd.layers.folded import is_layer
 
 _PRODUCTS = {
     *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "matmul", "linear", "mkldnn_linear", "_trilinear"),

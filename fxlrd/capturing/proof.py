@@ -184,13 +184,14 @@ class Original:
         except Exception as error:  # whatever it is, the original does not fail
             cause = error.cause if isinstance(error, _OtherInputsError) else error
             return Reason("fails", f"fails where the model runs: {one_line(cause)}")
-        expected = self.behaviour
-        return (
-            _other_outputs(behaviour.outputs, expected.outputs)
-            or _other_outputs(behaviour.other_outputs, expected.other_outputs)
-            or self._other_buffers(behaviour)
-            or self._other_gradients(behaviour)
-        )
+        return self._other_values(behaviour) or self._other_gradients(behaviour)
+
+    def difference_in_values(self, model: nn.Module, call: Call, on_example: Call, seed: int) -> Reason | None:
+        """`difference`, but for where gradients go: parameters of ``model`` are computed from the original's."""
+        try:
+            return self._other_values(self.behave(model, call, on_example, seed))
+        except Exception as error:
+            return Reason("fails", f"fails where the model runs: {one_line(error)}")
 
     def recorded(self, names: Collection[str]) -> tuple[dict[str, list[Recorded]], dict[str, list[Recorded]]]:
         """Return the calls of modules for the example inputs, and those in two calls of the model after that."""
@@ -201,6 +202,14 @@ class Original:
 
         with evaluating(model), isolated(model), torch.no_grad():
             return calls(self.inputs), calls(self.other, self.inputs)
+
+    def _other_values(self, behaviour: Behaviour) -> Reason | None:
+        expected = self.behaviour
+        return (
+            _other_outputs(behaviour.outputs, expected.outputs)
+            or _other_outputs(behaviour.other_outputs, expected.other_outputs)
+            or self._other_buffers(behaviour)
+        )
 
     def _other_buffers(self, behaviour: Behaviour) -> Reason | None:
         for name in sorted(self.behaviour.changed | behaviour.changed):

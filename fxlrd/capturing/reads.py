@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from fxlrd.errors import Reason
 from fxlrd.graph.guards import hooked
 from fxlrd.layers.described import only_describes
-from fxlrd.layers.stand_ins import is_layer
+from fxlrd.layers.folded import is_layer
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 

@@ -43,7 +43,7 @@ from fxlrd.capturing.whole import original_of
 from fxlrd.capturing.widths import fixed_widths
 from fxlrd.errors import CaptureError, Reason
 from fxlrd.graph import cost
-from fxlrd.graph.captured import Regions, captured, propagate_values
+from fxlrd.graph.captured import Regions, added_params, captured, propagate_values
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.cost import Cost
 from fxlrd.graph.facts import record_times
@@ -52,7 +52,7 @@ from fxlrd.graph.inputs import tensors
 from fxlrd.graph.regions import Call, Slot, calls_between, copies
 from fxlrd.graph.run import evaluating, isolated, set_mode
 from fxlrd.graph.surgery import annotate, attribute, called
-from fxlrd.layers.stand_ins import is_layer, stand_in
+from fxlrd.layers.folded import is_layer, stock_layer
 
 SHAPES = 4
 """The number of calls of one region, each with argument shapes of its own, that the graph has at most."""
@@ -92,7 +92,7 @@ class Region:
 
     def reproduces(self, model: nn.Module, calls: Sequence[Call]) -> bool:
         """Whether the graph, or the layer alone, gives the recorded output for every recorded call."""
-        module = _as_layer(model.get_submodule(self.name)) if self.graph is None else self.graph
+        module = stock_layer(model.get_submodule(self.name)) if self.graph is None else self.graph
         try:
             with evaluating(module), isolated(module, seed=2), torch.no_grad():
                 outputs = [tensors(module(*copies(call.arguments))) for call in calls]
@@ -129,10 +129,12 @@ def capture_regions_of(original: Original) -> fx.GraphModule:
     example = tuple(argument for slot in slots for argument in calls[slot.name][slot.call].arguments)
     propagate_values(gm, copies(example))
     modules = called(gm)
-    outside = Cost(cost.params(model) - cost.params(gm), max(0, original.flops - cost.flops(gm)))
+    alike = {name: user for name, m in modules.items() if is_layer(user := model.get_submodule(name)) and m is not user}
+    params = cost.params(gm) + added_params(gm, modules, alike)
+    outside = Cost(cost.params(model) - params, max(0, original.flops - cost.flops(gm)))
     not_in_graph = {name: entry for name, entry in left_out.items() if name not in modules}
     not_in_graph |= without_layer(model, original.multiplied, original.closed)
-    record = Regions(original.inputs, not_in_graph, original.users, modules, slots, example, outside)
+    record = Regions(original.inputs, not_in_graph, original.users, modules, slots, example, outside, alike=alike)
     record = replace(record, fixed_widths=fixed_widths(original, gm), described=observation.described)
     captured.record(gm, replace(record, warnings=_fast_path_warnings(original.users, modules)))
     return gm
@@ -284,7 +286,7 @@ def _append(
     """Append a region to the graph and return its output; its modules and tensors are put into ``attributes``."""
     name, inner = region.name, region.graph
     if inner is None:
-        attributes.setdefault(name, _as_layer(model.get_submodule(name)))
+        attributes.setdefault(name, stock_layer(model.get_submodule(name)))
         return graph.call_module(name, tuple(arguments))
     values: dict[fx.Node, fx.Node] = dict(zip(inner.graph.find_nodes(op="placeholder"), arguments, strict=True))
     for node in inner.graph.nodes:
@@ -297,13 +299,8 @@ def _append(
             target = region.target(str(node.target))
             values[node].target = target
             value = attribute(inner, str(node.target))
-            attributes[target] = _as_layer(value) if isinstance(value, nn.Module) else value
+            attributes[target] = stock_layer(value) if isinstance(value, nn.Module) else value
     raise AssertionError("a graph has an output")
-
-
-def _as_layer(module: nn.Module) -> nn.Module:
-    """Return the stock layer that computes what a module does; a module that is no layer as it is."""
-    return stand_in(module) or module
 
 
 def _identifier(name: str) -> str:

@@ -32,7 +32,7 @@ from fxlrd.graph.run import isolated, set_mode
 from fxlrd.graph.surgery import set_container_mode
 from fxlrd.graph.writes import guarding_weights
 from fxlrd.layers.attention import ProjectedAttention
-from fxlrd.layers.stand_ins import is_layer
+from fxlrd.layers.folded import is_layer
 
 
 def constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.captured import Unreached
 from fxlrd.graph.copies import independent_copy, structural_copy
 from fxlrd.graph.fast_paths import TRANSFORMERS
-from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads, owners, shared_parameter
+from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads, owners, pads_itself, shared_parameter
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import plain, set_modules
 from fxlrd.graph.run import called_on, counting, evaluating, isolated, set_mode
-from fxlrd.layers.kinds import LAYERS, as_layer, op
-from fxlrd.layers.stand_ins import is_layer, stand_in
+from fxlrd.layers.folded import is_layer, layer_of
+from fxlrd.layers.kinds import LAYERS, op
+from fxlrd.layers.stand_ins import stand_in
 
 
 @dataclass
@@ -153,7 +154,11 @@ def _inside_opaque(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
 
 def _altered_stand_ins(layers: Mapping[str, nn.Module]) -> dict[str, Reason]:
     # A stand-in has neither hooks nor a forward of the module's own. Guards on the graph see the stand-in only.
-    reasons = {name: added(module) for name, module in layers.items() if stand_in(module) not in (None, module)}
+    others = {name: module for name, module in layers.items() if layer_of(module) is not module}
+    reasons = {
+        name: added(module) or (None if isinstance(module, LAYERS) else pads_itself(module))
+        for name, module in others.items()
+    }
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -164,7 +169,7 @@ def unreached(
     entries = {}
     for name, module in layers.items():
         reason = blocked.get(name, MORE_INPUTS if observation.count(name) else NEVER_CALLED)
-        layer = stand_in(module) or as_layer(module)
+        layer = layer_of(module)
         params = sum(p.numel() for p in module.parameters())
         entries[name] = Unreached(reason, op(layer), tuple(layer.weight.shape), params)
     return entries

@@ -6,8 +6,7 @@ run time. The captured graph is run and compared with the model before it is ret
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from fxlrd.capturing.attentions import open_attentions
 from fxlrd.capturing.inlined import call_inlined_layers
 from fxlrd.capturing.multiplied import without_layer
 from fxlrd.capturing.proof import Original, same
+from fxlrd.capturing.substitution import fold_layers, put_stand_ins, why_not_alike
 from fxlrd.capturing.tracing import constants, trace, train_path_differs
 from fxlrd.errors import CaptureError, FxlrdError, Reason
 from fxlrd.graph.captured import Unreached, Whole, captured, feed, propagate_once
@@ -26,19 +26,17 @@ from fxlrd.graph.facts import described_layers
 from fxlrd.graph.guards import (
     MORE_INPUTS,
     NEVER_CALLED,
-    added,
     container_hooked,
     container_reads,
     hooked,
     owners,
-    shared_parameter,
 )
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, isolated, stored
-from fxlrd.graph.surgery import annotate, called, calls, source
+from fxlrd.graph.surgery import annotate, called
 from fxlrd.layers.attention import ProjectedAttention
-from fxlrd.layers.kinds import LAYERS, as_layer, op
-from fxlrd.layers.stand_ins import is_layer, stand_in
+from fxlrd.layers.folded import is_layer, layer_of
+from fxlrd.layers.kinds import LAYERS, op
 
 
 def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
@@ -88,13 +86,25 @@ def capture_whole(original: Original, for_users_forward: bool = False) -> fx.Gra
         warnings.append("forward takes another path in training mode: the eval path was captured")
     if not for_users_forward:
         call_inlined_layers(gm, model)
-    alike = _put_stand_ins(gm)
+    alike = put_stand_ins(gm)
+    captured.record(gm, Whole(inputs))
+    _check(gm, original)
+    folding = fold_layers(gm, original, for_users_forward)
+    gm = folding.graph_module
     annotate(gm)
     unreached = {**_unreached(model, gm), **without_layer(model, original.multiplied, original.closed)}
     warnings += _never_called(unreached)
-    record = Whole(inputs, unreached, tuple(warnings), model=original.users, modules=called(gm), alike=alike)
-    captured.record(gm, replace(record, described=described_layers(gm) or frozenset()))
-    _check(gm, original)
+    record = Whole(
+        inputs,
+        unreached,
+        tuple(warnings),
+        model=original.users,
+        modules=called(gm),
+        alike={**alike, **folding.modules},
+        padded=folding.padded,
+        described=described_layers(gm) or frozenset(),
+    )
+    captured.record(gm, record)
     return gm
 
 
@@ -179,33 +189,6 @@ def _never_called(unreached: Mapping[str, Unreached]) -> list[str]:
     ]
 
 
-def _put_stand_ins(gm: fx.GraphModule) -> dict[str, nn.Module]:
-    """Put stock layers in the place of the modules that compute what these do; return the modules, by name."""
-    names_of = owners(gm)
-    replaced = {}
-    for name, module in called(gm).items():
-        layer = stand_in(module)
-        if layer is not None and layer is not module and _why_not_alike(gm, name, module, names_of) is None:
-            gm.set_submodule(name, layer)
-            replaced[name] = module
-    return replaced
-
-
-def _why_not_alike(
-    gm: fx.GraphModule, name: str, module: nn.Module, names_of: Mapping[int, Sequence[str]]
-) -> Reason | None:
-    """Return why no stock layer may stand in for a module that computes what one does."""
-    if (reason := added(module)) is not None:
-        return reason
-    for key, parameter in module.named_parameters():
-        others = [other for other in names_of[id(parameter)] if not other.startswith(f"{name}.")]
-        if others:
-            return shared_parameter(key, others[0])
-    if any(str(node.target).startswith(f"{name}.") for node in gm.graph.find_nodes(op="get_attr")):
-        return Reason("read-directly", "its weight is read directly as well")
-    return MORE_INPUTS if any(source(node) is None for node in calls(gm, name)) else None
-
-
 def _unreached(model: nn.Module, gm: fx.GraphModule) -> dict[str, Unreached]:
     """Return the layers that no node of the graph calls as such, each with the reason."""
     modules = called(gm)
@@ -219,10 +202,10 @@ def _unreached(model: nn.Module, gm: fx.GraphModule) -> dict[str, Unreached]:
         if id(module) not in called_ids:
             reason = _why_unreached(model, name, modules, attributes)
         elif name in modules and not isinstance(modules[name], LAYERS):
-            reason = _why_not_alike(gm, name, module, names_of) or MORE_INPUTS
+            reason = why_not_alike(gm, name, module, names_of) or MORE_INPUTS
         else:
             continue
-        layer = stand_in(module) or as_layer(module)
+        layer = layer_of(module)
         params = sum(p.numel() for p in module.parameters())
         entries[name] = Unreached(reason, op(layer), tuple(layer.weight.shape), params)
     return entries

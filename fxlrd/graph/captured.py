@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,11 +24,13 @@ from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.cost import NOTHING, Cost
 from fxlrd.graph.facts import FACTORS, Fact, times
 from fxlrd.graph.inputs import Inputs, tensors
+from fxlrd.graph.padding import remove_padding
 from fxlrd.graph.reached import NOT_REACHED_VALUE
 from fxlrd.graph.regions import Slot, call_for, copies, install_layers, names_in, record
 from fxlrd.graph.run import counting, evaluating, isolated, run
 from fxlrd.graph.surgery import called, fork
 from fxlrd.layers.described import DescribedFactors
+from fxlrd.layers.padding import Padding
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -64,6 +66,7 @@ class Whole:
             run: copies of it are.
         modules: the modules that the graph calls, by name, as they were captured.
         alike: those of the user's modules that stock layers in ``modules`` stand in for, by name.
+        padded: the paddings that stand in the graph before layers whose own forward pads (`fxlrd.layers.folded`).
         described: the layers whose weight forward asks for its dtype, device or shape.
         outside: parameters and FLOPs that no node of the graph stands for, where the result keeps them.
     """
@@ -75,6 +78,7 @@ class Whole:
     model: nn.Module | None = field(default=None, repr=False)
     modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
     alike: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
+    padded: Mapping[str, Padding] = field(default_factory=dict)
     described: frozenset[str] = frozenset()
     outside: Cost = NOTHING
 
@@ -116,18 +120,22 @@ class Whole:
 
         So it is with attentions that were traced open.
         """
-        now = called(gm)
-        alike = {name: m for name, m in self.alike.items() if now.get(name) is self.modules[name]}
-        closed = self._closed(gm)
+        alike, closed = _still_in(gm, self.modules, self.alike), self._closed(gm)
         if not alike and not closed:
             return gm
         gm = fork(gm)
-        for name, module in alike.items():
-            gm.set_submodule(name, module)
+        for name in alike:
+            gm.set_submodule(name, self.alike[name])
+            if name in self.padded:
+                remove_padding(gm, name)
         if closed:
             close(gm, closed)
-            gm.recompile()
+        gm.recompile()
         return gm
+
+    def added_params(self, gm: fx.GraphModule) -> int:
+        """Return the number of parameters that the user's modules have beyond those of the stand-ins in the graph."""
+        return added_params(gm, self.modules, self.alike)
 
     def _closed(self, gm: fx.GraphModule) -> dict[str, nn.Module]:
         """Return the user's own attentions of which no pass has replaced a projection, by name."""
@@ -178,6 +186,7 @@ class Regions:
         outside: parameters and FLOPs of the model that no region has.
         described: the layers whose weight other code asks for its dtype, device or shape.
         fixed_widths: the layers whose number of outputs the model's code counts on.
+        alike: those of the user's modules that stock layers in ``modules`` stand in for, by name.
     """
 
     inputs: Inputs
@@ -191,7 +200,9 @@ class Regions:
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     described: frozenset[str] = frozenset()
     fixed_widths: frozenset[str] = frozenset()
+    alike: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
 
+    padded: ClassVar[Mapping[str, Padding]] = {}
     user_forward = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Regions:
@@ -225,6 +236,10 @@ class Regions:
     def as_users(self, gm: fx.GraphModule) -> fx.GraphModule:
         """Return the graph: the user's model keeps its own modules where no pass has replaced them."""
         return gm
+
+    def added_params(self, gm: fx.GraphModule) -> int:
+        """Return the number of parameters that the user's modules have beyond those of the stand-ins in the graph."""
+        return added_params(gm, self.modules, self.alike)
 
     def outputs(self, gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
         """Return the model's output tensors with the graph's layers, in eval mode, without gradients."""
@@ -264,6 +279,17 @@ class Regions:
     def fed_by_the_original(self, node: fx.Node | None) -> bool:
         """Whether the node is an argument of a region, which the original model computes."""
         return node is not None and node.op == "placeholder"
+
+
+def added_params(gm: fx.GraphModule, modules: Mapping[str, nn.Module], alike: Mapping[str, nn.Module]) -> int:
+    """Return how many parameters the modules ``alike`` have beyond those of the stand-ins for them in the graph."""
+    names = _still_in(gm, modules, alike)
+    return sum(cost.params(alike[name]) - cost.params(modules[name]) for name in names)
+
+
+def _still_in(gm: fx.GraphModule, modules: Mapping[str, nn.Module], alike: Mapping[str, nn.Module]) -> list[str]:
+    now = called(gm)
+    return [name for name in alike if now.get(name) is modules[name]]
 
 
 Captured = Whole | Regions

@@ -12,6 +12,7 @@ from fxlrd.errors import Reason, unknown
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.facts import FACTORS, provenance
 from fxlrd.graph.surgery import called, calls, layers, source
+from fxlrd.layers.folded import fold
 from fxlrd.layers.kinds import LAYERS, Conv, is_stock, op
 
 FACTOR = Reason("factor", "it is a low-rank factor already")
@@ -44,6 +45,8 @@ class _Guard:
 
     def why_not(self, name: str, module: nn.Module) -> Reason | None:
         """Return why the module must not be replaced."""
+        if (reason := pads_itself(module)) is not None:
+            return reason
         if isinstance(module, LAYERS) and not is_stock(module) and not is_parametrized(module):
             text = f"{type(module).__name__} is a subclass of {op(module)} with a behaviour of its own"
             return Reason("subclass", text)
@@ -134,6 +137,17 @@ def added(module: nn.Module) -> Reason | None:
         if parameter._backward_hooks:
             return Reason("hooks", f"its {name} has hooks, which a replacement would drop")
     return None
+
+
+def pads_itself(module: nn.Module) -> Reason | None:
+    """Return why a module that pads its input cannot be decomposed inside the user's forward; None for another one."""
+    if isinstance(module, LAYERS) and is_stock(module):
+        return None
+    folded = fold(module)
+    if folded is None or folded.padding is None:
+        return None
+    text = f"{type(module).__name__} pads its input itself, which factors inside the model's own forward would not"
+    return Reason("pads-itself", text)
 
 
 def check_names(gm: fx.GraphModule, patterns: Sequence[str]) -> None:

@@ -8,9 +8,6 @@ eval mode, again on a second call. The stock layer around the module's own weigh
 
 from __future__ import annotations
 
-import copy
-import inspect
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,11 +17,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from fxlrd.layers.kinds import CONVS, LAYERS, Conv, ConvOrLinear, is_stock, make, options, stock_type
-
-_EXACT = 1e-10
-"""Relative difference in float64 of two ways to compute one product."""
-_ROUNDINGS = 64
-"""Roundings of the module's own dtype by which two ways to compute one product may differ."""
+from fxlrd.layers.probes import (
+    EXACT,
+    behaviour_key,
+    close,
+    is_more_than_its_forward,
+    random_state_kept,
+    random_twin,
+    random_values,
+    takes_one_argument,
+    tolerance,
+)
 
 
 def stand_in(module: nn.Module) -> ConvOrLinear | None:
@@ -48,31 +51,17 @@ def stand_in(module: nn.Module) -> ConvOrLinear | None:
     return None if index is None else _CANDIDATES[index](module)
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether the module is a conv or linear, a subclass of one, or computes what one does."""
-    return isinstance(module, LAYERS) or stand_in(module) is not None
-
-
 def _own_tensors(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None] | None:
     """Return the weight and the bias of a module that holds these and nothing else."""
     parameters = [p for p in module._parameters.values() if p is not None]
     others = [t for t in module._buffers.values() if t is not None]
-    if module._modules or others or not 1 <= len(parameters) <= 2 or _is_more_than_its_forward(module):
+    if module._modules or others or not 1 <= len(parameters) <= 2 or is_more_than_its_forward(module):
         return None
     if any(isinstance(p, UninitializedParameter) or not p.is_floating_point() for p in parameters):
         return None
     weight, *biases = sorted(parameters, key=Tensor.dim, reverse=True)
     bias = biases[0] if biases else None
     return (weight, bias) if weight.dim() >= 2 and (bias is None or bias.dim() == 1) else None
-
-
-def _is_more_than_its_forward(module: nn.Module) -> bool:
-    cls = type(module)
-    return (
-        isinstance(module, torch.jit.ScriptModule)
-        or cls.__call__ is not nn.Module.__call__
-        or cls.get_extra_state is not nn.Module.get_extra_state
-    )
 
 
 def linear_around(
@@ -139,35 +128,17 @@ def _decision(module: nn.Module) -> int | None:
     if _own_tensors(module) is None:
         return None
     decisions = _decisions.setdefault(type(module), {})
-    key = (type(module).forward, _state(module))
+    key = behaviour_key(module)
     if key not in decisions:
         decisions[key] = _probed(module)
     return decisions[key]
 
 
-def _state(module: nn.Module) -> Any:
-    """Return what sets the behaviour of a module of one class, but for the values of its parameters."""
-    attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    plain = sorted((name, repr(value)) for name, value in attributes.items() if name != "training")
-    parameters = [(name, p.shape, p.dtype, p.device) for name, p in module._parameters.items() if p is not None]
-    return (*plain, *parameters)
-
-
 def _probed(module: nn.Module) -> int | None:
-    required = [p for p in _arguments(module) if p.default is p.empty]
-    if len(required) != 1:
+    if not takes_one_argument(module):
         return None
-    random_state = torch.get_rng_state()
-    try:
+    with random_state_kept():
         return next((i for i, candidate in enumerate(_CANDIDATES) if _behaves_as(module, candidate)), None)
-    finally:
-        if not torch.equal(torch.get_rng_state(), random_state):  # the forward has drawn random numbers
-            torch.set_rng_state(random_state)
-
-
-def _arguments(module: nn.Module) -> list[inspect.Parameter]:
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _behaves_as(module: nn.Module, candidate: _Candidate) -> bool:
@@ -179,13 +150,13 @@ def _behaves_as(module: nn.Module, candidate: _Candidate) -> bool:
 
 
 def _gives_the_same(module: nn.Module, candidate: _Candidate) -> bool:
-    twin = _twin(module, torch.float64)
+    twin = random_twin(module, torch.float64)
     layer = candidate(twin)
     if layer is None:
         return False
     weight, before = _tensors(twin)[0], _tensors(twin)[0].detach().clone()
     for training, x in zip((False, True, False), (*_inputs(layer), *_inputs(layer)), strict=False):
-        if not _agree(twin.train(training), layer, x, _EXACT):
+        if not _agree(twin.train(training), layer, x, EXACT):
             return False
     if not torch.equal(weight, before):  # it clips its weight, say
         return False
@@ -195,29 +166,13 @@ def _gives_the_same(module: nn.Module, candidate: _Candidate) -> bool:
 def _agrees_in_own_dtype(module: nn.Module, candidate: _Candidate) -> bool:
     """Whether the outputs agree in the module's dtype: its forward may ask for that."""
     dtype = _tensors(module)[0].dtype
-    twin = _twin(module, dtype)
+    twin = random_twin(module, dtype)
     layer = candidate(twin)
     assert layer is not None
     x = next(_inputs(layer))
     with torch.no_grad():
         output, expected = type(twin).forward(twin, x), layer(x)
-    return _close(output, expected, min(_ROUNDINGS * torch.finfo(dtype).eps, 0.03))
-
-
-def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of the module with random parameters in ``dtype``: a weight of zeros would show nothing."""
-    memo: dict[int, Any] = {}
-    for seed, parameter in enumerate(p for p in module._parameters.values() if p is not None):
-        values = _random((parameter.numel(),), seed).to(parameter.device, dtype)
-        memo[id(parameter)] = nn.Parameter(values.view(parameter.shape))
-    return copy.deepcopy(module, memo)
-
-
-def _random(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Return random numbers around zero, which repeat in large tensors: drawing them all takes long."""
-    numbers = torch.rand(10007, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 0.5
-    size = math.prod(shape)
-    return numbers.repeat(size // len(numbers) + 1)[:size].view(shape)
+    return close(output, expected, tolerance(dtype))
 
 
 def _inputs(layer: ConvOrLinear) -> Iterator[Tensor]:
@@ -228,7 +183,7 @@ def _inputs(layer: ConvOrLinear) -> Iterator[Tensor]:
         sizes = [d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
         shapes = [(2, layer.in_channels, *(size + more for size in sizes)) for more in (3, 4)]
     for shape in shapes:
-        x = _random(shape, seed=7)
+        x = random_values(shape, seed=7)
         x[0] *= 100
         yield x.to(layer.weight.device, layer.weight.dtype)
 
@@ -242,7 +197,7 @@ def _agree(twin: nn.Module, layer: ConvOrLinear, x: Tensor, tolerance: float) ->
         return False
     if layer.weight is not weight:
         stock["weight"] = stock["weight"].mT
-    return all(_close(mine[name], stock[name], tolerance) for name in stock)
+    return all(close(mine[name], stock[name], tolerance) for name in stock)
 
 
 def _results(
@@ -256,10 +211,3 @@ def _results(
     cotangent = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
     gradients = torch.autograd.grad(output, list(tensors.values()), cotangent)
     return {"output": output, **dict(zip(tensors, gradients, strict=True))}
-
-
-def _close(a: Any, b: Tensor, tolerance: float) -> bool:
-    if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    a, b = a.detach().double(), b.detach().double()
-    return bool((a - b).norm() <= tolerance * b.norm())

@@ -131,7 +131,7 @@ def _figures(
     ``flops`` are those of the model where it was run by itself.
     """
     return {
-        "params": cost.params(gm) + outside.params,
+        "params": cost.params(gm) + captured_or_bare(gm).added_params(gm) + outside.params,
         "flops": cost.flops(gm) + outside.flops if flops is None else flops,
         "depth": captured_or_bare(gm).depth(gm),
         "latency_ms": None if latency is None else latency.seconds * 1e3,

@@ -21,12 +21,14 @@ from fxlrd.graph.compare import difference, rounding
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.facts import FACTORS
 from fxlrd.graph.inputs import Inputs, tensors
+from fxlrd.graph.padding import remove_padding
 from fxlrd.graph.regions import install_layers
 from fxlrd.graph.run import run
 from fxlrd.graph.surgery import called, fork
 from fxlrd.layers.described import DescribedFactors
 from fxlrd.layers.kinds import LAYERS
 from fxlrd.saving.descriptions import descriptions
+from fxlrd.saving.padding import pads_of
 from fxlrd.saving.schema import Origin
 
 _KEY = "_fxlrd"
@@ -106,10 +108,17 @@ def origin_of_graph(model: nn.Module, original: fx.GraphModule, gm: fx.GraphModu
         replaced = install_layers(target, gm, was, capture.described)
         in_graph = {id(t) for t in chain(gm.parameters(), gm.buffers())}
         dropped = any(id(t) not in in_graph for t in chain(target.parameters(), target.buffers()))
-        if not dropped and _same_outputs(target, gm, inputs):
+        now = called(gm)
+        padded = {n: pads_of(p) for n, p in capture.padded.items() if now.get(n) is not capture.alike[n]}
+        if not dropped and not padded and _same_outputs(target, gm, inputs):
             return origin_of(target, model, replaced)
         origin = origin_of(target, model, replaced, constants(model, inputs))
+        origin = replace(origin, padded={**origin.padded, **padded})
         graph = fork(original)
+        for name in capture.padded.keys() - padded.keys():
+            graph.set_submodule(name, capture.alike[name])
+            remove_padding(graph, name)
+        graph.recompile()
         install_layers(graph, gm, was)
         if _same_outputs(graph, gm, inputs):
             return origin

@@ -22,10 +22,13 @@ from fxlrd.capturing.tracing import trace
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.attentions import open_for
 from fxlrd.graph.copies import structural_copy
+from fxlrd.graph.padding import insert_padding
 from fxlrd.graph.regions import set_modules
 from fxlrd.graph.run import evaluating
+from fxlrd.graph.surgery import calls, source
 from fxlrd.saving.architecture import remember, wrapped
 from fxlrd.saving.descriptions import mismatch
+from fxlrd.saving.padding import padding_of
 from fxlrd.saving.placement import Slots, place, put
 from fxlrd.saving.schema import Origin, Plan, TensorTable
 from fxlrd.saving.specs import module_of
@@ -107,6 +110,11 @@ def _target(folder: Path, plan: Plan, model: nn.Module) -> nn.Module:
     with evaluating(target):
         graph, _ = trace(target, dict(architecture.arguments))
     call_inlined_layers(graph, target)
+    for name, pads in architecture.padded.items():
+        if not all(source(node) is not None for node in calls(graph, name)):
+            raise FxlrdError(f"load: {folder}: the model calls {name[:80]!r} with more than its input: {_REMEDY}")
+        insert_padding(graph, name, padding_of(pads))
+    graph.recompile()
     return graph
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from torch import nn
@@ -35,6 +35,7 @@ Digest = Annotated[str, Check("64 hexadecimal digits", re.compile("[0-9a-f]{64}"
 Count = Annotated[int, Check("an integer from 0 to 2**31 - 1", lambda n: 0 <= n < 2**31)]
 Stride = Annotated[int, Check("an integer from 0 to 2**62 - 1", lambda n: 0 <= n < 2**62)]
 Sizes = Annotated[tuple[Count, ...], Check("a list of one to three integers", lambda sizes: 1 <= len(sizes) <= 3)]
+Pad = Annotated[int, Check("an integer", lambda n: abs(n) < 2**31)]
 Kind = Annotated[str, Check(f"one of {', '.join(KINDS)}", KINDS.__contains__)]
 Role = Annotated[str, Check(f"one of {', '.join(FACTORS)}", FACTORS.__contains__)]
 Modes = Annotated[Mapping[str, bool], Check("an object with the model's own mode under ''", lambda modes: "" in modes)]
@@ -82,6 +83,28 @@ class ModuleDescription:
 
 
 @dataclass(frozen=True)
+class FixedPads(Record):
+    """A `fxlrd.layers.padding.FixedPadding`."""
+
+    pads: Annotated[tuple[Pad, ...], Check("an even number of integers", lambda pads: len(pads) in (2, 4, 6))]
+    mode: Literal["constant", "reflect", "replicate", "circular"]
+    value: float
+
+
+@dataclass(frozen=True)
+class SamePads(Record):
+    """A `fxlrd.layers.padding.SamePadding`."""
+
+    extents: Sizes
+    strides: Annotated[
+        tuple[Count, ...], Check("a list of one to three positive integers", lambda s: 1 <= len(s) <= 3 and all(s))
+    ]
+
+
+_OPTIONAL: dict[str, Any] = {"described": [], "padded": {}}
+
+
+@dataclass(frozen=True)
 class Architecture(Record):
     """The original of a compressed model: what a model must be to load the checkpoint into it."""
 
@@ -95,15 +118,17 @@ class Architecture(Record):
     """How the command line names the original."""
     described: tuple[str, ...] = ()
     """Names of layers whose weight the model's code asks for its dtype, device or shape. No key where there is none."""
+    padded: Mapping[str, FixedPads | SamePads] = field(default_factory=dict)
+    """What stands in the graph before layers whose own forward pads, by their names. No key where there is none."""
 
     @classmethod
     def from_json(cls: type[A], value: Any, path: str = "") -> A:
-        """Return the architecture; plans without described layers do not say so."""
-        return super().from_json({"described": [], **value} if type(value) is dict else value, path)
+        """Return the architecture; plans without described or padded layers do not say so."""
+        return super().from_json({**_OPTIONAL, **value} if type(value) is dict else value, path)
 
     def to_json(self) -> dict[str, Any]:
         """Return the architecture for JSON."""
-        return {k: v for k, v in super().to_json().items() if k != "described" or v}
+        return {k: v for k, v in super().to_json().items() if k not in _OPTIONAL or v}
 
 
 @dataclass(frozen=True)
@@ -116,7 +141,7 @@ class Origin(Architecture):
     @property
     def architecture(self) -> Architecture:
         """What a plan says of it."""
-        return Architecture(self.modules, self.gone, self.arguments, self.source, self.described)
+        return Architecture(self.modules, self.gone, self.arguments, self.source, self.described, self.padded)
 
 
 @dataclass(frozen=True)

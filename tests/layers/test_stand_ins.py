@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxlrd.layers.stand_ins import is_layer, stand_in
+from fxlrd.layers.folded import is_layer
+from fxlrd.layers.stand_ins import stand_in
 from tests.support.clothes import CLOTHES, Fixed, SamePadded, StandardisedConv, TransposedLinear
 
 
