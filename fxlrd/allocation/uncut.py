@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxlrd.errors import Reason
+from fxlrd.graph.attentions import open_for
 from fxlrd.graph.captured import captured_or_bare
+from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.guards import NEVER_CALLED
 from fxlrd.graph.surgery import layers
 
@@ -59,7 +61,8 @@ def what_stands(gm: fx.GraphModule, cuttable: Collection[str], reasons: Mapping[
 def _parts(gm: fx.GraphModule, cuttable: Collection[str], reasons: Mapping[str, Reason]) -> tuple[list[Part], int]:
     """Return what is not cuttable, and the number of parameters of the whole model."""
     capture = captured_or_bare(gm)
-    model = capture.model or gm
+    model = structural_copy(capture.model or gm)
+    open_for(model, layers(gm))
     unreached = {name: entry.reason for name, entry in capture.unreached.items()}
     dropped = [name for name, reason in unreached.items() if reason.code == NEVER_CALLED.code]
     reasons = {**unreached, **reasons}
@@ -70,7 +73,7 @@ def _parts(gm: fx.GraphModule, cuttable: Collection[str], reasons: Mapping[str, 
         if any(_is_at(name, layer) for layer in dropped):
             continue
         total += parameter.numel()
-        if id(parameter) not in reached:
+        if id(parameter) not in reached and name.rpartition(".")[0] not in cuttable:
             part = _part(model, name, reasons)
             part.params = parameter.numel()
             code = part.reason.code if part.reason is not None else ""

@@ -6,6 +6,7 @@ from torch import nn
 
 import fxlrd
 from fxlrd import Budget, FxlrdError
+from tests.support.attention import Block, values
 from tests.support.experts import Experts
 
 X = torch.linspace(-1, 1, 96).reshape(12, 8)
@@ -38,3 +39,9 @@ def test_a_layer_to_skip_stands_in_the_way_and_one_that_can_be_cut_does_not():
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 96))
     text = refusal(model, torch.linspace(-1, 1, 256).reshape(8, 32), Budget(params=0.1), skip="1")
     assert text.endswith("what stays as it is: 1 (75% of the parameters: skip=1)")
+
+
+def test_projections_of_an_attention_are_cut_or_left_alone_one_by_one():
+    model, x = Block().eval(), values(2, 5, 8)
+    text = refusal(model, x, Budget(params=0.1), skip="attn.v_proj")
+    assert text.endswith("what stays as it is: attn.v_proj (12% of the parameters: skip=attn.v_proj)")
