@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from fxlrd.capturing.dynamo_attention import Opened, open_calls
 from fxlrd.capturing.functions import AUTOCAST, STATIC, path_of
 from fxlrd.capturing.products import LayerCall, layer_calls
 from fxlrd.graph.surgery import attribute
@@ -40,17 +41,21 @@ class Raised:
         weights: all weights, by the name of their node in Dynamo's graph.
         modules: by name, each module that a function was raised to, with the last such function of Dynamo's graph.
         reads: by the attribute of the graph module, the name of the node of each weight that is read directly.
+        opened: Dynamo's graph with its attentions open, which was raised.
     """
 
     graph_module: fx.GraphModule
     weights: dict[str, Tensor]
     modules: dict[str, LayerCall] = field(default_factory=dict)
     reads: dict[str, str] = field(default_factory=dict)
+    opened: Opened = field(kw_only=True)
 
 
 def has_layers(gm: fx.GraphModule, weights: Mapping[str, Tensor]) -> bool:
     """Whether any function of a Dynamo graph is the call of a layer."""
-    return any(isinstance(call.module, LAYERS) for call in layer_calls(gm, weights).values())
+    opened = open_calls(gm, weights)
+    calls = layer_calls(opened.graph_module, {**weights, **opened.views})
+    return any(isinstance(call.module, LAYERS) for call in calls.values())
 
 
 def weights_of(gm: fx.GraphModule, values: Sequence[Any]) -> dict[str, Tensor]:
@@ -72,6 +77,8 @@ def raise_graph(gm: fx.GraphModule, weights: dict[str, Tensor]) -> Raised:
 
     Buffers that are read directly are copies: a run of the raised graph does not change those of the model.
     """
+    opened = open_calls(gm, weights)
+    gm, weights = opened.graph_module, {**weights, **opened.views}
     sites = _sites(gm, weights)
     graph = fx.Graph()
     attributes: dict[str, Any] = {name: call.module for name, call in sites.values()}
@@ -101,7 +108,7 @@ def raise_graph(gm: fx.GraphModule, weights: dict[str, Tensor]) -> Raised:
             nodes[node] = graph.node_copy(node, raised)
             nodes[node].target = AUTOCAST.get(node.target, node.target)
     new = fx.GraphModule(attributes, graph, class_name="Raised")
-    return Raised(new.eval(), weights, dict(sites.values()), reads)
+    return Raised(new.eval(), weights, dict(sites.values()), reads, opened=opened)
 
 
 def _sites(gm: fx.GraphModule, weights: Mapping[str, Tensor]) -> dict[fx.Node, tuple[str, LayerCall]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxlrd.capturing.dynamo import Raised
+from fxlrd.capturing.dynamo_attention import close_untouched
 from fxlrd.capturing.functions import AUTOCAST_INVERSE, STATIC
 from fxlrd.errors import FxlrdError
 from fxlrd.graph.surgery import attribute
@@ -36,6 +37,13 @@ def lower_graph(result: fx.GraphModule, raised: Raised, gm: fx.GraphModule, froz
 
     With ``frozen``, factors are attributes (Parameters) of the graph module, otherwise placeholders.
     """
+    modules = {name: call.module for name, call in raised.modules.items()}
+    closed = close_untouched(result, raised.opened.functions, modules)
+    raised = replace(
+        raised,
+        modules={name: call for name, call in raised.modules.items() if name not in closed["projections"]},
+        reads=raised.reads | {name: name for name in closed["weights"]},
+    )
     return _Lowering(result, raised, gm, frozen).lowered()
 
 
@@ -53,7 +61,7 @@ class _Lowering:
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
         self.factors: dict[str, Tensor] = {}
-        self._sources = {n.name: n for n in gm.graph.nodes}
+        self._sources = {n.name: n for n in raised.opened.graph_module.graph.nodes}
         self._weight_names = {id(t): name for name, t in raised.weights.items()}
         self._originals = {n.name: _copied(self.graph, n) for n in gm.graph.find_nodes(op="placeholder")}
         self._last_placeholder = next(iter(reversed(self.graph.nodes)), None)
@@ -118,6 +126,8 @@ class _Lowering:
         """Return the node of Dynamo's graph with this name, an input or a weight."""
         if name not in self._originals:
             node = self._sources[name]
+            if node.op not in ("placeholder", "get_attr"):  # a view of a packed weight
+                return self._originals.setdefault(name, self.graph.node_copy(node, self.of_weights))
             self.attributes[str(node.target)] = self.raised.weights[name]
             self._originals[name] = _copied(self.graph, node)
         return self._originals[name]
@@ -180,7 +190,8 @@ class _Lowering:
 
     def _replaced_weights(self) -> tuple[str, ...]:
         replaced = [call for name, call in self.raised.modules.items() if name not in self._untouched]
-        names = {name for call in replaced for name in call.weights}
+        packed = self.raised.opened.packed
+        names = {packed.get(name, name) for call in replaced for name in call.weights}
         return tuple(name for name in self.raised.weights if name in names)
 
 

@@ -23,7 +23,7 @@ from torch.fx._symbolic_trace import _assert_is_none
 from fxlrd.capturing.descriptions import without_described_weights
 from fxlrd.capturing.obstacles import obstacle
 from fxlrd.errors import CaptureError, FxlrdError
-from fxlrd.graph.attentions import record_parts
+from fxlrd.graph.attentions import projections_in, record_parts
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.facts import described_layers
 from fxlrd.graph.guards import hooked
@@ -133,7 +133,8 @@ class _Tracer(fx.Tracer):
         arguments.pop("self")
         self._open_calls += 1
         nodes = list(self.graph.nodes)[size:]
-        record_parts(name, self._open_calls, nodes, self._as_nodes(arguments), self._as_nodes(outputs))
+        readers = projections_in(nodes)
+        record_parts(name, self._open_calls, nodes, readers, self._as_nodes(arguments), self._as_nodes(outputs))
         return outputs
 
     @staticmethod

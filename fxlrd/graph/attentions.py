@@ -7,8 +7,9 @@ model keeps the attention that it had.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -16,7 +17,7 @@ from torch import fx, nn
 from fxlrd.graph.facts import Fact
 from fxlrd.layers.attention import PROJECTIONS, ProjectedAttention
 
-_READERS = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
+READERS = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
 """The arguments that projections read."""
 _MASKS = ("attn_mask", "key_padding_mask")
 
@@ -82,42 +83,64 @@ attention_part = Fact("attention_part", AttentionPart)
 
 
 def record_parts(
-    name: str, call: int, nodes: Sequence[fx.Node], arguments: Mapping[str, Any], outputs: Sequence[Any]
+    name: str,
+    call: int,
+    nodes: Sequence[fx.Node],
+    readers: Mapping[fx.Node, str],
+    arguments: Mapping[str, Any],
+    outputs: Sequence[Any],
 ) -> None:
     """Record on the nodes that a call of an open attention was traced to what they are in it.
 
-    ``arguments`` are those of the call, by name, and ``outputs`` what it gave: nodes or constants.
+    ``readers`` are the nodes of projections, each with the argument that it reads; ``arguments`` are those of the call,
+    by name, and ``outputs`` what it gave: nodes or constants.
     """
     options = tuple((key, value) for key, value in arguments.items() if not isinstance(value, fx.Node))
     masks = {value: key for key in _MASKS if isinstance(value := arguments.get(key), fx.Node)}
     for node in nodes:
-        argument = _READERS.get(str(node.target).rpartition(".")[2]) if node.op == "call_module" else None
+        argument = readers.get(node)
         if argument is None and node.args and isinstance(node.args[0], fx.Node):
             argument = masks.pop(node.args[0], None)
         output = outputs.index(node) if node in outputs else None
         attention_part.record(node, AttentionPart(name, call, argument, output, options))
 
 
-def close(gm: fx.GraphModule, closed: Mapping[str, nn.Module]) -> None:
-    """Put attentions as they were in the place of what calls of open ones were traced to, in place, by their names."""
+def projections_in(nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
+    """Return the calls of the first three projections among ``nodes``, each with the argument that it reads."""
+    roles = {node: str(node.target).rpartition(".")[2] for node in nodes if node.op == "call_module"}
+    return {node: READERS[role] for node, role in roles.items() if role in READERS}
+
+
+Parts = Mapping[fx.Node, AttentionPart]
+"""The nodes of one call of an open attention, in the order of the graph."""
+
+
+def parts_of_calls(gm: fx.GraphModule) -> list[Parts]:
+    """Return the nodes of each call of an attention that was traced open."""
     calls: dict[tuple[str, int], dict[fx.Node, AttentionPart]] = {}
     for node in gm.graph.nodes:
-        part = attention_part(node)
-        if part is not None and part.name in closed:
+        if (part := attention_part(node)) is not None:
             calls.setdefault((part.name, part.call), {})[node] = part
-    for (name, _), parts in calls.items():
-        _close_call(gm.graph, name, parts)
-    for name in {name for name, _ in calls}:
-        gm.set_submodule(name, closed[name])
+    return list(calls.values())
 
 
-def _close_call(graph: fx.Graph, name: str, parts: Mapping[fx.Node, AttentionPart]) -> None:
+def close(gm: fx.GraphModule, closed: Mapping[str, nn.Module]) -> None:
+    """Put attentions as they were in the place of what calls of open ones were traced to, in place, by their names."""
+    for parts in parts_of_calls(gm):
+        name = next(iter(parts.values())).name
+        if name in closed:
+            close_call(gm.graph, parts, partial(gm.graph.call_module, name))
+            gm.set_submodule(name, closed[name])
+
+
+def close_call(graph: fx.Graph, parts: Parts, make: Callable[[tuple[Any, ...], dict[str, Any]], fx.Node]) -> None:
+    """Put one node in the place of all that a call was traced to: what ``make`` makes of its arguments."""
     arguments = {part.argument: node.args[0] for node, part in parts.items() if part.argument is not None}
     arguments |= dict(next(iter(parts.values())).options)
     outputs = {part.output: node for node, part in parts.items() if part.output is not None}
-    inputs = tuple(arguments.pop(key) for key in _READERS.values())
+    inputs = tuple(arguments.pop(key) for key in READERS.values())
     with graph.inserting_before(next(iter(outputs.values()))):
-        call = graph.call_module(name, inputs, arguments)
+        call = make(inputs, arguments)
         for index, node in outputs.items():
             node.replace_all_uses_with(graph.call_function(operator.getitem, (call, index)))
     for node in reversed(list(parts)):

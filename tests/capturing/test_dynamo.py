@@ -15,22 +15,9 @@ from fxlrd.layers.stand_ins import stand_in
 from fxlrd.passes import Decompose
 from fxlrd.pipeline import Pipeline
 from tests.support.clothes import CLOTHES, TransposedLinear
+from tests.support.dynamo import graph
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-def graph(model, *inputs, freezing=False, **options):
-    """Return Dynamo's graph of the model, and its arguments."""
-    found = []
-
-    def backend(gm, values):
-        found.append((gm, list(values)))
-        return gm
-
-    with torch.no_grad(), torch._inductor.config.patch(freezing=freezing):
-        torch.compile(model, backend=backend, **options)(*inputs)
-    (one,) = found
-    return one
 
 
 def raised(model, *inputs, **options):

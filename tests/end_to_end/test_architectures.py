@@ -44,6 +44,8 @@ def test_compress(name):
 
     rows = {row["name"]: row for row in report.layers}
     expected = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    attentions = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    expected += [f"{name}.{role}_proj" for name in attentions for role in "qkv"]
     assert sorted(rows) == sorted(expected)
     for row in rows.values():
         assert row["decision"] in ("svd", "tucker2", "skipped")

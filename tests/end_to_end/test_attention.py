@@ -14,20 +14,9 @@ from fxlrd.capturing.model import capture_any
 from fxlrd.graph.captured import captured
 from fxlrd.graph.inputs import Inputs
 from fxlrd.layers.attention import PROJECTIONS, ProjectedAttention
-from tests.support.attention import Block, Branching, Cross, attention, values
+from tests.support.attention import CAUSAL, CROSS, MASKS, Block, Branching, Cross, X, attention, values
 from tests.support.compression import FULL_RANK, assert_same_outputs, decisions, layer_reasons, quick
 
-X = values(2, 5, 8)
-CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
-PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-MASKS = {
-    "none": (),
-    "causal": (CAUSAL,),
-    "both": (CAUSAL, PADDING),
-    "floats": (values(5, 5, seed=4), PADDING.double()),
-    "heads": (CAUSAL.expand(4, 5, 5),),
-    "padding": (None, PADDING),
-}
 QKVO = [f"attn.{role}" for role in PROJECTIONS]
 
 
@@ -72,7 +61,7 @@ def test_a_graph_refuses_masks_of_another_form_than_in_the_example(masks):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_cross_attention_with_weights_called_twice(inplace):
-    model, inputs = Cross().eval(), (values(5, 2, 8), values(7, 2, 6, seed=1), values(7, 2, 4, seed=2))
+    model, inputs = Cross().eval(), CROSS
     original = copy.deepcopy(model)
     result = quick(model, inputs, pipeline=FULL_RANK, inplace=inplace)
     assert decisions(result) == dict.fromkeys(("fc", *QKVO), "svd")

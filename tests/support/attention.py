@@ -53,3 +53,18 @@ class Cross(nn.Module):
         x, mean = self.attn(self.fc(query), key, value)
         y, each = self.attn(x, key, value=value, average_attn_weights=False)
         return y, mean, each
+
+
+X = values(2, 5, 8)
+CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
+PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+MASKS = {
+    "none": (),
+    "causal": (CAUSAL,),
+    "both": (CAUSAL, PADDING),
+    "floats": (values(5, 5, seed=4), PADDING.double()),
+    "heads": (CAUSAL.expand(4, 5, 5),),
+    "padding": (None, PADDING),
+}
+CROSS = (values(5, 2, 8), values(7, 2, 6, seed=1), values(7, 2, 4, seed=2))
+"""Inputs of a `Cross`."""
