@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fxlrd.errors import Reason
 from fxlrd.factor.basis import left_basis
+from fxlrd.layers.build import decomposed, with_mean_output
 from fxlrd.layers.fit import Fit, roots
 from fxlrd.layers.forms import Ranks, form, parameters, ranks_by_ratio
 from fxlrd.layers.kinds import as_layer, channels_per_group, kernel_area, kernel_share
@@ -55,9 +56,10 @@ class Curve:
     """The predicted error of one layer at any ranks, from one factorisation."""
 
     def __init__(self, module: nn.Module, fit: Fit | None) -> None:
+        self.module, self.fit = module, fit
         weight = weight_blocks(module).double()
         weight = weight.reshape(*weight.shape[:3], kernel_area(module))
-        silent = False
+        reads, importance, silent = None, None, False
         if fit is not None:
             silent = fit.importance is not None and not bool(fit.importance.any())
             reads, importance = roots(module, fit._replace(importance=None) if silent else fit)
@@ -68,7 +70,11 @@ class Curve:
         total = float(weight.square().sum())
         self.scale = kernel_share(module) if absolute or total == 0 else (NEGLIGIBLE if silent else 1) / total
         self.form = form(module)
-        self.energy = _svd_energy(weight[..., 0]) if self.form == "svd" else _tucker_energy(weight)
+        self.reads, self.importance = reads, importance
+        if self.form == "svd":
+            self.energy, self.basis = _svd_energy(weight[..., 0])
+        else:
+            self.energy = _tucker_energy(weight)
 
     def error(self, ranks: Ranks) -> float:
         """Return the predicted error at ``ranks``."""
@@ -76,16 +82,33 @@ class Curve:
         total = float(self.energy[tuple(-1 for _ in at)])
         return self.scale * max(0.0, total - float(self.energy[at]))
 
+    def layer(self, ranks: Ranks) -> nn.Sequential:
+        """Return the layer's form at ``ranks`` as `fxlrd.layers.build.decomposed` gives it, but for its balance."""
+        if self.form != "svd" or self.fit is None or self.reads is None:
+            return decomposed(self.module, ranks, 1, self.fit)[0]
+        (rank,) = ranks
+        weight = weight_blocks(self.module).double().flatten(2)
+        basis = self.basis[..., :rank]
+        if weight.shape[1] <= weight.shape[2]:  # W' = Γ^-½·Q·Qᵀ·Γ^½·W
+            first, last = basis.mT, basis
+            if self.importance is not None:
+                first, last = first @ self.importance.root, self.importance.inverse @ last
+            return with_mean_output(self.module, first @ weight, last, self.fit)
+        return with_mean_output(  # W' = W·G^½·Q·Qᵀ·G^-½
+            self.module, basis.mT @ self.reads.inverse, weight @ (self.reads.root @ basis), self.fit
+        )
+
     @property
     def _full(self) -> tuple[int, ...]:
         return tuple(n - 1 for n in self.energy.shape)
 
 
-def _svd_energy(weight: Tensor) -> Tensor:
-    """Return the energy retained at ranks 0…n, all groups together."""
+def _svd_energy(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the energy retained at ranks 0…n, all groups together, and the singular vectors of the shorter side."""
     small = weight @ weight.mT if weight.shape[1] <= weight.shape[2] else weight.mT @ weight
-    energy = torch.linalg.eigvalsh(small).flip(-1).clamp_min(0).sum(0)
-    return torch.cat([energy.new_zeros(1), energy.cumsum(0)])
+    values, vectors = torch.linalg.eigh(small)
+    energy = values.flip(-1).clamp_min(0).sum(0)
+    return torch.cat([energy.new_zeros(1), energy.cumsum(0)]), vectors.flip(-1)
 
 
 def _tucker_energy(weight: Tensor) -> Tensor:

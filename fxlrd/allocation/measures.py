@@ -97,13 +97,16 @@ class Computed:
 class Params(Computed):
     """Parameters, those of biases included."""
 
+    def original(self, layer: Layer) -> float:
+        """Return the number of parameters of the layer as it is."""
+        return cost.params(layer.module)
+
     def priced(self, layer: Layer, forms: Sequence[Choice], fitted: bool) -> list[Choice] | Reason:
         """Return the forms with their numbers of parameters; fitted factors always have a bias."""
         module = as_layer(layer.module)
         _, c_out, groups = channels_per_group(module)
-        bias = c_out * groups if module.bias is not None else 0
-        added = c_out * groups if fitted else bias
-        original = Choice(None, 0.0, module.weight.numel() + bias)
+        added = c_out * groups if fitted or module.bias is not None else 0
+        original = Choice(None, 0.0, self.original(layer))
         return [*_with_costs(forms, lambda ranks: parameters(module, ranks) + added), original]
 
     def between(self, gm: fx.GraphModule, group: Group) -> float:
@@ -137,10 +140,14 @@ class LayerParams(Params):
 class Flops(Computed):
     """FLOPs (2 × multiply-adds) for the example inputs."""
 
+    def original(self, layer: Layer) -> float:
+        """Return the FLOPs of all calls of the layer as it is."""
+        return sum(flops(node, layer.module, None) for node in layer.calls)
+
     def priced(self, layer: Layer, forms: Sequence[Choice], fitted: bool) -> list[Choice] | Reason:
         """Return the forms with the FLOPs of all calls."""
         module = layer.module
-        original = Choice(None, 0.0, sum(flops(node, module, None) for node in layer.calls))
+        original = Choice(None, 0.0, self.original(layer))
         return [*_with_costs(forms, lambda ranks: sum(flops(node, module, ranks) for node in layer.calls)), original]
 
     def between(self, gm: fx.GraphModule, group: Group) -> float:
@@ -221,16 +228,19 @@ def measure_of(budget: Budget, stopwatch: Stopwatch) -> Measure:
     return computed.get(budget.measure) or Latency(stopwatch)
 
 
-def forms_of(layer: Layer, measure: Measure, cut: bool = True) -> list[Choice] | Reason:
+def curve_of(layer: Layer) -> Curve:
+    """Return the predicted errors of the layer's forms."""
+    return Curve(layer.module, layer.statistics.fit(layer.module) if layer.statistics is not None else None)
+
+
+def forms_of(layer: Layer, measure: Measure, curve: Curve | None) -> list[Choice] | Reason:
     """Return the layer's forms that no other beats in error and cost, cheapest first; the original is last.
 
-    A layer that is not to be ``cut`` has its original form only. Returns a Reason where a cost cannot be determined.
+    Without a curve the layer has its original form only. Returns a Reason where a cost cannot be determined.
     """
-    fit = layer.statistics.fit(layer.module) if layer.statistics is not None else None
-    candidates = candidate_ranks(layer.module, multiple=measure.multiple(layer.module)) if cut else []
-    curve = Curve(layer.module, fit) if candidates else None
+    candidates = [] if curve is None else candidate_ranks(layer.module, multiple=measure.multiple(layer.module))
     forms = [Choice(ranks, curve.error(ranks), 0.0) for ranks in candidates if curve is not None]
-    priced = measure.priced(layer, forms, fit is not None)
+    priced = measure.priced(layer, forms, curve is not None and curve.fit is not None)
     if isinstance(priced, Reason):
         return priced
     *cheaper, original = priced

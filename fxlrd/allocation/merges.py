@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -52,16 +52,25 @@ class Option(NamedTuple):
     share: float
 
 
+def _unknown(count: int) -> Tensor:
+    raise AssertionError("the order of the channels was not computed")
+
+
 @dataclass(frozen=True)
 class Merging:
     """A channel group, and its options by the number of channels that it retains.
 
-    ``between`` is what the modules between its layers cost, which lose channels too.
+    Attributes:
+        group: the layers.
+        options: what each number of channels means.
+        between: what the modules between its layers cost, which lose channels too.
+        retained: gives the channels, ascending, for their number.
     """
 
     group: Group
     options: Mapping[int, Option]
     between: float = 0.0
+    retained: Callable[[int], Tensor] = field(default=_unknown, repr=False, compare=False)
 
     @cached_property
     def makers(self) -> frozenset[str]:
@@ -138,7 +147,12 @@ def _moments_read(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments
 def choose(read: Sequence[Reader], rank: int) -> tuple[Tensor, list[Interpolation]]:
     """Return the channels to retain (ascending), and how each reader rebuilds the others."""
     retained = _eliminated(read, rank).retained(rank)
-    return retained, [interpolate(r.second, retained, r.weight, r.ridge, r.mean) for r in read]
+    return retained, interpolations(read, retained)
+
+
+def interpolations(read: Sequence[Reader], retained: Tensor) -> list[Interpolation]:
+    """Return how each reader rebuilds the other channels from those retained."""
+    return [interpolate(r.second, retained, r.weight, r.ridge, r.mean) for r in read]
 
 
 def curve(read: Sequence[Reader], ranks: Sequence[int]) -> list[float]:
@@ -191,9 +205,9 @@ def mergings(
             continue
         if not counts or not measured or not set(Merging(group, {}).cut) <= set(names):
             continue
-        errors, shares = curve(read, counts), measure.shares(gm, group, counts)
-        options = {count: Option(error, shares[count]) for count, error in zip(counts, errors, strict=True)}
-        result[name] = Merging(group, options, measure.between(gm, group))
+        elimination, shares = _eliminated(read, min(counts)), measure.shares(gm, group, counts)
+        options = {count: Option(elimination.error(count), shares[count]) for count in counts}
+        result[name] = Merging(group, options, measure.between(gm, group), elimination.retained)
     return result
 
 

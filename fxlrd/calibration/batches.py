@@ -116,7 +116,11 @@ def rows_are_examples(gm: fx.GraphModule, inputs: Inputs, first_rows: Inputs) ->
         all_outputs, first_outputs = captured.outputs(gm, inputs), captured.outputs(gm, first_rows)
     except Exception:  # whatever stops the model on some of the rows: they are no examples
         return False
-    count, end = examples(inputs), examples(first_rows)
+    return are_rows(all_outputs, first_outputs, examples(inputs), examples(first_rows))
+
+
+def are_rows(all_outputs: list[Tensor], first_outputs: list[Tensor], count: int, end: int) -> bool:
+    """Whether the outputs for the first ``end`` of ``count`` examples are the first rows of the outputs for all."""
     pairs = list(zip(all_outputs, first_outputs, strict=False))
     if not pairs or len(all_outputs) != len(first_outputs):
         return False
@@ -172,6 +176,16 @@ def _cut_rows(inputs: Inputs) -> tuple[Inputs, Inputs | None]:
         return Inputs(args, kwargs)
 
     return rows(slice(end)), rows(slice(end, None))
+
+
+def first_rows(inputs: Inputs, count: int) -> Inputs:
+    """Return the first rows of a batch; the batch itself where it has no more, or cannot be cut."""
+    leaves = tree_flatten((inputs.args, inputs.kwargs))[0]
+    sizes = {t.shape[0] if t.dim() else 0 for t in leaves if isinstance(t, Tensor)}
+    if len(sizes) != 1 or count >= min(sizes):
+        return inputs
+    args, kwargs = tree_map(lambda v: v[:count] if isinstance(v, Tensor) else v, (inputs.args, inputs.kwargs))
+    return Inputs(args, kwargs)
 
 
 class Variety:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxlrd.calibration.batches import HOLDOUT_PERIOD
+from fxlrd.calibration.batches import HOLDOUT_PERIOD, are_rows, examples, first_rows
 from fxlrd.errors import Reason, VerificationError
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.compare import difference
@@ -87,6 +87,20 @@ def held_out_of(gm: fx.GraphModule, inputs: Iterable[Inputs]) -> Holdout | TooFe
     """Return inputs held out of a fit with the graph's outputs for them; `TooFew` if there are none."""
     inputs = tuple(inputs)
     return Holdout(inputs, tuple(outputs(gm, each) for each in inputs)) if inputs else TooFew()
+
+
+def first_held_out(gm: fx.GraphModule, held: Holdout, count: int) -> list[Inputs]:
+    """Return the first ``count`` inputs held out; a batch whose rows are no examples of their own counts whole."""
+    first: list[Inputs] = []
+    for inputs, original in zip(held.inputs, held.outputs, strict=True):
+        rows = first_rows(inputs, count)
+        if rows is not inputs and not are_rows(original, outputs(gm, rows), examples(inputs), examples(rows)):
+            rows = inputs
+        first.append(rows)
+        count -= examples(rows)
+        if count <= 0:
+            break
+    return first
 
 
 def outputs(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:

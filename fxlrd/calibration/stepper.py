@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxlrd.calibration.batches import failure
 from fxlrd.graph.captured import feed
 from fxlrd.graph.inputs import Inputs
-from fxlrd.graph.reached import ReachingInterpreter, reached
+from fxlrd.graph.regions import copies
 
 
 class Stepper:
@@ -22,7 +24,7 @@ class Stepper:
         self.pending = list(gm.graph.nodes)
         self.runs: list[tuple[fx.Interpreter, Inputs]] = []
         for inputs in batches:
-            run = ReachingInterpreter(gm)
+            run = fx.Interpreter(gm)
             run.args_iter = iter(feed(gm, inputs))
             self.runs.append((run, inputs))
 
@@ -38,8 +40,20 @@ class Stepper:
             self._step()
 
     def values(self, node: fx.Node) -> list[Tensor]:
-        """Return the value of a node for each input that reaches it; some node that reads it has still to run."""
-        return [value for run, _ in self.runs if reached(value := run.env[node])]
+        """Return the value of a node for each input; some node that reads it has still to run."""
+        return [run.env[node] for run, _ in self.runs]
+
+    def rest(self, modules: Mapping[str, nn.Module]) -> list[Any]:
+        """Return the graph's output for each input with other modules in the place of some; the run stays where it is.
+
+        The calls of these modules have still to run.
+        """
+        results = []
+        for run, _ in self.runs:
+            branch = _Branch(run.module, modules, copies(dict(run.env)))
+            branch.args_iter = copy.copy(run.args_iter)
+            results.append(branch.finish(self.pending))
+        return results
 
     def _step(self) -> None:
         """Run one node. Raises FxlrdError for inputs that it fails on."""
@@ -51,3 +65,25 @@ class Stepper:
                 raise failure(i, inputs, error) from error
             for unused in run.user_to_last_uses.get(node, ()):
                 del run.env[unused]
+
+
+class _Branch(fx.Interpreter):
+    """The remainder of a run, on copies of its values, with other modules in the place of some."""
+
+    def __init__(self, gm: nn.Module, modules: Mapping[str, nn.Module], env: dict[fx.Node, Any]) -> None:
+        super().__init__(gm)
+        self.modules = modules
+        self.env = env
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if str(target) in self.modules:
+            return self.modules[str(target)](*args, **kwargs)
+        return super().call_module(target, args, kwargs)
+
+    def finish(self, nodes: Sequence[fx.Node]) -> Any:
+        """Run the nodes and return the value of the last, the graph's output."""
+        for node in nodes:
+            self.env[node] = value = self.run_node(node)
+            for unused in self.user_to_last_uses.get(node, ()):
+                del self.env[unused]
+        return value

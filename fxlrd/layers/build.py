@@ -59,21 +59,28 @@ def _fitted(module: ConvOrLinear, ranks: Ranks, fit: Fit) -> tuple[nn.Sequential
     input_root, output_root = roots(module, fit)
     if form(module) == "svd":
         pair = whitened_svd(weight.flatten(2), _svd_rank(ranks), input_root, output_root)
-        factors, error = [pair.first, pair.last], pair.error
-        product = torch.einsum("gsr,grc->gsc", pair.last, pair.first).unflatten(2, weight.shape[2:])
-    else:
-        r1, r2 = ranks
-        triple = whitened_tucker2(weight, r1, r2, input_root, output_root, fit.regularised_patches)
-        factors, error = _factors(triple), triple.error
-        product = triple.core
-        if triple.first is not None:
-            product = torch.einsum("gor...,grc->goc...", product, triple.first)
-        if triple.last is not None:
-            product = torch.einsum("gso,goc...->gsc...", triple.last, product)
-    bias = _mean_output(module, weight.double() - product, fit)
-    if module.bias is not None:
-        bias = bias + module.bias.detach().double()
-    return _assemble(module, ranks, factors, bias), error
+        return with_mean_output(module, pair.first, pair.last, fit), pair.error
+    r1, r2 = ranks
+    triple = whitened_tucker2(weight, r1, r2, input_root, output_root, fit.regularised_patches)
+    product = triple.core
+    if triple.first is not None:
+        product = torch.einsum("gor...,grc->goc...", product, triple.first)
+    if triple.last is not None:
+        product = torch.einsum("gso,goc...->gsc...", triple.last, product)
+    return _assemble(module, ranks, _factors(triple), _bias(module, product, fit)), triple.error
+
+
+def with_mean_output(module: nn.Module, first: Tensor, last: Tensor, fit: Fit) -> nn.Sequential:
+    """Return the SVD form of factors (G, R, C) and (G, S, R), with the bias that restores the mean output."""
+    weight = weight_blocks(module)
+    product = torch.einsum("gsr,grc->gsc", last, first).unflatten(2, weight.shape[2:])
+    return _assemble(as_layer(module), (first.shape[1],), [first, last], _bias(as_layer(module), product, fit))
+
+
+def _bias(module: ConvOrLinear, product: Tensor, fit: Fit) -> Tensor:
+    """Return the bias with which factors of this product restore the mean output."""
+    bias = _mean_output(module, weight_blocks(module).double() - product, fit)
+    return bias if module.bias is None else bias + module.bias.detach().double()
 
 
 def _mean_output(module: ConvOrLinear, weight: Tensor, fit: Fit) -> Tensor:

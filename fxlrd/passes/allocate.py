@@ -24,13 +24,16 @@ from torch import fx
 
 from fxlrd.allocation.choices import Choice
 from fxlrd.allocation.doubts import doubts
-from fxlrd.allocation.measures import Measure, forms_of, measure_of
+from fxlrd.allocation.measured import inputs_for, measured, trial_of_group, trial_of_layer
+from fxlrd.allocation.measures import Flops, Measure, Params, curve_of, forms_of, measure_of
 from fxlrd.allocation.merges import mergings
 from fxlrd.allocation.plan import planned
 from fxlrd.allocation.problem import Problem
 from fxlrd.allocation.search import NOTHING, best_plan
+from fxlrd.allocation.trials import Trial
 from fxlrd.allocation.uncut import what_stands
 from fxlrd.budget import Budget
+from fxlrd.calibration.holdout import Disabled, Holdout, TooFew, held_out
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.layer import Layer, layers_of
 from fxlrd.layers.forms import depthwise_reason
@@ -51,7 +54,9 @@ class Allocate:
     ``skip`` takes names and globs of layers to leave alone. ``merge=False`` leaves interpolative merges out of the
     choices. For latency: ``compile`` times under Inductor with frozen weights, ``seconds`` bounds the timing of one
     layer signature, ``cache=False`` neither reads nor writes timings on disk. Predicted errors mean most after
-    ``calibrate{effects=256}``. Raises FxlrdError for a budget out of reach, saying what is within.
+    ``calibrate{effects=256}``. ``measured`` is the number of inputs, of those that `Calibrate` held out, on which they
+    are measured too (fxlrd/allocation/measured.py): fewer are used of a large model; 0 is none. Raises FxlrdError for a
+    budget out of reach, saying what is within.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -63,6 +68,7 @@ class Allocate:
     skip: tuple[str, ...] = ()
     merge: bool = True
     compile: bool = False
+    measured: int = 0
     seconds: float = 1.0
     cache: bool = True
     timer: Timer = field(default=compare, compare=False, repr=False)
@@ -72,6 +78,8 @@ class Allocate:
             object.__setattr__(self, name, getattr(self, name) or None)  # 0 is as good as not given
         object.__setattr__(self, "skip", names(self.skip))
         _ = self.budget  # which checks them
+        if not isinstance(self.measured, int) or self.measured < 0:
+            raise FxlrdError(f"allocate: measured={self.measured} is no number of inputs")
         if not self.seconds > 0:
             raise FxlrdError(f"allocate: seconds={self.seconds} leaves no time to measure")
 
@@ -84,8 +92,14 @@ class Allocate:
         """Return a copy of ``gm`` with a plan on it. Nodes need shapes: capture or propagate first."""
         run = start(self, gm, progress, named=self.skip)
         measure = measure_of(self.budget, Stopwatch(self.compile, self.seconds, self.cache, self.timer))
-        items = self._items(run, measure)
+        held_out = self._held_out(run)
+        share = self._share_of_layers(run, measure)
+        items, trials = self._items(run, measure, None if held_out is None else share)
         groups = mergings(run.gm, [*items], measure, self.skip, progress) if self.merge else {}
+        if held_out is not None:
+            trials += [trial_of_group(run.gm, name, merging, share) for name, merging in groups.items()]
+            batches = inputs_for(run.gm, trials, held_out, self.measured)
+            items, groups = measured(run.gm, items, groups, trials, batches, progress)
         uncut = self._uncut(run, items)
         if not items:
             raise FxlrdError(f"{NOTHING}{uncut}")
@@ -99,22 +113,50 @@ class Allocate:
         run.skipped += [Skip(name, NOT_WORTH_IT) for name in unchanged if name not in reported]
         return run.result(f"{spent}; predicted output error {math.sqrt(problem.error(plan)):.2g}", measure.timings)
 
-    def _items(self, run: Run, measure: Measure) -> dict[str, list[Choice]]:
-        """Return the forms of the layers that may be changed; of the stem, which a merge may cut, the original only."""
+    def _held_out(self, run: Run) -> Holdout | None:
+        """Return the inputs to measure on, or None where errors are only predicted."""
+        if not self.measured:
+            return None
+        inputs = held_out(run.gm)
+        if isinstance(inputs, TooFew):
+            run.warnings.append(f"{run.label}: errors are predicted, not measured: {inputs.reason}")
+        if isinstance(inputs, Disabled):
+            raise FxlrdError(f"{run.label}: measured={self.measured} needs calibrate{{holdout=true}} before it")
+        return inputs if isinstance(inputs, Holdout) else None
+
+    def _share_of_layers(self, run: Run, measure: Measure) -> float:
+        """Return the share of the layers' cost that a computed budget leaves, if nothing else is cut."""
+        if not isinstance(measure, Params | Flops):
+            return self.budget.share
+        layers = [layer for layer in layers_of(run.gm) if self._left_alone(layer) is None]
+        original = sum(measure.original(layer) for layer in layers)
+        outside = measure.total(run.gm, original) - original
+        left = (self.budget.share * (original + outside) - outside) / max(original, 1.0)
+        return min(0.95, max(0.05, left))
+
+    def _items(self, run: Run, measure: Measure, share: float | None) -> tuple[dict[str, list[Choice]], list[Trial]]:
+        """Return the forms of the layers that may be changed; of the stem, which a merge may cut, the original only.
+
+        With a ``share`` of their cost to measure errors at, also the trials for that.
+        """
         items: dict[str, list[Choice]] = {}
+        trials: list[Trial] = []
 
         def visit(layer: Layer) -> Skip | None:
             reason = self._left_alone(layer)
             if reason is None or reason.code == "stem":
-                forms = forms_of(layer, measure, cut=reason is None)
+                curve = curve_of(layer) if reason is None else None
+                forms = forms_of(layer, measure, curve)
                 if isinstance(forms, Reason):
                     reason = forms
                 else:
                     items[layer.name] = forms
+                    if share is not None and curve is not None and len(forms) > 1:
+                        trials.append(trial_of_layer(layer, forms, curve, share))
             return None if reason is None else Skip(layer.name, reason)
 
         run.each(layers_of(run.gm), visit)
-        return items
+        return items, trials
 
     def _uncut(self, run: Run, items: Mapping[str, Sequence[Choice]]) -> str:
         """Return in words which weights have no smaller form."""

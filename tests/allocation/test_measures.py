@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxlrd import FxlrdError, capture
-from fxlrd.allocation.measures import Flops, Latency, LayerParams, Params, flops, forms_of
+from fxlrd.allocation.measures import Flops, Latency, LayerParams, Params, curve_of, flops, forms_of
 from fxlrd.allocation.merges import mergeable
 from fxlrd.graph import cost
 from fxlrd.graph.guards import why_not_replaceable
@@ -67,9 +67,9 @@ def microseconds() -> WeightTimer:
     return WeightTimer(lambda name, weights: (weights + 10 * (name == "model")) * 1e-6)
 
 
-def priced(measure, gm=None, **options):
+def priced(measure, gm=None, cut=True):
     gm = capture(Twice(), X) if gm is None else gm
-    return {layer.name: forms_of(layer, measure, **options) for layer in layers_of(gm)}
+    return {layer.name: forms_of(layer, measure, curve_of(layer) if cut else None) for layer in layers_of(gm)}
 
 
 @pytest.mark.parametrize("measure", [Params(), Flops(), Latency(Stopwatch(cached=False, timer=microseconds()))])

@@ -1,0 +1,95 @@
+"""The error of the model's output with a few layers replaced: measured, on inputs that no fit has seen.
+
+With the outputs z of the model and z' of the changed one, for a batch of inputs,
+
+    error = Σ ‖z' − z‖² / ‖z‖²   over the output tensors,
+
+which is what fxlrd/calibration/importance.py predicts. Of a model that is one graph, only what follows the first
+changed layer runs. Of a model whose regions were captured, all of it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxlrd.calibration.holdout import outputs
+from fxlrd.calibration.stepper import Stepper
+from fxlrd.graph.captured import captured_or_bare, runnable
+from fxlrd.graph.inputs import Inputs, tensors
+from fxlrd.graph.regions import set_modules, undo
+from fxlrd.graph.run import evaluating, isolated, run
+from fxlrd.progress import Progress
+
+Modules = Mapping[str, nn.Module]
+"""Modules to put in the place of layers, by the layers' names."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Changes of one layer or group, each to be tried alone.
+
+    Attributes:
+        name: that of the layer, or of the group's first producer.
+        first: the first call of a layer that changes.
+        predicted: the predicted error of each change.
+        changes: the modules of each change.
+    """
+
+    name: str
+    first: fx.Node
+    predicted: tuple[float, ...]
+    changes: tuple[Modules, ...]
+
+
+def measure(
+    gm: fx.GraphModule, batches: Sequence[Inputs], trials: Sequence[Trial], progress: Progress[Trial]
+) -> list[list[float]]:
+    """Return the errors of each trial's changes: the mean over the batches."""
+    original = [outputs(gm, batch) for batch in batches]
+    model, shown = runnable(gm), "allocate: measuring"
+    if model is not gm:
+        return [[_within(gm, model, batches, original, c) for c in trial.changes] for trial in progress(trials, shown)]
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    errors: dict[int, list[float]] = {}
+    with evaluating(gm), isolated(gm), torch.no_grad():
+        stepper = Stepper(gm, batches)
+        for trial in progress(sorted(trials, key=lambda trial: order[trial.first]), shown):
+            stepper.before(trial.first)
+            errors[id(trial)] = [_mean(map(tensors, stepper.rest(c)), original) for c in trial.changes]
+    return [errors[id(trial)] for trial in trials]
+
+
+def _within(
+    gm: fx.GraphModule,
+    model: nn.Module,
+    batches: Sequence[Inputs],
+    original: Sequence[Sequence[Tensor]],
+    modules: Modules,
+) -> float:
+    """Return the error with ``modules`` in the model, which has its own ones again afterwards."""
+    replaced = set_modules(model, modules, captured_or_bare(gm).described)
+    try:
+        return _mean((tensors(run(model, batch)) for batch in batches), original)
+    finally:
+        undo(model, replaced)
+
+
+def _mean(changed: Iterable[Sequence[Tensor]], original: Sequence[Sequence[Tensor]]) -> float:
+    return sum(squared_error(a, b) for a, b in zip(changed, original, strict=True)) / len(original)
+
+
+def squared_error(changed: Sequence[Tensor], original: Sequence[Tensor]) -> float:
+    """Return Σ ‖z' − z‖² / ‖z‖² over the output tensors of floating-point numbers; infinite values do not count."""
+    total = 0.0
+    for a, b in zip(changed, original, strict=True):
+        if not b.is_floating_point():
+            continue
+        a, b = a.double(), b.double()
+        size = float(torch.where(b.isfinite(), b, 0.0).square().sum())
+        gap = float(torch.where(b.isfinite(), a - b, 0.0).square().sum())
+        total += gap / size if size else 0.0
+    return total
