@@ -27,7 +27,7 @@ PRESETS = {
     "freeze": "decompose,freeze",
     "merge": "calibrate{outputs=false,effects=256,holdout=true},merge{snap=true},refit,recalibrate",
     "branch": "decompose,branch",
-    "auto": "calibrate{outputs=false,patches=1152,effects=256,holdout=true},allocate{latency=0.5},"
+    "auto": "calibrate{outputs=false,patches=1152,effects=256,holdout=true},allocate{latency=0.5,measured=32},"
     "merge,decompose,refit,recalibrate",
 }
 """The presets in text form: the paper's rows, and the best that we know."""

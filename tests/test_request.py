@@ -101,7 +101,7 @@ def test_a_list_of_passes_is_a_pipeline():
 
 def test_preset_auto_defaults_to_half_the_latency():
     text = str(Pipeline.preset("auto"))
-    assert "allocate{latency=0.5}" in text
+    assert "allocate{latency=0.5,measured=32}" in text
     assert str(Pipeline.parse(text)) == text
 
 

@@ -79,7 +79,7 @@ EVERY_OPTION = [
     "allocate{params=0.5}",
     "allocate{flops=0.5}",
     "allocate{layers=0.5}",
-    "allocate{latency=0.25,skip=a|b.*,merge=false,compile=true,seconds=2.5,cache=false}",
+    "allocate{latency=0.25,skip=a|b.*,merge=false,compile=true,measured=8,seconds=2.5,cache=false}",
     "decompose{ratio=3.5,ranks=32x-,skip=a|b.*,beta=0.5,sweeps=2,fit=false}",
     "snap{search=algorithm1,floor=0.5,trade=1,compile=true,seconds=2.5,cache=false}",
     "merge{ratio=3.5,ranks=32,skip=a,snap=true,floor=0.5,compile=true,seconds=2.5}",

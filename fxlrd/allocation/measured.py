@@ -12,24 +12,25 @@ The scaled curve rises with the predicted one; where it would not, f is the geom
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 from torch import fx
 
 from fxlrd.allocation.choices import Choice, Curve
 from fxlrd.allocation.merges import Merging, interpolations, readers
-from fxlrd.allocation.trials import Trial, measure
+from fxlrd.allocation.trials import Modules, Trial, measure
 from fxlrd.calibration.batches import examples
 from fxlrd.calibration.holdout import Holdout, first_held_out
 from fxlrd.errors import Reason
 from fxlrd.graph import cost
 from fxlrd.graph.captured import captured_or_bare
-from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.layer import Layer
-from fxlrd.graph.surgery import calls
 from fxlrd.layers.compose import fold_inputs
 from fxlrd.progress import Progress
 
@@ -47,29 +48,35 @@ def trial_of_layer(layer: Layer, forms: Sequence[Choice], curve: Curve, share: f
     """Return the layer's forms to try, of which the last of ``forms``, the original, is none."""
     *cheaper, original = forms
     picks = [cheaper[i] for i in _nearest([form.cost / original.cost for form in cheaper], share)]
-    changes = tuple({layer.name: curve.layer(form.ranks).eval()} for form in picks if form.ranks is not None)
-    return Trial(layer.name, layer.calls[0], tuple(form.error for form in picks), changes)
+    made = [{layer.name: curve.layer(form.ranks).eval()} for form in picks if form.ranks is not None]
+    changes = tuple(partial(_itself, modules) for modules in made)  # made at once: a curve is large
+    return Trial(layer.name, (layer.name,), tuple(form.error for form in picks), changes)
+
+
+def _itself(modules: Modules) -> Modules:
+    return modules
 
 
 def trial_of_group(gm: fx.GraphModule, name: str, merging: Merging, share: float) -> Trial:
     """Return the cuts of a group to try: only its consumers change, which read no dropped channel any more."""
     counts = sorted(merging.options)
     picks = [counts[i] for i in _nearest([count / merging.group.channels for count in counts], share)]
-    read = readers(gm, merging.group)
+    layers = tuple(str(consumer.node.target) for consumer in merging.group.consumers)
+    changes = tuple(partial(_reading, gm, merging, count) for count in picks)
+    return Trial(name, layers, tuple(merging.options[count].error for count in picks), changes)
+
+
+def _reading(gm: fx.GraphModule, merging: Merging, count: int) -> Modules:
+    """Return a group's consumers such that they read its retained channels only, in the place where these are."""
+    read, retained = readers(gm, merging.group), merging.retained(count)
     assert not isinstance(read, Reason)
-    changes = []
-    for count in picks:
-        retained = merging.retained(count)
-        modules = {}
-        for reader, made in zip(read, interpolations(read, retained), strict=True):
-            wide = made.matrix.new_zeros(len(made.matrix), len(made.matrix))
-            wide[:, retained] = made.matrix
-            folded = fold_inputs(reader.module, wide, reader.consumer.block, made.shift)
-            modules[str(reader.consumer.node.target)] = folded.eval()
-        changes.append(modules)
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    first = min((calls(gm, target)[0] for target in changes[0]), key=order.__getitem__)
-    return Trial(name, first, tuple(merging.options[count].error for count in picks), tuple(changes))
+    modules = {}
+    for reader, made in zip(read, interpolations(read, retained), strict=True):
+        wide = made.matrix.new_zeros(len(made.matrix), len(made.matrix))
+        wide[:, retained] = made.matrix
+        folded = fold_inputs(reader.module, wide, reader.consumer.block, made.shift)
+        modules[str(reader.consumer.node.target)] = folded.eval()
+    return modules
 
 
 def _nearest(costs: Sequence[float], share: float) -> list[int]:
@@ -83,15 +90,19 @@ def measured(
     items: Mapping[str, list[Choice]],
     groups: Mapping[str, Merging],
     trials: Sequence[Trial],
-    batches: Sequence[Inputs],
+    held_out: Holdout,
+    most: int,
     progress: Progress[Trial],
 ) -> tuple[dict[str, list[Choice]], dict[str, Merging]]:
     """Return the layers' forms and the groups with their errors scaled to what trials of them measure.
 
-    ``trials`` are those of the layers, then those of the groups, in the order of ``groups``.
+    ``trials`` are those of the layers, then those of the groups, in the order of ``groups``. They run on at most
+    ``most`` held-out inputs, and take no more than `WORK`.
     """
-    errors = measure(gm, batches, trials, progress)
-    scales = within_reason([Scale.of(trial.predicted, each) for trial, each in zip(trials, errors, strict=True)])
+    chosen, inputs = affordable(trials, _work_of_a_change(gm))
+    errors = measure(gm, first_held_out(gm, held_out, min(most, inputs)), [*chosen.values()], progress)
+    known = {i: Scale.of(t.predicted, each) for (i, t), each in zip(chosen.items(), errors, strict=True)}
+    scales = _filled_in(trials, within_reason(known))
     of_layers = len(trials) - len(groups)
     by_layer = {trial.name: scale for trial, scale in zip(trials[:of_layers], scales, strict=False)}
     return (
@@ -100,17 +111,46 @@ def measured(
     )
 
 
-def inputs_for(gm: fx.GraphModule, trials: Sequence[Trial], held_out: Holdout, most: int) -> list[Inputs]:
-    """Return ``most`` held-out inputs, or fewer where the trials would take more than `WORK`, but at least one."""
-    return first_held_out(gm, held_out, min(most, affordable(gm, sum(len(trial.changes) for trial in trials))))
-
-
-def affordable(gm: fx.GraphModule, changes: int) -> int:
-    """Return the number of inputs, one at least, on which so many changes take `WORK` FLOPs."""
+def _work_of_a_change(gm: fx.GraphModule) -> float:
+    """Return the FLOPs of running what follows a change, for one input, on average."""
     capture = captured_or_bare(gm)
-    each = (cost.flops(gm) + capture.outside.flops) / examples(capture.inputs)
-    run = 0.5 if capture.runnable(gm) is gm else 1.0  # of a graph, only what follows the change
-    return max(1, int(WORK / max(changes * run * each, 1.0)))
+    return max(1.0, (cost.flops(gm) + capture.outside.flops) / examples(capture.inputs) / 2)
+
+
+def affordable(trials: Sequence[Trial], work: float) -> tuple[dict[int, Trial], int]:
+    """Return the trials that `WORK` allows, by index, and the number of inputs.
+
+    ``work`` is that of one change, for one input.
+    Where not even one input is within it, one change of each is tried; and where that is not, some of the layers that
+    are alike, spread evenly over the model, the first and the last of them always.
+    """
+    changes = sum(len(trial.changes) for trial in trials)
+    if changes * work <= WORK:
+        return dict(enumerate(trials)), int(WORK / max(changes * work, 1.0))
+    single = [replace(trial, predicted=trial.predicted[:1], changes=trial.changes[:1]) for trial in trials]
+    stride = max(1, math.ceil(len(trials) * work / WORK))
+    indices = [i for alike in _kinds(trials).values() for i in dict.fromkeys([*alike[::stride], alike[-1]])]
+    return {i: single[i] for i in sorted(indices)}, 1
+
+
+def _kinds(trials: Sequence[Trial]) -> dict[tuple[str, bool], list[int]]:
+    """Return the trials of layers that are alike, as those of a model's blocks are: by their names without numbers."""
+    kinds: dict[tuple[str, bool], list[int]] = {}
+    for i, trial in enumerate(trials):
+        kinds.setdefault((re.sub(r"\d+", "", trial.name), trial.layers == (trial.name,)), []).append(i)
+    return kinds
+
+
+def _filled_in(trials: Sequence[Trial], known: Mapping[int, Scale]) -> list[Scale]:
+    """Return the scales of all trials: between two that are known of layers alike, log f is linear in their number."""
+    scales = dict(known)
+    for alike in _kinds(trials).values():
+        at = [k for k, i in enumerate(alike) if i in known]
+        for a, b in itertools.pairwise(at):
+            low, high = known[alike[a]].points[0][1], known[alike[b]].points[0][1]
+            for k in range(a + 1, b):
+                scales[alike[k]] = Scale(((0.0, low + (high - low) * (k - a) / (b - a)),))
+    return [scales[i] for i in range(len(trials))]
 
 
 @dataclass(frozen=True)
@@ -139,17 +179,16 @@ class Scale:
         return error * math.exp(at_low + share * (at_high - at_low))
 
 
-def within_reason(scales: Sequence[Scale]) -> list[Scale]:
+def within_reason(scales: Mapping[int, Scale]) -> dict[int, Scale]:
     """Return the scales within a factor of `WITHIN` of the median of all; that is the scale where nothing is known."""
-    factors = [factor for scale in scales for _, factor in scale.points if factor > math.log(_NOTHING)]
-    if not factors:
-        return list(scales)
-    middle, reach = median(factors), math.log(WITHIN)
+    nothing = math.log(_NOTHING)
+    factors = [factor for scale in scales.values() for _, factor in scale.points if factor > nothing]
+    middle, reach = median(factors) if factors else 0.0, math.log(WITHIN)
 
     def within(factor: float) -> float:
-        return factor if factor <= math.log(_NOTHING) else min(middle + reach, max(middle - reach, factor))
+        return factor if factor <= nothing else min(middle + reach, max(middle - reach, factor))
 
-    return [Scale(tuple((e, within(f)) for e, f in scale.points) or ((0.0, middle),)) for scale in scales]
+    return {i: Scale(tuple((e, within(f)) for e, f in s.points) or ((0.0, middle),)) for i, s in scales.items()}
 
 
 def _scaled_forms(forms: Sequence[Choice], scale: Scale) -> list[Choice]:

@@ -4,13 +4,13 @@ With the outputs z of the model and z' of the changed one, for a batch of inputs
 
     error = Σ ‖z' − z‖² / ‖z‖²   over the output tensors,
 
-which is what fxlrd/calibration/importance.py predicts. Of a model that is one graph, only what follows the first
-changed layer runs. Of a model whose regions were captured, all of it runs.
+which is what fxlrd/calibration/importance.py predicts. Only what follows the first changed layer runs: of a graph the
+nodes after it, of a user's model whose regions were captured the blocks from its own on (fxlrd/graph/resuming.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,9 @@ from fxlrd.calibration.stepper import Stepper
 from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import set_modules, undo
-from fxlrd.graph.run import evaluating, isolated, run
+from fxlrd.graph.resuming import Resumable
+from fxlrd.graph.run import evaluating, isolated
+from fxlrd.graph.surgery import calls
 from fxlrd.progress import Progress
 
 Modules = Mapping[str, nn.Module]
@@ -34,48 +36,47 @@ class Trial:
 
     Attributes:
         name: that of the layer, or of the group's first producer.
-        first: the first call of a layer that changes.
+        layers: the layers that change, by name.
         predicted: the predicted error of each change.
-        changes: the modules of each change.
+        changes: make the modules of each change.
     """
 
     name: str
-    first: fx.Node
+    layers: tuple[str, ...]
     predicted: tuple[float, ...]
-    changes: tuple[Modules, ...]
+    changes: tuple[Callable[[], Modules], ...]
 
 
 def measure(
     gm: fx.GraphModule, batches: Sequence[Inputs], trials: Sequence[Trial], progress: Progress[Trial]
 ) -> list[list[float]]:
     """Return the errors of each trial's changes: the mean over the batches."""
-    original = [outputs(gm, batch) for batch in batches]
     model, shown = runnable(gm), "allocate: measuring"
     if model is not gm:
-        return [[_within(gm, model, batches, original, c) for c in trial.changes] for trial in progress(trials, shown)]
+        names = {name for trial in trials for name in trial.layers}
+        resumable, described = Resumable(model, batches, names), captured_or_bare(gm).described
+        return [
+            [_within(resumable, change(), described) for change in trial.changes] for trial in progress(trials, shown)
+        ]
+    original = [outputs(gm, batch) for batch in batches]
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    first = {id(t): min((node for n in t.layers for node in calls(gm, n)), key=order.__getitem__) for t in trials}
     errors: dict[int, list[float]] = {}
     with evaluating(gm), isolated(gm), torch.no_grad():
         stepper = Stepper(gm, batches)
-        for trial in progress(sorted(trials, key=lambda trial: order[trial.first]), shown):
-            stepper.before(trial.first)
-            errors[id(trial)] = [_mean(map(tensors, stepper.rest(c)), original) for c in trial.changes]
+        for trial in progress(sorted(trials, key=lambda trial: order[first[id(trial)]]), shown):
+            stepper.before(first[id(trial)])
+            errors[id(trial)] = [_mean(map(tensors, stepper.rest(change())), original) for change in trial.changes]
     return [errors[id(trial)] for trial in trials]
 
 
-def _within(
-    gm: fx.GraphModule,
-    model: nn.Module,
-    batches: Sequence[Inputs],
-    original: Sequence[Sequence[Tensor]],
-    modules: Modules,
-) -> float:
+def _within(resumable: Resumable, modules: Modules, described: Collection[str]) -> float:
     """Return the error with ``modules`` in the model, which has its own ones again afterwards."""
-    replaced = set_modules(model, modules, captured_or_bare(gm).described)
+    replaced = set_modules(resumable.model, modules, described)
     try:
-        return _mean((tensors(run(model, batch)) for batch in batches), original)
+        return _mean(resumable.results(modules), resumable.original)
     finally:
-        undo(model, replaced)
+        undo(resumable.model, replaced)
 
 
 def _mean(changed: Iterable[Sequence[Tensor]], original: Sequence[Sequence[Tensor]]) -> float:
@@ -88,7 +89,7 @@ def squared_error(changed: Sequence[Tensor], original: Sequence[Tensor]) -> floa
     for a, b in zip(changed, original, strict=True):
         if not b.is_floating_point():
             continue
-        a, b = a.double(), b.double()
+        a, b = a.detach().double(), b.detach().double()
         size = float(torch.where(b.isfinite(), b, 0.0).square().sum())
         gap = float(torch.where(b.isfinite(), a - b, 0.0).square().sum())
         total += gap / size if size else 0.0

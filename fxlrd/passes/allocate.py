@@ -24,7 +24,7 @@ from torch import fx
 
 from fxlrd.allocation.choices import Choice
 from fxlrd.allocation.doubts import doubts
-from fxlrd.allocation.measured import inputs_for, measured, trial_of_group, trial_of_layer
+from fxlrd.allocation.measured import measured, trial_of_group, trial_of_layer
 from fxlrd.allocation.measures import Flops, Measure, Params, curve_of, forms_of, measure_of
 from fxlrd.allocation.merges import mergings
 from fxlrd.allocation.plan import planned
@@ -98,8 +98,7 @@ class Allocate:
         groups = mergings(run.gm, [*items], measure, self.skip, progress) if self.merge else {}
         if held_out is not None:
             trials += [trial_of_group(run.gm, name, merging, share) for name, merging in groups.items()]
-            batches = inputs_for(run.gm, trials, held_out, self.measured)
-            items, groups = measured(run.gm, items, groups, trials, batches, progress)
+            items, groups = measured(run.gm, items, groups, trials, held_out, self.measured, progress)
         uncut = self._uncut(run, items)
         if not items:
             raise FxlrdError(f"{NOTHING}{uncut}")
