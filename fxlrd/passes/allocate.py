@@ -93,10 +93,10 @@ class Allocate:
         run = start(self, gm, progress, named=self.skip)
         measure = measure_of(self.budget, Stopwatch(self.compile, self.seconds, self.cache, self.timer))
         held_out = self._held_out(run)
-        share = self._share_of_layers(run, measure)
-        items, trials = self._items(run, measure, None if held_out is None else share)
+        share = None if held_out is None else self._share_of_layers(run, measure)
+        items, trials = self._items(run, measure, share)
         groups = mergings(run.gm, [*items], measure, self.skip, progress) if self.merge else {}
-        if held_out is not None:
+        if held_out is not None and share is not None:
             trials += [trial_of_group(run.gm, name, merging, share) for name, merging in groups.items()]
             items, groups = measured(run.gm, items, groups, trials, held_out, self.measured, progress)
         uncut = self._uncut(run, items)

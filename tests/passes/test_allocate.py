@@ -402,7 +402,7 @@ def test_without_calibration_the_weights_are_judged():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give one of params, flops or latency"),
+        ({}, "give one of params, flops, latency or layers"),
         ({"params": 0.5, "latency": 0.5}, "got params and latency"),
         ({"params": 1.0}, "params=1.0 is not a fraction"),
         ({"flops": -0.5}, "flops=-0.5 is not a fraction"),
