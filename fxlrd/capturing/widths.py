@@ -40,9 +40,12 @@ def groups_of(gm: fx.GraphModule) -> list[Group]:
     producers: set[str] = set()
     for name in layers(gm):
         group = None if name in producers else group_of(gm, calls(gm, name)[0], reasons)
-        if isinstance(group, Group):
+        if not isinstance(group, Group):
+            continue
+        names = {str(producer.node.target) for producer in group.producers}
+        if names.isdisjoint(producers):  # a depthwise conv has the group of the layer that feeds it
             found.append(group)
-            producers |= {str(producer.node.target) for producer in group.producers}
+            producers |= names
     return found
 
 

@@ -143,6 +143,32 @@ def test_what_is_read_otherwise_keeps_its_width(name):
     assert inner(model(forward, **parts)) == []
 
 
+def test_a_depthwise_conv_is_in_the_group_of_the_layer_that_feeds_it():
+    class Inverted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.expand, self.depth, self.reduce = (
+                nn.Conv2d(8, 20, 1),
+                nn.Conv2d(20, 20, 3, groups=20),
+                nn.Conv2d(20, 8, 1),
+            )
+
+        def forward(self, x):
+            return self.reduce(self.depth(self.expand(x).relu()).relu())
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Inverted()
+
+        def forward(self, x):
+            return self.part(x) if x.sum() < 1e9 else x
+
+    assert inner(Around().double().eval(), torch.randn(1, 8, 5, 5, dtype=torch.float64)) == [
+        ["part.expand", "part.reduce"]
+    ]
+
+
 class Counting(nn.Module):
     """Can be traced, but its code counts on 24 units."""
 
