@@ -112,7 +112,7 @@ class Params(Computed):
     def between(self, gm: fx.GraphModule, group: Group) -> float:
         """Return the parameters that the modules between have for each channel."""
         modules = [gm.get_submodule(str(node.target)) for node in group.through]
-        return sum(p.numel() for module in modules for p in module.parameters() if len(p) == group.channels)
+        return sum(p.numel() for module in modules for p in module.parameters() if p.dim() and len(p) == group.channels)
 
     def bias(self, module: nn.Module) -> float:
         """Return the size of its bias."""

@@ -55,7 +55,8 @@ def sketch(gm: fx.GraphModule, plan: Plan, groups: Mapping[str, Group]) -> fx.Gr
             changed[name] = _swap(gm, name, weight.new_empty(count * producer.parts, *weight.shape[1:]))
         group.split_into(gm, count)
         for node in group.through:
-            gm.set_submodule(str(node.target), _first(gm.get_submodule(str(node.target)), count))
+            module = gm.get_submodule(str(node.target))
+            gm.set_submodule(str(node.target), keep_channels(module, torch.arange(count), group.channels).eval())
         for consumer in group.consumers:
             name = str(consumer.node.target)
             weight = as_layer(gm.get_submodule(name)).weight
@@ -81,7 +82,3 @@ def _swap(gm: fx.GraphModule, name: str, weight: Tensor) -> nn.Module:
     new = resized(module, weight, bias).eval()
     gm.set_submodule(name, new)
     return new
-
-
-def _first(module: nn.Module, count: int) -> nn.Module:
-    return keep_channels(module, torch.arange(count)).eval()

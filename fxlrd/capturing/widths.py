@@ -132,7 +132,7 @@ class _Changes:
         for consumer in group.consumers:
             self._put(consumer.node, keep_inputs(self._now(consumer.node), retained, consumer.block))
         for node in group.through:
-            self._put(node, keep_channels(self._now(node), retained))
+            self._put(node, keep_channels(self._now(node), retained, group.channels))
         for producer in group.producers:
             rows = producer.rows(retained, group.channels)
             self._put(producer.node, keep_outputs(self._now(producer.node), rows))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fxlrd.errors import Reason
-from fxlrd.layers.kinds import BATCH_NORMS, as_layer, kernel_area, make, options
+from fxlrd.layers.kinds import BATCH_NORMS, as_layer, kernel_area
+from fxlrd.layers.narrow import narrowed
 from fxlrd.layers.weights import resized
 
 
@@ -109,21 +110,16 @@ def keep_inputs(module: nn.Module, indices: Tensor, block: int = 1) -> nn.Module
     return resized(module, weight, None if like.bias is None else like.bias.detach())
 
 
-def keep_channels(module: nn.Module, indices: Tensor) -> nn.Module:
-    """Return a per-channel module (BatchNorm, depthwise conv, PReLU) for the channels ``indices`` only."""
+def keep_channels(module: nn.Module, indices: Tensor, count: int) -> nn.Module:
+    """Return a module that treats each of ``count`` channels alone (BatchNorm, depthwise conv) for ``indices`` only."""
     if isinstance(module, nn.Conv2d):
         bias = None if module.bias is None else module.bias.detach()[indices]
         return resized(module, module.weight.detach()[indices], bias, groups=len(indices))
-    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+    if all(t.numel() == 1 for t in (*module.parameters(), *module.buffers())):
         return module
-    assert isinstance(module, (nn.PReLU, *BATCH_NORMS))
-    count = "num_parameters" if isinstance(module, nn.PReLU) else "num_features"
-    new = make(type(module), options(module) | {count: len(indices)})
-    for name, value in module.named_parameters():
-        setattr(new, name, nn.Parameter(value.detach()[indices].clone(), value.requires_grad))
-    for name, buffer in module.named_buffers():
-        new.register_buffer(name, (buffer[indices] if buffer.dim() else buffer).clone())
-    return new.train(module.training)
+    new = narrowed(module, indices, count)
+    assert new is not None, "its tensors are not by channel"
+    return new
 
 
 def takes_shift(module: nn.Module) -> bool:

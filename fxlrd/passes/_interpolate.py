@@ -154,7 +154,7 @@ def _apply(gm: fx.GraphModule, cut: Cut) -> float:
         folded = fold_inputs(reader.module, matrix, reader.consumer.block, shift)
         put_merged(gm, reader.consumer.node, folded, (cut.rank, None), error)
     for node in cut.group.through:
-        put_merged(gm, node, keep_channels(gm.get_submodule(str(node.target)), retained))
+        put_merged(gm, node, keep_channels(gm.get_submodule(str(node.target)), retained, cut.group.channels))
     for producer in cut.group.producers:
         _cut_producer(gm, producer, producer.rows(retained, cut.group.channels), largest)
     cut.group.split_into(gm, cut.rank)

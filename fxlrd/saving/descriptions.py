@@ -53,10 +53,11 @@ def descriptions(model: nn.Module, replaced: Mapping[str, nn.Module] | None = No
     opened = {name: module for name, module in modules.items() if isinstance(module, ProjectedAttention)}
     replaced = {name: module for name, module in (replaced or {}).items() if name not in opened}
     closed = {part: m for name, was in opened.items() for part, m in was.closed().named_modules(prefix=name)}
+    inside = {f"{name}.{part}": m for name, was in replaced.items() for part, m in was.named_modules() if part}
     described = {}
-    for name, module in {**modules, **replaced, **closed}.items():
+    for name, module in {**modules, **replaced, **inside, **closed}.items():
         around = parents(name)
-        if any(parent in replaced for parent in around):
+        if name not in inside and any(parent in replaced for parent in around):
             continue
         if name not in closed and any(parent in opened for parent in around):
             continue

@@ -125,7 +125,7 @@ def _put_layers(folder: Path, plan: Plan, target: nn.Module) -> dict[str, torch.
     for name in plan.layers:
         if not name or name not in modules:
             raise FxlrdError(f"load: {folder}: the model has no module {name[:80]!r}: {_REMEDY}")
-    new = {name: module_of(name, spec) for name, spec in plan.layers.items()}
+    new = {name: module_of(name, spec, modules[name]) for name, spec in plan.layers.items()}
     replaced = closed | set_modules(target, new, plan.architecture.described)
     return {name: tensor.device for name, old in replaced.items() for tensor in registered(old).values()}
 

@@ -21,7 +21,7 @@ from fxlrd.errors import FxlrdError, one_line
 from fxlrd.layers.attention import PROJECTIONS
 from fxlrd.saving.architecture import recall
 from fxlrd.saving.descriptions import description
-from fxlrd.saving.schema import ATTENTION, Architecture, Factors, LayerSpec, Plan, TensorTable, Weights
+from fxlrd.saving.schema import ATTENTION, Architecture, Factors, LayerSpec, Narrowed, Plan, TensorTable, Weights
 from fxlrd.saving.specs import spec_of
 from fxlrd.saving.storage import write
 from fxlrd.saving.tensors import attributes, contiguous_strides, is_dense, joined, parents, registered
@@ -85,9 +85,10 @@ def contents(model: nn.Module, source: str | None = None) -> tuple[dict[str, Ten
     return tensors, partial(Plan, made_with, architecture, layers, table, _modes(model))
 
 
-def _replacements(model: nn.Module, architecture: Architecture) -> dict[str, LayerSpec | Factors]:
+def _replacements(model: nn.Module, architecture: Architecture) -> dict[str, LayerSpec | Factors | Narrowed]:
     """Return what has taken the place of modules of the architecture, by their names."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    specs: dict[str, LayerSpec | Factors | Narrowed]
     specs = {name: spec_of(name, nn.Identity()) for name in architecture.gone}
     containers = {parent for name in architecture.modules for parent in parents(name)}
     opened = opened_attentions(architecture, modules)
@@ -100,7 +101,7 @@ def _replacements(model: nn.Module, architecture: Architecture) -> dict[str, Lay
         # torch.fx makes bare modules: for containers, and for a module of which it reads only a tensor.
         if type(module) is nn.Module and (name in containers or not module._modules):
             continue
-        specs[name] = spec_of(name, module)
+        specs[name] = spec_of(name, module, was)
     return specs
 
 

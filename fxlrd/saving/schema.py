@@ -159,6 +159,17 @@ class LayerSpec(Record):
         return replace(spec, options=parse_fields(types, spec.options, f"{path}.options"))
 
 
+Channels = Annotated[int, Check("an integer from 1 to 2**31 - 1", lambda n: 1 <= n < 2**31)]
+
+
+@dataclass(frozen=True)
+class Narrowed(Record):
+    """A module of the architecture, of any class, with ``channels`` of the ``of`` channels that it treats alone."""
+
+    channels: Channels
+    of: Channels
+
+
 def _unlike(parts: tuple[tuple[str, LayerSpec], ...]) -> bool:
     return len({role for role, _ in parts}) == len(parts)
 
@@ -191,7 +202,7 @@ class Plan(Record):
     made_with: Mapping[str, Json]
     """Versions, for people."""
     architecture: Architecture
-    layers: Mapping[str, LayerSpec | Factors]
+    layers: Mapping[str, LayerSpec | Factors | Narrowed]
     """What takes the place of modules of the architecture, by their names."""
     tensors: TensorTable
     training: Modes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch
 from torch import nn
 
 from fxlrd.errors import FxlrdError, one_line
@@ -11,13 +12,21 @@ from fxlrd.graph.facts import FACTORS
 from fxlrd.graph.surgery import chained
 from fxlrd.layers.described import DescribedFactors
 from fxlrd.layers.kinds import OPTIONS, make, options
+from fxlrd.layers.narrow import channels_left, narrowed
 from fxlrd.saving.descriptions import description
-from fxlrd.saving.schema import KINDS, Factors, LayerSpec
+from fxlrd.saving.schema import KINDS, Factors, LayerSpec, ModuleDescription, Narrowed
 
 
-def spec_of(name: str, module: nn.Module) -> LayerSpec | Factors:
-    """Return class and options of the module ``name``, or those of the factors that it holds."""
+def spec_of(name: str, module: nn.Module, was: ModuleDescription | None = None) -> LayerSpec | Factors | Narrowed:
+    """Return class and options of the module ``name``, or those of the factors that it holds.
+
+    ``was`` describes the module in whose place it is: one of the same class may have fewer channels.
+    """
     module = chained(module)
+    if was is not None and type(module) not in OPTIONS and type(module).__name__ == was.kind:
+        counts = channels_left(module, was.shapes)
+        if counts is not None:
+            return Narrowed(*counts)
     if type(module) not in (nn.Sequential, DescribedFactors) or not set(module._modules) <= set(FACTORS):
         return _layer_spec(name, module)
     if extra := description(module).shapes:
@@ -34,10 +43,18 @@ def _layer_spec(name: str, module: nn.Module) -> LayerSpec:
     return spec
 
 
-def module_of(name: str, spec: LayerSpec | Factors) -> nn.Module:
-    """Return the module ``name``, or its factors in order, without weights: on the meta device."""
+def module_of(name: str, spec: LayerSpec | Factors | Narrowed, was: nn.Module) -> nn.Module:
+    """Return the module ``name``, or its factors in order, without weights: on the meta device.
+
+    ``was`` is the module in whose place it will be.
+    """
     if isinstance(spec, LayerSpec):
         return _made(name, spec)
+    if isinstance(spec, Narrowed):
+        new = narrowed(was, torch.arange(min(spec.channels, spec.of)), spec.of)
+        if new is None:
+            raise FxlrdError(f"load: {name} has no {spec.of} channels: the plan is damaged")
+        return new
     return nn.Sequential(OrderedDict((role, _made(f"{name}.{role}", part)) for role, part in spec.parts))
 
 

@@ -106,7 +106,7 @@ def test_channels_are_kept(module, count):
     module = filled(module)
     if isinstance(module, nn.PReLU):
         module.weight.data.uniform_(0, 1)
-    new = keep_channels(module, kept)
+    new = keep_channels(module, kept, 9)
     assert_close(new(x[:, kept]), module(x)[:, kept])
     assert type(new) is type(module)
     assert not new.training
@@ -126,7 +126,7 @@ def unbiased(norm):
 
 def test_norms_without_a_bias_are_kept():
     module, kept, x = unbiased(filled(nn.BatchNorm2d(9))), torch.tensor([1, 5]), torch.randn(2, 9, 6, 6).double()
-    new = keep_channels(module, kept)
+    new = keep_channels(module, kept, 9)
     assert new.bias is None
     assert_close(new(x[:, kept]), module(x)[:, kept])
 
@@ -134,7 +134,7 @@ def test_norms_without_a_bias_are_kept():
 def test_norms_without_statistics_are_kept():
     module = nn.BatchNorm2d(9, track_running_stats=False).double()
     x, kept = torch.randn(2, 9, 6, 6).double(), torch.tensor([1, 5])
-    assert_close(keep_channels(module, kept)(x[:, kept]), module(x)[:, kept])
+    assert_close(keep_channels(module, kept, 9)(x[:, kept]), module(x)[:, kept])
 
 
 @pytest.mark.parametrize("block", [1, 4])

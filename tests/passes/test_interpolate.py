@@ -303,6 +303,31 @@ class Own(nn.Module):
         return torch.atan(x) * x.clamp_min(0).sqrt()
 
 
+class NormAndActivation(nn.BatchNorm2d):
+    """Norm with an activation inside, as timm has it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.PReLU(channels)
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+class Scale(nn.Module):
+    """A norm that is frozen, with buffers only."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("scale", torch.rand(channels, 1, 1) + 0.5)
+
+    def forward(self, x):
+        return x * self.scale + torch.arange(self.channels).view(-1, 1, 1) * 0
+
+
+FREE["norm and activation"] = (lambda m, x: m.b(m.n(m.a(x))), {"a": conv(), "n": NormAndActivation(8), "b": conv()})
+FREE["frozen"] = (lambda m, x: m.b(m.n(m.a(x))), {"a": conv(), "n": Scale(8), "b": conv()})
 FREE["spatial gate"] = (lambda m, x: m.b(m.a(x) * m.c(x)), {"a": conv(), "c": conv(c_out=1), "b": conv()})
 FREE["called twice"] = (lambda m, x: m.b(m.a(x).relu()) + m.b(m.a(x.flip(0))), {"a": conv(), "b": conv()})
 FREE["own activation"] = (lambda m, x: m.b(m.o(m.a(x))), {"a": conv(), "o": Own(), "b": conv()})

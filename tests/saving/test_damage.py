@@ -175,7 +175,10 @@ SECOND = ("layers", "a", "parts", 1, 1)
         ),
         (put("layers", "a", "parts", 0, value=["first"]), r"parts\[0\]: expected a list of 2, found a list of 1"),
         (put(*SECOND, value={"parts": []}), r"parts\[1\]\[1\].kind: expected one of .* found nothing"),
-        (put("layers", "a", value={}), r"layers\['a'\]: expected .* kind, options or .* parts, found an empty object"),
+        (
+            put("layers", "a", value={}),
+            r"layers\['a'\]: expected .* kind, options or .* parts or .* channels, of, found an empty object",
+        ),
         (put("layers", "a", value=IDENTITY), "no place for 'a"),
         (put("layers", "c", "parts", 1, 1, "options", "groups", value=3), "cannot be made"),
         (

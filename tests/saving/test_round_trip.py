@@ -84,6 +84,32 @@ def test_composed_away_is_an_identity(tmp_path):
     assert [type(m) for m in (loaded.block.bn1, loaded.block.bn3, loaded.fc, loaded.drop)] == [nn.Identity] * 4
 
 
+class Gated(nn.BatchNorm2d):
+    """A norm of the user's own, with a parameter more."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.gate = nn.Parameter(torch.linspace(0.5, 2, channels))
+        self.act = nn.Softplus(beta=2)
+
+    def forward(self, x):
+        return self.act(torch.sigmoid(self.gate.view(-1, 1, 1)) * super().forward(x))
+
+
+def test_a_norm_of_the_users_own_that_was_cut_comes_back(tmp_path):
+    def net():
+        model = Net()
+        model.block.bn1 = Gated(model.block.bn1.num_features)
+        return trained(model)
+
+    model, loaded = round_trip(net, tmp_path, pipeline="calibrate,merge{ratio=2}", calibration=X)
+    assert type(loaded.block.bn1) is Gated
+    assert len(loaded.block.bn1.gate) == loaded.block.bn1.num_features == model.block.reduce.out_channels
+    assert len(loaded.block.bn1.gate) < len(net().block.bn1.gate)
+    spec = json.loads((tmp_path / PLAN).read_text())["layers"]["block.bn1"]
+    assert spec == {"channels": len(loaded.block.bn1.gate), "of": len(net().block.bn1.gate)}
+
+
 def test_a_norm_without_a_bias_that_was_cut_comes_back(tmp_path):
     def net():
         model = trained(Net())
