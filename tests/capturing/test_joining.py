@@ -224,3 +224,33 @@ def test_the_flow_of_a_run_has_the_models_names_and_leaves_the_model_as_it_was()
     assert all(node.meta["tensor_meta"].shape[0] == 3 for node in calls(gm, "down"))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+class Experts(nn.Module):
+    """Experts in modules, each called on the rows that are routed to it, with the sizes that come of that."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(8, 3)
+        self.up, self.down = (nn.ModuleList(make() for _ in range(3)) for make in (wide, down))
+
+    def forward(self, x):
+        rows, chosen = x.flatten(0, 1), self.router(x).flatten(0, 1).argmax(-1)
+        out = torch.zeros_like(rows)
+        for half in (slice(None, 9), slice(9, None)):
+            for i in range(3):
+                routed = torch.nonzero(chosen[half] == i).flatten() + (half.start or 0)
+                out[routed] = self.down[i](F.silu(self.up[i](rows[routed])))
+        return out.view(x.shape)
+
+
+def test_experts_are_cut_in_all_their_calls():
+    torch.manual_seed(0)
+    module = Experts().double().eval()
+    expected = [[f"up.{i}", f"down.{i}"] for i in range(3)]
+    assert sorted(inner(module)) == sorted(expected)
+    gm = Calibrate([torch.randn(3, 7, 8, dtype=torch.float64) for _ in range(6)])(capture_regions(module, X))
+    cut = Merge(ranks={"up.1": 10})(gm.graph_module).graph_module
+    smaller = captured(cut).runnable(cut)
+    assert (smaller.up[1].out_features, smaller.down[1].in_features) == (10, 10)
+    assert smaller(torch.randn(2, 5, 8, dtype=torch.float64)).shape == (2, 5, 8)
