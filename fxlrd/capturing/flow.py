@@ -31,6 +31,9 @@ _OPERATORS = {
 """What stands for the operators of tensors and functions of the same meaning, by name without underscores."""
 
 
+_CONSTANTS = (*fx.node.base_types, slice, type(None), type(...))
+
+
 def flow(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     """Return the flow of one run of a copy of the model in eval mode, without gradients; nodes have shapes."""
     copy = structural_copy(model)
@@ -105,7 +108,7 @@ class _Recorder(TorchFunctionMode):
 
     def _argument(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return value if isinstance(value, fx.node.base_types) else str(value)
+            return value if isinstance(value, _CONSTANTS) else f"a {type(value).__name__}"
         if value not in self._nodes:
             node = self._graph.placeholder(f"tensor_{len(self._graph.nodes)}")
             _describe(node, value)

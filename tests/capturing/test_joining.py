@@ -83,6 +83,7 @@ FLOWS = {
         {"up": wide(), "down": down()},
         ["up", "down"],
     ),
+    "clamped": (lambda m, x: m.down(m.up(x)[:, :].clamp(None, 1.0)), {"up": wide(), "down": down()}, ["up", "down"]),
     "in place": (lambda m, x: m.down(m.up(x).mul_(0.5).relu_()), {"up": wide(), "down": down()}, ["up", "down"]),
     "one after the other": (
         lambda m, x: m.down(m.up(x).relu()) + m.down(m.up(x + 1).relu()),
