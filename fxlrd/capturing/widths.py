@@ -27,6 +27,10 @@ from fxlrd.layers.kinds import as_layer
 from fxlrd.layers.weights import resized
 
 
+_TRIALS = 24
+"""Trials of a model, at most: where outputs hang on choices between near-equals, as boxes do, all might fail."""
+
+
 def fixed_widths(original: Original, gm: fx.GraphModule) -> frozenset[str]:
     """Return the layers of the regions ``gm`` whose number of outputs the code of the model counts on."""
     failing = _failing(original, gm, groups_of(gm))
@@ -50,12 +54,19 @@ def groups_of(gm: fx.GraphModule) -> list[Group]:
 
 
 def _failing(original: Original, gm: fx.GraphModule, groups: Sequence[Group]) -> list[Group]:
-    if not groups or _narrows(original, gm, groups):
-        return []
-    if len(groups) == 1:
-        return [*groups]
-    half = len(groups) // 2
-    return [*_failing(original, gm, groups[:half]), *_failing(original, gm, groups[half:])]
+    """Return the groups that cannot be cut, by halving; those that are in doubt after so many trials too."""
+    failing: list[Group] = []
+    waiting, trials = [[*groups]] if groups else [], 0
+    while waiting:
+        some = waiting.pop()
+        trials += 1
+        if trials > _TRIALS:
+            failing += some
+        elif not _narrows(original, gm, some):
+            half = len(some) // 2
+            failing += some if not half else []
+            waiting += [some[:half], some[half:]] if half else []
+    return failing
 
 
 def _narrows(original: Original, gm: fx.GraphModule, groups: Sequence[Group]) -> bool:
