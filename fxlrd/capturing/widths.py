@@ -26,7 +26,6 @@ from fxlrd.layers.compose import keep_channels, keep_inputs, keep_outputs
 from fxlrd.layers.kinds import as_layer
 from fxlrd.layers.weights import resized
 
-
 _TRIALS = 24
 """Trials of a model, at most: where outputs hang on choices between near-equals, as boxes do, all might fail."""
 
