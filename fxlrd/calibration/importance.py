@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxlrd.graph.attentions import open_for
 from fxlrd.graph.captured import feed, runnable
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, unmoved
@@ -152,6 +153,7 @@ class _ModelWatch:
 
     def run(self, inputs: Inputs) -> Any:
         handles = []
+        open_for(self.model, layers(self.gm))
         for name, module in layers(self.gm).items():
             first, *others = calls(self.gm, name)
             hook = self._hook(first, module)

@@ -206,10 +206,16 @@ def test_one_attention_under_two_names_stays_one():
     assert_same_outputs(result.model, model, X)
 
 
-def test_the_difference_names_the_projections_and_the_budget_counts_them():
+@pytest.mark.parametrize("kind", [Block, Branching])
+def test_a_budget_by_effects_on_the_output(kind):
+    model, batches = kind().eval(), [values(4, 5, 8, seed=i) for i in range(6)]
+    result = quick(model, X, budget=fxlrd.Budget(params=0.6), calibration=batches)
+    assert result.report.after["params"] <= 0.6 * result.report.before["params"]
+    assert "svd" in {decision for name, decision in decisions(result).items() if name in QKVO}
+
+
+def test_the_difference_names_the_projections():
     model = Block().eval()
-    result = quick(model, X, budget=fxlrd.Budget(params=0.8), calibration=[values(4, 5, 8, seed=i) for i in range(6)])
-    assert result.report.after["params"] <= 0.8 * result.report.before["params"]
-    result = quick(model, X, pipeline="decompose{ranks=2}")
-    text = str(fxlrd.diff(fxlrd.capture(model, X), result.model))
+    text = str(fxlrd.diff(fxlrd.capture(model, X), quick(model, X, pipeline="decompose{ranks=2}").model))
     assert all(name in text for name in QKVO)
+
