@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from fxlrd.graph.attentions import READERS, close_call, parts_of_calls, record_parts
+from fxlrd.graph.attentions import READERS, close_call, fuse_unread_weights, parts_of_calls, record_parts
 from fxlrd.layers.attention import PROJECTIONS, MaskForm, ProjectedAttention
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
@@ -102,6 +102,12 @@ def _is_plain(weight: Tensor | None) -> bool:
     return type(weight) is nn.Parameter and weight.is_floating_point()
 
 
+def _erase_unused(nodes: Iterable[fx.Node]) -> None:
+    for node in reversed(list(nodes)):
+        if not node.users and not node.is_impure():
+            node.graph.erase_node(node)
+
+
 class _Opening:
     """The replacement of one function by what it is made of."""
 
@@ -132,6 +138,10 @@ class _Opening:
             user.replace_all_uses_with(output)
             graph.erase_node(user)
         graph.erase_node(self.node)
+        _erase_unused(new)
+        fuse_unread_weights(graph)
+        remaining = set(graph.nodes)
+        _erase_unused(node for node in new if node in remaining)
 
     def _proxied(self, value: Any) -> Any:
         return fx.Proxy(value, self.tracer) if isinstance(value, fx.Node) else value

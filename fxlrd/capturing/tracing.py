@@ -23,7 +23,7 @@ from torch.fx._symbolic_trace import _assert_is_none
 from fxlrd.capturing.descriptions import without_described_weights
 from fxlrd.capturing.obstacles import obstacle
 from fxlrd.errors import CaptureError, FxlrdError
-from fxlrd.graph.attentions import projections_in, record_parts
+from fxlrd.graph.attentions import fuse_unread_weights, projections_in, record_parts
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.facts import described_layers
 from fxlrd.graph.guards import hooked
@@ -195,6 +195,8 @@ def _graph(model: nn.Module, frozen: dict[str, Any], training: bool) -> tuple[fx
         where = f"{name} ({type(module).__name__})" if name else type(module).__name__
         raise CaptureError(f"{where} cannot be traced{obstacle(error, module)}") from error
     _plain_checks(graph)
+    graph.eliminate_dead_code(partial(_is_impure, model))
+    fuse_unread_weights(graph)
     graph.eliminate_dead_code(partial(_is_impure, model))
     return graph, without_described_weights(graph, model, tracer.layer_names, CONSTANT)
 

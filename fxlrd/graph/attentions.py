@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxlrd.graph.facts import Fact
@@ -165,3 +166,39 @@ def untouched(gm: fx.GraphModule, layers: Mapping[str, nn.Module]) -> set[str]:
 def inside(layers: Collection[str], modules: Collection[str]) -> set[str]:
     """Return those of the ``layers`` that are projections of attentions among the ``modules``."""
     return {layer for layer in layers if attention_of(layer) in modules}
+
+
+def fuse_unread_weights(graph: fx.Graph) -> None:
+    """Let open attentions whose weights nobody reads call scaled_dot_product_attention, in place.
+
+    Callers of nn.MultiheadAttention get the weights unless they say otherwise, and few read them. What computed them is
+    left without users.
+    """
+    for softmax in list(graph.find_nodes(op="call_function", target=F.softmax)):
+        part, user = attention_part(softmax), _only_user(softmax)
+        dropout = user if user is not None and user.target is F.dropout else None
+        output = _only_user(dropout) if dropout is not None else user
+        if part is None or output is None or output.target is not operator.matmul:
+            continue
+        scores, mask = softmax.args[0], None
+        if scores.target is operator.add:
+            scores, mask = scores.args
+        scaled, transposed = scores.args
+        with graph.inserting_before(output):
+            p = 0.0 if dropout is None else graph.call_function(operator.mul, _rate_and_mode(dropout))
+            values = (scaled.args[0], transposed.args[0], output.args[1], mask, p)
+            fused = graph.call_function(F.scaled_dot_product_attention, values)
+        fused.meta = dict(output.meta)
+        if isinstance(p, fx.Node):
+            p.meta = dict(output.meta)
+        output.replace_all_uses_with(fused)
+        graph.erase_node(output)
+
+
+def _rate_and_mode(dropout: fx.Node) -> tuple[Any, Any]:
+    options = {**dict(zip(("p", "training"), dropout.args[1:], strict=False)), **dropout.kwargs}
+    return options["p"], options["training"]
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None

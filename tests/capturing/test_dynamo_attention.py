@@ -82,6 +82,19 @@ def test_an_attention_that_is_called_twice_with_other_widths_and_weights():
 
 
 @torch.no_grad()
+def test_weights_that_nobody_reads_are_not_computed():
+    class Discarding(Block):
+        def forward(self, x):
+            return self.mlp(self.attn(x, x, x)[0])
+
+    model = Discarding().eval()
+    new, outputs = lowered(model, X, ranks=8)
+    torch.testing.assert_close(outputs[0], model(X), rtol=1e-10, atol=1e-10)
+    assert F.softmax not in called(new)
+    assert called(new).count(F.scaled_dot_product_attention) == 1
+
+
+@torch.no_grad()
 def test_keys_of_its_own_are_left_alone():
     class Model(Block):
         def __init__(self):

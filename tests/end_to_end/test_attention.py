@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 import fxlrd
@@ -57,6 +58,26 @@ def test_a_graph_refuses_masks_of_another_form_than_in_the_example(masks):
     result = quick(Block().eval(), (X, CAUSAL), pipeline=FULL_RANK).model
     with pytest.raises(AssertionError, match="than in the example"):
         result(X, *masks)
+
+
+class Discarding(Block):
+    """Asks for the attention weights, as is the default, and does not read them."""
+
+    def forward(self, x):
+        h = self.norm(x)
+        return self.mlp(self.attn(h, h, h)[0])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_attention_weights_that_nobody_reads_are_not_computed(dropout):
+    model = Discarding(dropout=dropout).eval()
+    result = quick(model, X, pipeline=FULL_RANK, skip=["mlp", *QKVO[:3]]).model
+    targets = {node.target for node in result.graph.nodes}
+    assert F.scaled_dot_product_attention in targets
+    assert F.softmax not in targets
+    assert_same_outputs(result, model, X)
+    torch.testing.assert_close(trained(result, X)[0], trained(model, X)[0], rtol=1e-9, atol=1e-9)
+    assert type(quick(model, X, ratio=1.5, skip="attn").model.attn) is nn.MultiheadAttention
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -218,4 +239,3 @@ def test_the_difference_names_the_projections():
     model = Block().eval()
     text = str(fxlrd.diff(fxlrd.capture(model, X), quick(model, X, pipeline="decompose{ranks=2}").model))
     assert all(name in text for name in QKVO)
-
