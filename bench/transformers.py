@@ -1,0 +1,264 @@
+"""Fidelity and speed of pretrained transformers that were compressed without training, by the way it was done.
+
+``python -m bench.transformers DIR [--json FILE] [--model smollm2,minilm] [--shares 0.9,0.8,0.6] [--sequences 128]``.
+DIR holds the models and the text; bench/pretrained.py says how to get them. A share is that of the parameters of the
+blocks' linear layers. SmolLM2: perplexity on held-out text, relative to the original's (``--held-out`` sequences).
+MiniLM: mean cosine of the embeddings of held-out sentences to the original's (``--sentences``). ``--sequences`` and
+``--length`` set what the factors are fitted to.
+
+    plain SVD, uniform       every layer at the same ratio, by its weight alone
+    whitened SVD, uniform    the same, fitted to the inputs of each layer (SVD-LLM)
+    single matrices          ranks by a knapsack over all layers, weighted by their effect on the output
+    units and matrices       hidden units of the MLPs in the same knapsack: preset auto under a budget of layers
+
+Speed is that of the last way, all shares side by side with the original, as medians of interleaved runs: of SmolLM2 a
+prefill of 256 tokens and 64 decoded ones, of MiniLM one forward; at batch 1 and 8, eagerly and compiled. ``--no-speed``
+leaves it out. ``--json`` keeps what was measured, with the settings; a second run measures what is missing only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from bench import generation, pretrained
+from fxlrd import Budget, compress
+from fxlrd.errors import FxlrdError
+from fxlrd.files import write_out
+from fxlrd.graph.inputs import Inputs
+from fxlrd.timing.clock import Timing
+from fxlrd.timing.models import time_models
+
+ROWS = 4
+"""Sequences in a batch of calibration."""
+BATCHES = (1, 8)
+JOINT = "units and matrices"
+METHODS: dict[str, Callable[[float, int], dict[str, Any]]] = {
+    "plain SVD, uniform": lambda share, _: {"pipeline": f"decompose{{ratio={1 / share}}}"},
+    "whitened SVD, uniform": lambda share, _: {
+        "pipeline": f"calibrate{{outputs=false}},decompose{{ratio={1 / share}}}"
+    },
+    "single matrices": lambda share, effects: {
+        "pipeline": f"calibrate{{outputs=false,effects={effects},holdout=true}},"
+        f"allocate{{layers={share},merge=false}},decompose"
+    },
+    JOINT: lambda share, _: {"budget": Budget(layers=share)},
+}
+"""What `fxlrd.compress` is asked for, by the share of the layers' parameters and the number of inputs for effects."""
+
+
+class Smollm2:
+    """SmolLM2, what it is fitted to, and the perplexity of a compressed one."""
+
+    name = "smollm2"
+    skip = ("lm_head",)
+    figure = "perplexity, × that of the original"
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.model, tokenizer = pretrained.smollm2(arguments.folder)
+        calibration, held_out = pretrained.handbook(arguments.folder)
+        length = arguments.length
+        ids = pretrained.sequences(tokenizer, calibration, arguments.sequences, length)
+        self.calibration = [{"input_ids": rows, "use_cache": False} for rows in ids.split(ROWS)]
+        self.held_out = pretrained.sequences(tokenizer, held_out, arguments.held_out, length)
+        self.base = self._perplexity(self.model)
+
+    def fidelity(self, model: nn.Module) -> float:
+        return self._perplexity(model) / self.base
+
+    @torch.no_grad()
+    def _perplexity(self, model: nn.Module) -> float:
+        total = count = 0.0
+        for rows in self.held_out.split(ROWS):
+            logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+            labels = rows[:, 1:].flatten()
+            total += nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").item()
+            count += len(labels)
+        return math.exp(total / count)
+
+    def timings(self, models: dict[str, nn.Module], batch: int, compile: bool, seconds: float) -> dict[str, Any]:
+        """Return the timings of each kind of workload, by model."""
+        return {
+            f"prefill of {generation.PROMPT}": generation.time_prefill(models, batch, compile, seconds),
+            f"{generation.DECODED} decoded": generation.time_decode(models, batch, compile, seconds),
+        }
+
+
+class Minilm:
+    """The sentence encoder, what it is fitted to, and how near a compressed one's embeddings are."""
+
+    name = "minilm"
+    skip = ()
+    figure = "mean cosine to the original's embeddings"
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.model, tokenizer = pretrained.minilm(arguments.folder)
+        calibration, held_out = pretrained.handbook(arguments.folder)
+        # Sentences are shorter than sequences: four times as many.
+        fitted = pretrained.sentences(tokenizer, calibration, 4 * arguments.sequences, 64)
+        self.calibration = _batches(fitted, 4 * ROWS)
+        self.held_out = _batches(pretrained.sentences(tokenizer, held_out, arguments.sentences, 64), 4 * ROWS)
+        self.embeddings = self._embedded(self.model)
+        self.base = 1.0
+
+    def fidelity(self, model: nn.Module) -> float:
+        return nn.functional.cosine_similarity(self._embedded(model), self.embeddings).mean().item()
+
+    @torch.no_grad()
+    def _embedded(self, model: nn.Module) -> Tensor:
+        return torch.cat([model(**batch) for batch in self.held_out])
+
+    def timings(self, models: dict[str, nn.Module], batch: int, compile: bool, seconds: float) -> dict[str, Any]:
+        """Return the timings of a forward, by model."""
+        rows = {key: value[:batch] for key, value in self.held_out[0].items()}
+        return {"forward of 64": time_models(models, Inputs.of(rows), under_inductor=compile, seconds=seconds)}
+
+
+def _batches(encoded: dict[str, Tensor], rows: int) -> list[dict[str, Tensor]]:
+    parts = {key: value.split(rows) for key, value in encoded.items()}
+    return [dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True)]
+
+
+MODELS = {model.name: model for model in (Smollm2, Minilm)}
+
+
+class Results:
+    """What was measured, by cell, in a JSON file if there is one. Raises SystemExit for one of other settings."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.cells: dict[str, Any] = {}
+        if path is not None and path.exists():
+            content = json.loads(path.read_text())
+            if content["settings"] != settings:
+                raise SystemExit(f"bench.transformers: {path} is of other settings: {content['settings']}")
+            self.cells = content["cells"]
+
+    def cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a cell, measured now if it was not before."""
+        if key not in self.cells:
+            start = time.perf_counter()
+            try:
+                self.cells[key] = measure()
+            except FxlrdError as error:
+                self.cells[key] = {"error": str(error)}
+            print(f"{key}: {self.cells[key]} ({time.perf_counter() - start:.0f} s)", flush=True)
+            if self.path is not None:
+                write_out(self.path, json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")
+        return dict(self.cells[key])
+
+
+class Bench:
+    """One model and its compressed ones."""
+
+    def __init__(self, subject: Smollm2 | Minilm, shares: list[float], results: Results, seconds: float) -> None:
+        self.subject, self.shares, self.results, self.seconds = subject, shares, results, seconds
+        self.joint: dict[float, nn.Module] = {}
+
+    def compressed(self, method: str, share: float) -> nn.Module:
+        subject = self.subject
+        effects = sum(len(batch["input_ids"]) for batch in subject.calibration)
+        options = METHODS[method](share, effects)
+        example = subject.calibration[0]
+        data = None if method.startswith("plain") else subject.calibration
+        result = compress(
+            subject.model, example, skip=subject.skip, calibration=data, measure=False, progress=True, **options
+        )
+        return result.model
+
+    def fidelity(self, method: str, share: float) -> dict[str, Any]:
+        model = self.compressed(method, share)
+        if method == JOINT:
+            self.joint[share] = model
+        params = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in self.subject.model.parameters())
+        return {"fidelity": self.subject.fidelity(model), "params": params}
+
+    def table(self, methods: list[str]) -> None:
+        rows = []
+        for method in methods:
+            cells = [
+                self.results.cell(
+                    f"{self.subject.name}, {method}, {share:g}", lambda m=method, s=share: self.fidelity(m, s)
+                )
+                for share in self.shares
+            ]
+            rows.append([method, *(f"{c['fidelity']:.4g}" if "fidelity" in c else c["error"] for c in cells)])
+        print(f"\n{self.subject.name}: {self.subject.figure} (original {self.subject.base:.2f})")
+        print(tabulate(rows, headers=["", *map(str, self.shares)], disable_numparse=True), flush=True)
+
+    def speed(self) -> None:
+        rows = []
+        for compile in (False, True):
+            for batch in BATCHES:
+                setting = f"{'compiled' if compile else 'eager'}, batch {batch}"
+                key = f"{self.subject.name}, speed, {setting}"
+                cell = self.results.cell(key, lambda c=compile, b=batch: self._timed(b, c))
+                for workload, timings in cell.items():
+                    if workload == "error":
+                        rows.append([setting, timings])
+                        continue
+                    first = timings["original"]["seconds"]
+                    speeds = [
+                        f"{1 / t['ratio']:.2f}× ± {t['spread'] / t['ratio'] ** 2:.2f}"
+                        for t in list(timings.values())[1:]
+                    ]
+                    rows.append([setting, workload, f"{1e3 * first:.1f} ms", *speeds])
+        print(f"\n{self.subject.name}: speed of {JOINT}")
+        print(tabulate(rows, headers=["", "", "original", *map(str, self.shares)], disable_numparse=True), flush=True)
+
+    def _timed(self, batch: int, compile: bool) -> dict[str, Any]:
+        for share in self.shares:
+            if share not in self.joint:
+                self.joint[share] = self.compressed(JOINT, share)
+        models = {"original": self.subject.model, **{str(share): self.joint[share] for share in self.shares}}
+        timed = self.subject.timings(models, batch, compile, self.seconds)
+        return {workload: {name: _as_dict(t) for name, t in timings.items()} for workload, timings in timed.items()}
+
+
+def _as_dict(timing: Timing) -> dict[str, float]:
+    return asdict(timing)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.transformers")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where the models and the text are")
+    parser.add_argument("--model", default=",".join(MODELS), help="smollm2, minilm or both")
+    parser.add_argument("--method", help=f"only this one of: {'; '.join(METHODS)}", choices=METHODS, action="append")
+    parser.add_argument("--shares", default="0.9,0.8,0.6", help="of the parameters of the blocks' linear layers")
+    parser.add_argument("--sequences", type=int, default=128, help="to fit to; four times as many sentences")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--held-out", type=int, default=64, help="sequences to measure perplexity on")
+    parser.add_argument("--sentences", type=int, default=512, help="sentences to measure embeddings on")
+    parser.add_argument("--no-speed", action="store_true", help="leave out speed")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for the timing of each workload, of all models")
+    parser.add_argument("--json", type=Path, help="keep what was measured, and go on from there")
+    arguments = parser.parse_args()
+    names = arguments.model.split(",")
+    if unknown := [name for name in names if name not in MODELS]:
+        parser.error(f"no model {unknown[0]!r}: {', '.join(MODELS)}")
+    kept = ("sequences", "length", "held_out", "sentences")
+    settings = {name: getattr(arguments, name) for name in kept}
+    settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    results = Results(arguments.json, settings)
+    for name in names:
+        torch.manual_seed(0)
+        bench = Bench(
+            MODELS[name](arguments), [float(s) for s in arguments.shares.split(",")], results, arguments.seconds
+        )
+        bench.table(arguments.method or list(METHODS))
+        if not arguments.no_speed:
+            bench.speed()
+
+
+if __name__ == "__main__":
+    main()
