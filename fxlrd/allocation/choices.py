@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -146,9 +147,26 @@ def _grid(full: int, step: int, count: int) -> list[int]:
     return [r for r in range(stride, full, stride) if r < full]
 
 
-def pareto(choices: Iterable[Choice], most: int = 48) -> list[Choice]:
+class Priced(Protocol):
+    """Anything with a cost and an error."""
+
+    @property
+    def cost(self) -> float:
+        """The cost."""
+        ...
+
+    @property
+    def error(self) -> float:
+        """The predicted error."""
+        ...
+
+
+P = TypeVar("P", bound=Priced)
+
+
+def pareto(choices: Iterable[P], most: int = 48) -> list[P]:
     """Return the choices that no other beats in both cost and error, cheapest first, thinned out to ``most``."""
-    front: list[Choice] = []
+    front: list[P] = []
     for choice in sorted(choices, key=lambda c: (c.cost, c.error)):
         if not front or choice.error < front[-1].error:
             front.append(choice)

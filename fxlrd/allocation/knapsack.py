@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 
 STEPS = 8192
-"""Steps that the budget is spent in: costs are rounded up to the next."""
+"""Steps that the budget is spent in, unless told otherwise: costs are rounded up to the next."""
 
 
-def spend(items: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int] | None:
+def spend(items: Sequence[Sequence[tuple[float, float]]], budget: float, steps: int = STEPS) -> list[int] | None:
     """Return the index of the choice for each item, or None if even the cheapest ones exceed the budget.
 
     Each item is a list of (cost, error) to choose one from. The sum of costs never exceeds the budget; the sum of
@@ -27,29 +27,29 @@ def spend(items: Sequence[Sequence[tuple[float, float]]], budget: float) -> list
     spare = budget - sum(cheapest)
     if spare < 0:
         return None
-    unit = spare / STEPS
+    unit = spare / steps
 
     def steps_for(extra: float) -> int:
-        if extra > unit * (STEPS + 1):  # also where the unit is 0, or so small that the quotient is infinite
-            return STEPS + 1
+        if extra > unit * (steps + 1):  # also where the unit is 0, or so small that the quotient is infinite
+            return steps + 1
         return math.ceil(extra / unit - 1e-9) if unit else 0
 
-    best = np.zeros(STEPS + 1)  # the least error of the items so far, by the steps that they may spend
+    best = np.zeros(steps + 1)  # the least error of the items so far, by the steps that they may spend
     choices = []  # for each item, which choice that takes
     for item, least in zip(items, cheapest, strict=True):
-        errors = np.full(STEPS + 1, np.inf)
-        which = np.zeros(STEPS + 1, dtype=np.int32)
+        errors = np.full(steps + 1, np.inf)
+        which = np.zeros(steps + 1, dtype=np.int32)
         for i, (cost, error) in sorted(enumerate(item), key=lambda each: each[1][0]):
-            steps = steps_for(cost - least)
-            if steps > STEPS:
+            taken = steps_for(cost - least)
+            if taken > steps:
                 continue
-            new = best[: STEPS + 1 - steps] + error
-            better = new <= errors[steps:]
-            errors[steps:][better] = new[better]
-            which[steps:][better] = i
+            new = best[: steps + 1 - taken] + error
+            better = new <= errors[taken:]
+            errors[taken:][better] = new[better]
+            which[taken:][better] = i
         best = errors
         choices.append(which)
-    remaining = STEPS
+    remaining = steps
     chosen = []
     for item, least, which in zip(reversed(items), reversed(cheapest), reversed(choices), strict=True):
         i = int(which[remaining])

@@ -42,6 +42,11 @@ class Measure(Protocol):
         """What was timed so far, by layer and ranks; empty for a measure that is computed."""
         ...
 
+    @property
+    def widths(self) -> int:
+        """The numbers of channels of a group that are priced, at most."""
+        ...
+
     def multiple(self, module: nn.Module) -> int:
         """Return the multiple that the ranks of a layer's forms are to be of, all groups together."""
         ...
@@ -80,6 +85,11 @@ class Computed:
     def timings(self) -> Mapping[str, Mapping[str, Timing]]:
         """Return nothing: nothing is timed."""
         return {}
+
+    @property
+    def widths(self) -> int:
+        """Many: each costs next to nothing."""
+        return 48
 
     def multiple(self, module: nn.Module) -> int:
         """Return 1: all ranks are worth a try."""
@@ -170,6 +180,11 @@ class Latency:
 
     stopwatch: Stopwatch
     timings: dict[str, dict[str, Timing]] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> int:
+        """Few: each is timed."""
+        return 10
 
     def multiple(self, module: nn.Module) -> int:
         """Return a hardware multiple: kernels work in vectors and tiles."""

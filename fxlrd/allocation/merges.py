@@ -26,6 +26,9 @@ from fxlrd.layers.fit import Moments
 from fxlrd.layers.kinds import channel_axis, depthwise
 from fxlrd.progress import Progress
 
+_FEW = 16
+"""Numbers of channels offered for a group, at most, where merges share layers: then the plan is found by search."""
+
 
 class Reader(NamedTuple):
     """A consumer with the second moments G of what it reads and its importance A = Σ WᵀΓW over the kernel.
@@ -185,10 +188,26 @@ def mergings(
     ``names`` are the layers that may be cut. Groups with a reader of which calibration has not measured the effect are
     left out, since their errors are in another unit.
     """
-    reasons = why_not_replaceable(gm, norms=True)
+    groups = _measured_groups(gm, names, skip)
+    cut = [layer for group in groups.values() for layer in group.cut]
+    most = measure.widths if len(set(cut)) == len(cut) else min(measure.widths, _FEW)
     result: dict[str, Merging] = {}
+    for name in progress(list(groups), "allocate: merges"):
+        group = groups[name]
+        read, counts = readers(gm, group), _counts(group.channels, most)
+        if counts and not isinstance(read, Reason):
+            elimination, shares = _eliminated(read, min(counts)), measure.shares(gm, group, counts)
+            options = {count: Option(elimination.error(count), shares[count]) for count in counts}
+            result[name] = Merging(group, options, measure.between(gm, group), elimination.retained)
+    return result
+
+
+def _measured_groups(gm: fx.GraphModule, names: Sequence[str], skip: Sequence[str]) -> dict[str, Group]:
+    """Return the groups of which calibration says what a merge costs."""
+    reasons = why_not_replaceable(gm, norms=True)
+    groups: dict[str, Group] = {}
     done: set[fx.Node] = set()
-    for name in progress(list(names), "allocate: merges"):
+    for name in names:
         node = calls(gm, name)[0]
         if node in done:
             continue
@@ -199,21 +218,16 @@ def mergings(
         if isinstance(read, Reason):
             continue
         done.update(producer.node for producer in group.producers)
-        counts = _counts(group.channels)
         measured = all(statistics(reader.consumer.node) is not None for reader in read)
-        if not any(bool(reader.weight.any()) for reader in read):  # no channel reaches the output
-            continue
-        if not counts or not measured or not set(Merging(group, {}).cut) <= set(names):
-            continue
-        elimination, shares = _eliminated(read, min(counts)), measure.shares(gm, group, counts)
-        options = {count: Option(elimination.error(count), shares[count]) for count in counts}
-        result[name] = Merging(group, options, measure.between(gm, group), elimination.retained)
-    return result
+        reaches_output = any(bool(reader.weight.any()) for reader in read)
+        if measured and reaches_output and set(group.cut) <= set(names):
+            groups[name] = group
+    return groups
 
 
-def _counts(channels: int) -> list[int]:
-    """Return the numbers of channels that a group may retain, at most ten, ascending."""
+def _counts(channels: int, most: int) -> list[int]:
+    """Return the numbers of channels that a group may retain, ascending: hardware multiples, at most ``most``."""
     step = 16 if channels >= 256 else 8 if channels >= 64 else 4
     counts = list(range(step, channels, step))
-    stride = max(1, math.ceil(len(counts) / 10))
+    stride = max(1, math.ceil(len(counts) / most))
     return counts[::-1][::stride][::-1]

@@ -1,7 +1,8 @@
 """The forms of all layers and the merges of all groups at once, and the best plan within a budget.
 
-Which groups to merge is found by coordinate descent on Σ error + λ·Σ cost for a series of λ. For each outcome the other
-layers' forms are the exact solution of the knapsack, and the best of these plans is improved group by group.
+Where no two groups cut one layer, all of it is one knapsack (fxlrd/allocation/parts.py). Elsewhere, which groups to
+merge is found by coordinate descent on Σ error + λ·Σ cost for a series of λ. For each outcome the other layers' forms
+are the exact solution of the knapsack, and the best of these plans is improved group by group.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from functools import cached_property
 from fxlrd.allocation.choices import Choice
 from fxlrd.allocation.knapsack import spend
 from fxlrd.allocation.merges import Merging
+from fxlrd.allocation.parts import Part, parts_of, together
 from fxlrd.allocation.plan import Plan
 
 _LAMBDAS = 25
 _SWEEPS = 8
+_STEPS = 32768
+"""Of the knapsack where it is solved once."""
 Retained = Mapping[str, int]
 """How many channels merged groups retain, by the name of the group's first producer."""
 
@@ -46,11 +50,15 @@ class Problem:
     @cached_property
     def least(self) -> float:
         """The least that the layers can cost."""
+        if self._parts is not None:
+            return sum(min(part.cost for part in item) for item in self._parts)
         bare = sum(min(c.cost for c in item) for item in self.items.values())
         return min([bare, *(self._cheapest(retained) for retained in self._merges)])
 
     def best(self, budget: float) -> Plan | None:
         """Return the plan of the least predicted error within the budget, or None if there is none."""
+        if self._parts is not None:
+            return self._packed(self._parts, budget)
         plans = [plan for retained in self._merges if (plan := self._filled(retained, budget)) is not None]
         plan = min((self._topped_up(plan, budget) for plan in plans), key=self.error, default=None)
         return None if plan is None else self._improved(plan, budget)
@@ -109,6 +117,28 @@ class Problem:
             for name in merging.cut:
                 cutters.setdefault(name, ([], []))[name in merging.makers].append(group)
         return cutters
+
+    @cached_property
+    def _parts(self) -> list[list[Part]] | None:
+        """The items of the knapsack where no two groups cut one layer, else None."""
+        grouped = [name for merging in self.groups.values() for name in merging.cut]
+        if len(set(grouped)) < len(grouped):
+            return None
+        alone = [parts_of(name, item) for name, item in self.items.items() if name not in grouped]
+        return alone + [self._parts_of_group(group) for group in self.groups]
+
+    def _parts_of_group(self, group: str) -> list[Part]:
+        options = self.groups[group].options
+        merged = [Part(self._merged_cost({group: c}), o.error, {}, {group: c}) for c, o in options.items()]
+        forms = together([parts_of(name, self.items[name]) for name in self.groups[group].cut])
+        return [*forms, *merged]
+
+    def _packed(self, parts: Sequence[Sequence[Part]], budget: float) -> Plan | None:
+        chosen = spend([[(part.cost, part.error) for part in item] for item in parts], budget, _STEPS)
+        if chosen is None:
+            return None
+        total = sum((item[i] for item, i in zip(parts, chosen, strict=True)), Part(0.0, 0.0))
+        return Plan(total.ranks, total.retained)
 
     def _filled(self, retained: Retained, budget: float) -> Plan | None:
         """Return the best plan with these merges, or None if there is none within the budget."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +62,26 @@ def test_a_larger_budget_is_never_worse_and_every_budget_is_met(seed):
 def test_the_original_is_within_its_own_cost():
     plan = problem(0).best(problem(0).original * (1 + 1e-9))
     assert plan == Plan()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_where_no_two_merges_cut_one_layer_the_plan_is_the_best_there_is(seed):
+    whole = problem(seed)
+    names = list(whole.items)[:5]
+    groups = {name: whole.groups[name] for name in ("0", "2")}
+    small = Problem({name: whole.items[name] for name in names}, groups)
+    every = []
+    for forms in product(*(small.items[name] for name in names)):
+        for counts in product([None, 2, 4, 6], repeat=2):
+            retained = {group: c for group, c in zip(groups, counts, strict=True) if c is not None}
+            ranks = {n: f.ranks for n, f in zip(names, forms, strict=True) if f.ranks and n not in small.cut(retained)}
+            every.append(Plan(ranks, retained))
+    for share in (0.3, 0.5, 0.8):
+        budget = share * small.original
+        best = min(small.error(plan) for plan in every if small.cost(plan) <= budget)
+        plan = small.best(budget)
+        assert small.cost(plan) <= budget
+        assert small.error(plan) == pytest.approx(best, rel=1e-3)
 
 
 def test_a_layer_that_two_merges_cut_costs_the_product_of_their_shares():
