@@ -149,7 +149,7 @@ def _moments_read(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments
 
 def choose(read: Sequence[Reader], rank: int) -> tuple[Tensor, list[Interpolation]]:
     """Return the channels to retain (ascending), and how each reader rebuilds the others."""
-    retained = _eliminated(read, rank).retained(rank)
+    retained = eliminated(read, rank).retained(rank)
     return retained, interpolations(read, retained)
 
 
@@ -158,17 +158,11 @@ def interpolations(read: Sequence[Reader], retained: Tensor) -> list[Interpolati
     return [interpolate(r.second, retained, r.weight, r.ridge, r.mean) for r in read]
 
 
-def curve(read: Sequence[Reader], ranks: Sequence[int]) -> list[float]:
-    """Return the predicted error tr(A·R), summed over the readers, of retaining each number of channels.
+def eliminated(read: Sequence[Reader], fewest: int) -> Elimination:
+    """Drop channels until ``fewest`` are left: the errors are tr(A·R), summed over the readers.
 
-    With Γ it is in units of the model's relative squared output error.
+    With Γ they are in units of the model's relative squared output error. Readers of equal moments count as one.
     """
-    elimination = _eliminated(read, min(ranks))
-    return [elimination.error(rank) for rank in ranks]
-
-
-def _eliminated(read: Sequence[Reader], fewest: int) -> Elimination:
-    """Drop channels until ``fewest`` are left. Readers of equal moments count as one."""
     readings: list[Reading] = []
     for r in read:
         for i, (second, importance, ridge) in enumerate(readings):
@@ -196,7 +190,7 @@ def mergings(
         group = groups[name]
         read, counts = readers(gm, group), _counts(group.channels, most)
         if counts and not isinstance(read, Reason):
-            elimination, shares = _eliminated(read, min(counts)), measure.shares(gm, group, counts)
+            elimination, shares = eliminated(read, min(counts)), measure.shares(gm, group, counts)
             options = {count: Option(elimination.error(count), shares[count]) for count in counts}
             result[name] = Merging(group, options, measure.between(gm, group), elimination.retained)
     return result

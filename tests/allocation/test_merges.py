@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fxlrd import capture
-from fxlrd.allocation.merges import choose, curve, mergeable, readers
+from fxlrd.allocation.merges import choose, eliminated, mergeable, readers
 from fxlrd.calibration.batches import as_inputs
 from fxlrd.calibration.moments import LARGEST, sweep
 from fxlrd.factor.interpolative import least_squares, lost
@@ -141,6 +141,12 @@ def group_of(channels, consumers, samples=400):
             return tuple(reader(y) for reader in self.readers)
 
     return Model().double().eval(), torch.randn(samples, channels, dtype=torch.float64)
+
+
+def curve(read, ranks):
+    """The predicted error at each number of channels."""
+    elimination = eliminated(read, min(ranks))
+    return [elimination.error(rank) for rank in ranks]
 
 
 RANKS = [1, 2, 5, 9, 11, 12]
