@@ -12,7 +12,7 @@ from fxlrd.errors import Reason, unknown
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.facts import FACTORS, provenance
 from fxlrd.graph.surgery import called, calls, layers, source
-from fxlrd.layers.folded import fold
+from fxlrd.layers.folded import padding_before
 from fxlrd.layers.kinds import LAYERS, Conv, is_stock, op
 
 FACTOR = Reason("factor", "it is a low-rank factor already")
@@ -141,10 +141,7 @@ def added(module: nn.Module) -> Reason | None:
 
 def pads_itself(module: nn.Module) -> Reason | None:
     """Return why a module that pads its input cannot be decomposed inside the user's forward; None for another one."""
-    if isinstance(module, LAYERS) and is_stock(module):
-        return None
-    folded = fold(module)
-    if folded is None or folded.padding is None:
+    if padding_before(module) is None:
         return None
     text = f"{type(module).__name__} pads its input itself, which factors inside the model's own forward would not"
     return Reason("pads-itself", text)

@@ -80,6 +80,12 @@ def fold(module: nn.Module) -> Folded | None:
         return folded if close(call.output, _output(folded, x), tolerance(x.dtype)) else None
 
 
+def padding_before(module: nn.Module) -> Padding | None:
+    """Return the padding before the stock layer of a module that can be folded, or None."""
+    decision = _decision(module)
+    return None if decision is None else decision.padding
+
+
 def is_layer(module: nn.Module) -> bool:
     """Whether the module is a conv or linear, a subclass of one, or computes what one does."""
     return isinstance(module, LAYERS) or stand_in(module) is not None or _decision(module) is not None
@@ -97,8 +103,8 @@ def stock_layer(module: nn.Module) -> nn.Module:
     """Return the stock layer that computes what a module does by itself; one that is no layer, or pads, as it is."""
     if (layer := stand_in(module)) is not None:
         return layer
-    folded = fold(module)
-    return folded.layer if folded is not None and folded.padding is None else module
+    folded = fold(module) if padding_before(module) is None else None
+    return module if folded is None else folded.layer
 
 
 @dataclass(frozen=True)
