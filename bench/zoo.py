@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bench import zoo_timm, zoo_torchvision, zoo_transformers
-from bench.left_alone import as_text, left_alone, mean_text
+from bench.left_alone import LeftAlone, mean_text
 from fxlrd import Budget, compress
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.inputs import Inputs
@@ -105,7 +105,7 @@ def main() -> None:
     except FxlrdError as error:
         sys.exit(f"bench.zoo: {error}")
     rows: list[list[str]] = []
-    shares: dict[str, dict[str, float]] = {}
+    shares: dict[str, LeftAlone] = {}
     try:
         with tqdm(chosen, leave=False, disable=None) as progress:
             for name in progress:
@@ -113,7 +113,7 @@ def main() -> None:
                 start = time.perf_counter()
                 row = [name, *_row(name, arguments.preset, arguments.exact, arguments.largest, shares)]
                 row += [""] * (len(HEADERS) - len(row))
-                rows.append([*row, as_text(shares.get(name)), f"{time.perf_counter() - start:.1f} s"])
+                rows.append([*row, str(shares.get(name, "")), f"{time.perf_counter() - start:.1f} s"])
                 gc.collect()  # graphs have cycles, and hold the weights
     except KeyboardInterrupt:
         print(f"interrupted: {len(rows)} of {len(chosen)}")
@@ -126,7 +126,7 @@ def main() -> None:
                 print(f"parameters left alone, mean of {len(listed)} models of {library}: {mean_text(listed)}")
 
 
-def _row(name: str, preset: str, exact: bool, largest: float, shares: dict[str, dict[str, float]]) -> list[str]:
+def _row(name: str, preset: str, exact: bool, largest: float, shares: dict[str, LeftAlone]) -> list[str]:
     """Return a model's row, after its name; whatever goes wrong is one. What is left alone goes into ``shares``."""
     try:
         size = COLLECTIONS[collection(name)].parameters(name)
@@ -138,7 +138,7 @@ def _row(name: str, preset: str, exact: bool, largest: float, shares: dict[str, 
             return ["refused", "", "", f"{needed / 2**30:.1f} GiB of memory needed, {free / 2**30:.1f} available"]
         model, example = build(name), inputs(name)
         report = _compressed(model, example, preset)
-        shares[name] = left_alone(model, report)
+        shares[name] = LeftAlone.of(model, report)
         cells = _cells(report)
         return [*cells, _at_full_rank(model, example) if exact else ""]
     except FxlrdError as error:

@@ -6,8 +6,12 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import bench
+import fxlrd
+from fxlrd import FxlrdError
 
 MODULES = sorted(path.stem for path in Path(bench.__file__).parent.glob("*.py") if not path.stem.startswith("__"))
 
@@ -21,3 +25,41 @@ def test_every_section_is_a_module():
     from bench.__main__ import SECTIONS
 
     assert set(SECTIONS) <= set(MODULES)
+
+
+def test_what_is_left_alone_is_a_share_of_the_layers_that_could_be_decomposed():
+    from bench.left_alone import LeftAlone
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(9, 32), nn.Linear(32, 9, bias=False)
+            self.head.weight = self.embedding.weight
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.experts = nn.Parameter(torch.randn(2, 32, 32))
+
+        def forward(self, ids):
+            return self.head(self.b(self.a(self.embedding(ids))) @ self.experts[0] @ self.experts[1])
+
+    model = Model().eval()
+    model.b.register_forward_hook(lambda *_: None)
+    report = fxlrd.compress(model, torch.zeros(2, 3, dtype=torch.long), ratio=2, measure=False).report
+    alone = LeftAlone.of(model, report)
+    assert alone.reasons == {"hooks": 0.5}
+    assert alone.held_by_no_layer == 2048 / (2048 + 2 * 1056)
+    assert str(alone) == "50.0%: 50.0% hooks; 49.2% no layer holds"
+
+
+def test_models_of_a_library_that_is_not_installed_are_left_out(monkeypatch, capsys):
+    from bench import zoo
+
+    def missing():
+        raise ImportError
+
+    monkeypatch.setattr(zoo.COLLECTIONS["timm"], "names", missing)
+    assert zoo.names("resnet50") == ["resnet50"]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(FxlrdError, match="no model of torchvision"):
+        zoo.names("timm:*")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "timm is not installed" in line
