@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from fxlrd.layers.functions import CALLS, arguments_of, layer_around
@@ -135,8 +135,8 @@ def _may_fold(module: nn.Module) -> bool:
     parameters = [p for p in module._parameters.values() if p is not None]
     return (
         not module._modules
+        and not any(isinstance(t, (UninitializedBuffer, UninitializedParameter)) or t.is_meta for t in tensors)
         and any(p.dim() >= 2 for p in parameters)
-        and not any(isinstance(t, UninitializedParameter) or t.is_meta for t in tensors)
         and all(p.is_floating_point() for p in parameters)
         and not type(module).__module__.startswith("torch.")
         and not (isinstance(module, LAYERS) and is_stock(module))
@@ -167,16 +167,19 @@ def _tried(module: nn.Module, channels: int) -> _Decision | None:
     if len(noted) < len(inputs) or not all(_alike(call, noted[0]) for call in noted):
         return None
     layer = _layer(noted[0], twin)
-    padding = _padding(noted, layer)
-    if padding is _UNKNOWN:
-        return None
-    folded = Folded(layer, padding)
-    if not all(close(call.output, _output(folded, x), EXACT) for call, x in zip(noted, inputs, strict=True)):
-        return None
-    if not _same_gradient(noted[0].output, _output(folded, inputs[0]), inputs[0]):
+    folds = (Folded(layer, padding) for padding in _paddings(noted, layer))
+    folded = next((each for each in folds if _gives_outputs(each, noted)), None)
+    if folded is None or not _same_gradient(noted[0].output, _output(folded, inputs[0]), inputs[0]):
         return None
     unchanged = all(torch.equal(t, before[name]) for name, t in twin.state_dict().items())
-    return _Decision(channels, padding) if unchanged else None
+    return _Decision(channels, folded.padding) if unchanged else None
+
+
+def _gives_outputs(folded: Folded, calls: Sequence[_Call]) -> bool:
+    try:
+        return all(close(call.output, _output(folded, call.input), EXACT) for call in calls)
+    except RuntimeError:  # without its padding, an input is smaller than the kernel
+        return False
 
 
 def _output(folded: Folded, x: Tensor) -> Tensor:
@@ -296,22 +299,11 @@ def _layer(call: _Call, module: nn.Module) -> ConvOrLinear:
     return layer_around(call.function, weight, parameter(call.arguments["bias"]), call.settings)
 
 
-_UNKNOWN: Any = object()
-
-
-def _padding(calls: Sequence[_Call], layer: ConvOrLinear) -> Padding | None:
-    """Return what comes before the function in all the calls: nothing (None), a padding, or `_UNKNOWN`."""
-    if all(call.arguments["input"] is call.input for call in calls):
-        return None
-    candidates: list[Padding] = []
+def _paddings(calls: Sequence[_Call], layer: ConvOrLinear) -> Iterator[Padding | None]:
+    """Yield what may come before the function in all the calls: nothing, the padding that was noted, "same" padding."""
+    yield None
     if len({tuple(call.pads) for call in calls}) == 1 and len(calls[0].pads) == 1:
-        candidates.append(FixedPadding(*calls[0].pads[0]))
+        yield FixedPadding(*calls[0].pads[0])
     if isinstance(layer, Conv):
         extents = tuple(d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
-        candidates.append(SamePadding(extents, tuple(layer.stride)))
-    fits = (p for p in candidates if all(_gives(p, call) for call in calls))
-    return next(fits, _UNKNOWN)
-
-
-def _gives(padding: Padding, call: _Call) -> bool:
-    return torch.equal(padding.apply(call.input), call.arguments["input"])
+        yield SamePadding(extents, tuple(layer.stride))

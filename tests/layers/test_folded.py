@@ -88,6 +88,22 @@ class OddPadding(nn.Conv2d):
         return super().forward(F.pad(x, (x.shape[-1] // 2, 0)))
 
 
+class Reshaping(nn.Linear):
+    def forward(self, x):
+        return F.linear(x.reshape(-1, self.in_features), self.weight * 2).view(*x.shape[:-1], -1) + 0
+
+
+class Contiguous(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x.contiguous() * 1, self.weight * 2, self.bias)
+
+
+@pytest.mark.parametrize("module", [Reshaping(6, 8), Contiguous(6, 8, 1)])
+def test_an_input_that_is_another_tensor_of_the_same_values_is_not_padded(module):
+    assert fold(module).padding is None
+    assert torch.equal(fold(module).layer.weight, module.weight * 2)
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -108,3 +124,10 @@ def test_random_state_and_modes_stay():
     assert fold(module).layer.training
     assert module.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_lazy_subclass_is_not_folded():
+    class Lazy(nn.LazyLinear):
+        pass
+
+    assert fold(Lazy(6)) is None
