@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
+from fxlrd.capturing.dynamo_encoder import STACK, copied, inside, with_encoder_layers
 from fxlrd.graph.attentions import READERS, close_call, fuse_unread_weights, parts_of_calls, record_parts
 from fxlrd.layers.attention import PROJECTIONS, MaskForm, ProjectedAttention
 
@@ -28,7 +29,6 @@ _UNSUPPORTED = ("bias_k", "bias_v", "static_k", "static_v")
 _CALL = (*READERS.values(), "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
 """The arguments that an attention module is called with as well."""
 _WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-_STACK = "nn_module_stack"
 
 
 @dataclass
@@ -54,11 +54,15 @@ class Opened:
 
 
 def open_calls(gm: fx.GraphModule, weights: Mapping[str, Tensor]) -> Opened:
-    """Return a graph of Dynamo's with its attentions open, or the graph itself where it has none that can be."""
+    """Return a graph of Dynamo's with its attentions open, or the graph itself where it has none that can be.
+
+    So are those of encoder layers that run as one function (`fxlrd.capturing.dynamo_encoder`).
+    """
+    gm = with_encoder_layers(gm)
     functions = {node.name: node for node in _functions(gm.graph) if _can_be_opened(node, weights)}
     if not functions:
         return Opened(gm)
-    opened = Opened(_copied(gm), functions=functions)
+    opened = Opened(copied(gm), functions=functions)
     for node in list(_functions(opened.graph_module.graph)):
         if node.name in functions:
             _Opening(node, weights, opened).replace()
@@ -67,15 +71,6 @@ def open_calls(gm: fx.GraphModule, weights: Mapping[str, Tensor]) -> Opened:
 
 def _functions(graph: fx.Graph) -> list[fx.Node]:
     return list(graph.find_nodes(op="call_function", target=F.multi_head_attention_forward))
-
-
-def _copied(gm: fx.GraphModule) -> fx.GraphModule:
-    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
-    graph.output(graph.graph_copy(gm.graph, values))
-    for old, new in values.items():
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-    return fx.GraphModule(gm, graph)
 
 
 def bound(node: fx.Node) -> dict[str, Any]:
@@ -129,9 +124,9 @@ class _Opening:
         given = {key: self.values[key] for key in _CALL}
         record_parts(self.node.name, 0, new, readers, given, outputs)
         for node in new:
-            node.meta.update({key: self.node.meta[key] for key in (_STACK, "stack_trace") if key in self.node.meta})
+            node.meta.update({key: self.node.meta[key] for key in (STACK, "stack_trace") if key in self.node.meta})
         for role, node in self.linears.items():
-            node.meta[_STACK] = self._stack(role)
+            node.meta[STACK] = inside(self.node, role, nn.Linear)
         for user in list(self.node.users):
             output = outputs[int(str(user.args[1]))]
             output.meta["example_value"] = user.meta.get("example_value")
@@ -187,13 +182,6 @@ class _Opening:
             return fx.Proxy(self.linears[role], self.tracer)
 
         return linear
-
-    def _stack(self, role: str) -> dict[str, Any]:
-        """Return where a projection is in the model, as Dynamo says it of a layer."""
-        stack = dict(self.node.meta.get(_STACK) or {})
-        key, (path, _) = next(reversed(stack.items()), ("", ("", None)))
-        module, at, call = str(key).partition("@")  # such as …@1 in the second call of a module
-        return {**stack, f"{module}.{role}{at}{call}": (f"{path}.{role}" if path else role, nn.Linear)}
 
 
 def close_untouched(
