@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from fxlrd import spec
+from fxlrd.allocation.doubts import doubt_of_plan
 from fxlrd.errors import FxlrdError, unknown
 from fxlrd.graph import cost
 from fxlrd.graph.captured import captured, captured_or_bare
@@ -164,6 +165,8 @@ class Pipeline:
             if callback is not None:
                 callback(gm, step, result.graph_module)
             gm = result.graph_module
+        if ledger and (doubt := doubt_of_plan(gm)) is not None:
+            ledger[-1] = replace(ledger[-1], warnings=(*ledger[-1].warnings, doubt))
         return PipelineResult(gm, any(record.sites for record in ledger), tuple(ledger))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import fx, nn
 
 from fxlrd.allocation.choices import NEGLIGIBLE
-from fxlrd.allocation.plan import Plan
+from fxlrd.allocation.plan import Plan, planned
 from fxlrd.allocation.problem import Problem
 from fxlrd.budget import Budget
+from fxlrd.calibration.holdout import Holdout, held_out
 from fxlrd.graph import cost
 from fxlrd.graph.captured import captured_or_bare
 
@@ -46,3 +47,24 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 def matters(problem: Problem) -> bool:
     """Whether any form of any layer is predicted to change the model's output."""
     return any(choice.error > 2 * NEGLIGIBLE for item in problem.items.values() for choice in item)
+
+
+_TIMES = 3.0
+"""How many times its prediction a measured error may be without a word."""
+
+_SMALL = 1e-3
+"""Errors that are not worth a word whatever was predicted."""
+
+
+def doubt_of_plan(gm: fx.GraphModule) -> str | None:
+    """Return a warning where a plan that was carried out moves the outputs on held-out inputs far beyond prediction."""
+    plan, inputs = planned(gm), held_out(gm)
+    if plan is None or not plan.predicted or not isinstance(inputs, Holdout):
+        return None
+    error = inputs.error(gm)
+    if error <= max(_TIMES * plan.predicted, _SMALL):
+        return None
+    return (
+        f"the output error on held-out inputs is {error:.2g}, {error / plan.predicted:.1f} times what allocate "
+        f"predicted ({plan.predicted:.2g}): give more calibration inputs or a larger budget"
+    )

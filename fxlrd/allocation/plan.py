@@ -29,10 +29,12 @@ class Plan:
     Attributes:
         ranks: by layer; a layer that is missing stays as it is.
         retained: the number of channels that a merged group retains, by the group's first producer.
+        predicted: the relative error of the model's output, where all layers' effects on it were measured.
     """
 
     ranks: Mapping[str, Ranks] = field(default_factory=dict)
     retained: Mapping[str, int] = field(default_factory=dict)
+    predicted: float | None = field(default=None, compare=False)
 
 
 planned = Fact("plan", Plan)

@@ -218,6 +218,19 @@ class Variety:
         return self.alike and self.rows > 1
 
 
+class Count:
+    """Counts the examples of batches as they pass."""
+
+    def __init__(self) -> None:
+        self.examples = 0
+
+    def watch(self, batches: Iterable[Inputs]) -> Iterator[Inputs]:
+        """Yield the batches."""
+        for inputs in batches:
+            self.examples += examples(inputs)
+            yield inputs
+
+
 def examples(inputs: Inputs) -> int:
     """Return the number of examples in a batch: the largest first dimension of its tensors."""
     return max((len(t) for t in tensors((inputs.args, inputs.kwargs)) if t.dim()), default=1)

@@ -16,8 +16,8 @@ The graph is not changed: `merge` and `decompose` carry the plan out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import fx
@@ -35,7 +35,8 @@ from fxlrd.allocation.uncut import what_stands
 from fxlrd.budget import Budget
 from fxlrd.calibration.holdout import Disabled, Holdout, TooFew, held_out
 from fxlrd.errors import FxlrdError, Reason
-from fxlrd.graph.layer import Layer, layers_of
+from fxlrd.graph.layer import Layer, layers_of, statistics_of
+from fxlrd.graph.surgery import calls
 from fxlrd.layers.forms import depthwise_reason
 from fxlrd.passes.contract import PassResult, Skip, names
 from fxlrd.passes.driver import Run, start
@@ -105,12 +106,13 @@ class Allocate:
         biases = {name: measure.bias(run.gm.get_submodule(name)) for name in items}
         problem = Problem(items, groups, biases)
         plan, spent, warnings = best_plan(run.gm, problem, measure, self.budget, progress, uncut)
-        planned.record(run.gm, plan)
+        predicted = math.sqrt(problem.error(plan))
+        planned.record(run.gm, replace(plan, predicted=predicted if _effects_measured(run.gm, items) else None))
         run.warnings += [*warnings, *doubts(run.gm, problem, plan, self.budget)]
         reported = {skip.name for skip in run.skipped}
         unchanged = [name for name in items if name not in plan.ranks and name not in problem.cut(plan.retained)]
         run.skipped += [Skip(name, NOT_WORTH_IT) for name in unchanged if name not in reported]
-        return run.result(f"{spent}; predicted output error {math.sqrt(problem.error(plan)):.2g}", measure.timings)
+        return run.result(f"{spent}; predicted output error {predicted:.2g}", measure.timings)
 
     def _held_out(self, run: Run) -> Holdout | None:
         """Return the inputs to measure on, or None where errors are only predicted."""
@@ -168,3 +170,8 @@ class Allocate:
         if reason is None or reason.code == "stem":
             return depthwise_reason(layer.module) or reason
         return reason
+
+
+def _effects_measured(gm: fx.GraphModule, names: Iterable[str]) -> bool:
+    measured = (statistics_of(calls(gm, name)) for name in names)
+    return all(each is not None and each.importance is not None for each in measured)

@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from fxlrd.calibration.batches import Variety, as_batches, as_inputs, rows_are_examples, to_fit
+from fxlrd.calibration.batches import Count, Variety, as_batches, as_inputs, rows_are_examples, to_fit
 from fxlrd.calibration.holdout import Disabled, TooFew, held_out_of, record_calibrated
 from fxlrd.calibration.moments import forget_statistics, sweep
+from fxlrd.calibration.scarcity import scarcity
 from fxlrd.errors import Reason
 from fxlrd.graph.inputs import Inputs
 from fxlrd.passes.contract import PassResult
@@ -54,8 +55,8 @@ class Calibrate:
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with moments on its nodes."""
         run = start(self, gm, progress)
-        variety, rest = Variety(), list[Inputs]()
-        batches = variety.watch(as_inputs(run.gm, progress(as_batches(self.calibration), run.label)))
+        variety, rest, count = Variety(), list[Inputs](), Count()
+        batches = count.watch(variety.watch(as_inputs(run.gm, progress(as_batches(self.calibration), run.label))))
         sweep(
             run.gm,
             to_fit(batches, rest, partial(rows_are_examples, run.gm)) if self.holdout else batches,
@@ -66,6 +67,8 @@ class Calibrate:
         if variety.none:
             forget_statistics(run.gm)
             run.warnings.append(f"{run.label}: {ALIKE}; nothing is fitted to them, and predicted errors mean little")
+        elif (warning := scarcity(run.gm, count.examples)) is not None:
+            run.warnings.append(f"{run.label}: {warning}")
         held_out = held_out_of(run.gm, rest) if self.holdout else Disabled()
         record_calibrated(run.gm, TooFew(ALIKE) if variety.none and self.holdout else held_out)
         return run.result()
