@@ -13,6 +13,21 @@ One inverse therefore gives all numbers of units: those that few units lack are 
 (Optimal Brain Surgeon, Hassibi and Stork 1993, on the units of a layer; here W enters as A alone). For several
 consumers the errors add up. A consumer whose bias is refitted has the covariance for G: that is the inverse of
 G bordered by a constant, without its border.
+
+Beside picking units one by one instead (pivoted Cholesky, weighted by A, with the same least squares), in relative
+errors on inputs that were not fitted to. MLPs: of their outputs, where 75, 50 and 25 % of the units are retained;
+SmolLM2-135M has 2.3 positions per unit, MiniLM 7. The network on Fashion-MNIST that ships with fxlrd: of the logits,
+where `merge` has α = 1.5, 2.75 and 4 (BatchNorm statistics re-estimated).
+
+                                  picked                  dropped                 dropped, with a ridge (ρ)
+    SmolLM2, block 0           .243   .425   .515      .303   .471   .515      .184   .305   .464   (0.3)
+    SmolLM2, block 8           .383   .540   .671      .384   .540   .669      .313   .472   .628   (0.3)
+    SmolLM2, block 22          .309   .460   .605      .311   .462   .600      .273   .426   .575   (0.3)
+    MiniLM, block 2            .069   .119   .171      .066   .116   .167      .066   .116   .167   (0.01)
+    MiniLM, block 5            .039   .064   .093      .039   .063   .091      .038   .062   .090   (0.01)
+    Fashion-MNIST              .107   .191   .290      .105   .179   .264
+
+How the units are found matters less than that G is shrunk where positions are few (fxlrd/factor/ridge.py).
 """
 
 from __future__ import annotations
