@@ -19,7 +19,7 @@ Where Γ is zero, no change of the layer reaches the model's output. Its errors 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fxlrd.errors import Reason
 from fxlrd.factor.basis import left_basis
+from fxlrd.factor.whiten import Root
 from fxlrd.layers.build import decomposed, with_mean_output
 from fxlrd.layers.fit import Fit, roots
 from fxlrd.layers.forms import Ranks, form, parameters, ranks_by_ratio
@@ -83,10 +84,18 @@ class Curve:
         total = float(self.energy[tuple(-1 for _ in at)])
         return self.scale * max(0.0, total - float(self.energy[at]))
 
-    def layer(self, ranks: Ranks) -> nn.Sequential:
-        """Return the layer's form at ``ranks`` as `fxlrd.layers.build.decomposed` gives it, but for its balance."""
+    def maker(self, ranks: Ranks) -> Callable[[], nn.Module]:
+        """Return what makes the layer's form at ``ranks``, as `fxlrd.layers.build.decomposed` does but for its balance.
+
+        An SVD form is made at once, since it takes little beside the curve, and the curve's matrices need not be kept.
+        """
         if self.form != "svd" or self.fit is None or self.reads is None:
-            return decomposed(self.module, ranks, 1, self.fit)[0]
+            module, fit = self.module, self.fit
+            return lambda: decomposed(module, ranks, 1, fit)[0]
+        made = self._svd(self.fit, self.reads, ranks)
+        return lambda: made
+
+    def _svd(self, fit: Fit, reads: Root, ranks: Ranks) -> nn.Sequential:
         (rank,) = ranks
         weight = weight_blocks(self.module).double().flatten(2)
         basis = self.basis[..., :rank]
@@ -94,9 +103,9 @@ class Curve:
             first, last = basis.mT, basis
             if self.importance is not None:
                 first, last = first @ self.importance.root, self.importance.inverse @ last
-            return with_mean_output(self.module, first @ weight, last, self.fit)
+            return with_mean_output(self.module, first @ weight, last, fit)
         return with_mean_output(  # W' = W·G^½·Q·Qᵀ·G^-½
-            self.module, basis.mT @ self.reads.inverse, weight @ (self.reads.root @ basis), self.fit
+            self.module, basis.mT @ reads.inverse, weight @ (reads.root @ basis), fit
         )
 
     @property

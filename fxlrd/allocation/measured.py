@@ -15,12 +15,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
-from torch import fx
+from torch import fx, nn
 
 from fxlrd.allocation.choices import Choice, Curve
 from fxlrd.allocation.merges import Merging, interpolations, readers
@@ -48,13 +48,13 @@ def trial_of_layer(layer: Layer, forms: Sequence[Choice], curve: Curve, share: f
     """Return the layer's forms to try, of which the last of ``forms``, the original, is none."""
     *cheaper, original = forms
     picks = [cheaper[i] for i in _nearest([form.cost / original.cost for form in cheaper], share)]
-    made = [{layer.name: curve.layer(form.ranks).eval()} for form in picks if form.ranks is not None]
-    changes = tuple(partial(_itself, modules) for modules in made)  # made at once: a curve is large
+    makers = [curve.maker(form.ranks) for form in picks if form.ranks is not None]
+    changes = tuple(partial(_evaluating, layer.name, maker) for maker in makers)
     return Trial(layer.name, (layer.name,), tuple(form.error for form in picks), changes)
 
 
-def _itself(modules: Modules) -> Modules:
-    return modules
+def _evaluating(name: str, maker: Callable[[], nn.Module]) -> Modules:
+    return {name: maker().eval()}
 
 
 def trial_of_group(gm: fx.GraphModule, name: str, merging: Merging, share: float) -> Trial:

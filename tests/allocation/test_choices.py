@@ -99,7 +99,7 @@ def test_the_curve_gives_the_forms_that_decompose_makes(name, given):
     c_in, _, groups = channels_per_group(module)
     dims = module.weight.dim() - 2
     x = torch.randn(3, c_in * groups, *[5] * dims).double()
-    assert torch.allclose(Curve(module, fit).layer(ranks)(x), decomposed(module, ranks, fit=fit)[0](x), rtol=1e-7)
+    assert torch.allclose(Curve(module, fit).maker(ranks)()(x), decomposed(module, ranks, fit=fit)[0](x), rtol=1e-7)
 
 
 @pytest.mark.parametrize("name", MODULES)
