@@ -10,6 +10,7 @@ nodes after it, of a user's model whose regions were captured the blocks from it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from fxlrd.calibration.holdout import outputs
 from fxlrd.calibration.stepper import Stepper
+from fxlrd.errors import FxlrdError
 from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import set_modules, undo
@@ -75,6 +77,8 @@ def _within(resumable: Resumable, modules: Modules, described: Collection[str]) 
     replaced = set_modules(resumable.model, modules, described)
     try:
         return _mean(resumable.results(modules), resumable.original)
+    except FxlrdError:  # the model's own code fails on what it gets
+        return math.inf
     finally:
         undo(resumable.model, replaced)
 
@@ -84,7 +88,12 @@ def _mean(changed: Iterable[Sequence[Tensor]], original: Sequence[Sequence[Tenso
 
 
 def squared_error(changed: Sequence[Tensor], original: Sequence[Tensor]) -> float:
-    """Return Σ ‖z' − z‖² / ‖z‖² over the output tensors of floating-point numbers; infinite values do not count."""
+    """Return Σ ‖z' − z‖² / ‖z‖² over the output tensors of floating-point numbers; infinite values do not count.
+
+    It is infinite where there are others, as where a detector finds other boxes.
+    """
+    if [t.shape for t in changed] != [t.shape for t in original]:
+        return math.inf
     total = 0.0
     for a, b in zip(changed, original, strict=True):
         if not b.is_floating_point():

@@ -73,4 +73,5 @@ def test_the_relative_squared_error():
     mask = torch.tensor([-torch.inf, 1.0])
     assert squared_error([b, mask, torch.tensor([1])], [a, mask, torch.tensor([2])]) == pytest.approx(1 / 25)
     assert squared_error([a], [0 * a]) == 0.0
+    assert squared_error([a], [a, b]) == squared_error([a[:1]], [a]) == torch.inf
     assert squared_error([torch.tensor([torch.nan])], [torch.tensor([1.0])]) != 0.0
