@@ -38,6 +38,8 @@ POINTS = (1.0, 0.5)
 """Where a curve is measured: at these multiples of the budget's share of the layer's cost."""
 WORK = 1e12
 """FLOPs that all trials may take: few inputs of a large model are run. By a clock, no run would be reproducible."""
+ENOUGH = 8
+"""Inputs from which on a second point of each curve says more than further inputs."""
 WITHIN = 100.0
 """Factor by which a scale may differ from the median of all."""
 _NOTHING = 1e-12
@@ -120,17 +122,17 @@ def _work_of_a_change(gm: fx.GraphModule) -> float:
 def affordable(trials: Sequence[Trial], work: float) -> tuple[dict[int, Trial], int]:
     """Return the trials that `WORK` allows, by index, and the number of inputs.
 
-    ``work`` is that of one change, for one input.
-    Where not even one input is within it, one change of each is tried; and where that is not, some of the layers that
-    are alike, spread evenly over the model, the first and the last of them always.
+    ``work`` is that of one change, for one input. Where `ENOUGH` inputs are not within it, one change of each is tried;
+    where one input is not, some of the layers that are alike, spread evenly over the model, the first and the last of
+    them always.
     """
     changes = sum(len(trial.changes) for trial in trials)
-    if changes * work <= WORK:
+    if changes * work * ENOUGH <= WORK:
         return dict(enumerate(trials)), int(WORK / max(changes * work, 1.0))
     single = [replace(trial, predicted=trial.predicted[:1], changes=trial.changes[:1]) for trial in trials]
     stride = max(1, math.ceil(len(trials) * work / WORK))
     indices = [i for alike in _kinds(trials).values() for i in dict.fromkeys([*alike[::stride], alike[-1]])]
-    return {i: single[i] for i in sorted(indices)}, 1
+    return {i: single[i] for i in sorted(indices)}, max(1, int(WORK / (len(indices) * work)))
 
 
 def _kinds(trials: Sequence[Trial]) -> dict[tuple[str, bool], list[int]]:
