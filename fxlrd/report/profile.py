@@ -30,6 +30,7 @@ from fxlrd.capturing.model import capture_any
 from fxlrd.errors import Reason
 from fxlrd.graph import cost, facts
 from fxlrd.graph.captured import Unreached, captured_or_bare, runnable
+from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.facts import times
 from fxlrd.graph.guards import check_names
 from fxlrd.graph.inputs import Inputs
@@ -163,7 +164,9 @@ def profile(
     device = device_of(model, inputs)
     setting = Setting.current(device, compile)
     stopwatch = Stopwatch(compile, seconds, cache, timer)
-    model_time = stopwatch.time_model(runnable(gm) if compile else model, inputs)
+    capture = captured_or_bare(gm)
+    own = structural_copy(capture.model or model)  # a run may leave something on the model
+    model_time = stopwatch.time_model(runnable(gm) if compile else own, inputs)
     layers = layers_of(gm)
     dtypes = dict.fromkeys(as_layer(layer.module).weight.dtype for layer in layers)
     peak = max((peak_rate(dtype, device, stopwatch) for dtype in dtypes), default=0.0)
@@ -172,7 +175,6 @@ def profile(
         for layer in progress(layers, "profile")
     ]
     rows.sort(key=lambda row: -(row.latency_ms or 0.0))
-    capture = captured_or_bare(gm)
     rows += [LayerTime.unreached(name, layer) for name, layer in capture.unreached.items()]
     total = {
         "params": cost.params(model),

@@ -234,3 +234,25 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys, monkeypatc
     assert data["total"]["params"] == 11_689_512
     assert main([*command[:-1], "no/such/folder/p.json"]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+class Counting(nn.Module):
+    """It counts its calls in eval mode, in an attribute, and scales its weight down in the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.fc = 0, nn.Linear(32, 32)
+
+    def forward(self, x):
+        if not self.calls:
+            self.fc.weight.data.mul_(0.5)
+        self.calls += 1
+        return self.fc(x)
+
+
+def test_the_model_is_left_as_it_was():
+    model = Counting().eval()
+    weight = model.fc.weight.detach().clone()
+    profile(model, torch.randn(2, 32), timer=timer())
+    assert model.calls == 0
+    assert torch.equal(model.fc.weight, weight)
