@@ -48,11 +48,7 @@ def test_all_six_layers_are_reached():
     model = Model(MASKS["both"])
     gm, given = graph(model, X)
     names = [*(f"layer.self_attn.{role}" for role in PROJECTIONS), "layer.linear1", "layer.linear2"]
-    assert list(layers(raise_graph(gm, weights_of(gm, given)).graph_module)) == [
-        *names,
-        "layer.linear1",
-        "layer.linear2",
-    ]
+    assert list(layers(raise_graph(gm, weights_of(gm, given)).graph_module)) == names
     for passes in ("decompose{ranks=100}", "decompose{ranks=100,skip=*self_attn}"):
         torch._dynamo.reset()
         torch.testing.assert_close(compiled(model, passes=passes)(X), model(X), rtol=1e-9, atol=1e-9)
