@@ -166,7 +166,7 @@ def test_a_budget(net, measure, tmp_path, capsys):
     assert main([*net, "--budget", f"{measure}=0.6", *data]) == 0
     assert f"of {measure}; predicted output error" in capsys.readouterr().out
     report = json.loads(path.read_text())
-    assert report["after"][measure] / report["before"][measure] == pytest.approx(0.6, rel=0.02)
+    assert 0.58 <= report["after"][measure] / report["before"][measure] <= 0.6
     assert [p["name"] for p in report["passes"]][:4] == ["calibrate", "allocate", "merge", "decompose"]
 
 

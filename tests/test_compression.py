@@ -148,7 +148,7 @@ def test_a_forward_with_unused_kwargs():
 
 
 AUTO = (
-    "calibrate{outputs=false,patches=1152,effects=256,holdout=true},allocate{params=0.6},"
+    "calibrate{outputs=false,patches=1152,effects=256,holdout=true},allocate{params=0.6,measured=32},"
     "merge,decompose,refit,recalibrate"
 )
 

@@ -137,7 +137,7 @@ def test_auto_in_text_form_and_the_passes_of_a_budget():
     assert text.split(",")[-1] == "recalibrate"
     assert str(Pipeline.parse(text)) == text
     budget = Pipeline.preset("auto").with_options(latency=0.0, flops=0.4)
-    assert "allocate{flops=0.4}" in str(budget)
+    assert "allocate{flops=0.4,measured=32}" in str(budget)
     assert Pipeline.parse("allocate{params=0.5,merge=false,skip=a|b}").passes == (
         Allocate(params=0.5, merge=False, skip=("a", "b")),
     )

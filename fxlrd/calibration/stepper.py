@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from fxlrd.calibration.batches import failure
 from fxlrd.graph.captured import feed
 from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.reached import ReachingInterpreter, reached
 from fxlrd.graph.regions import copies
 
 
@@ -24,7 +25,7 @@ class Stepper:
         self.pending = list(gm.graph.nodes)
         self.runs: list[tuple[fx.Interpreter, Inputs]] = []
         for inputs in batches:
-            run = fx.Interpreter(gm)
+            run = ReachingInterpreter(gm)
             run.args_iter = iter(feed(gm, inputs))
             self.runs.append((run, inputs))
 
@@ -40,8 +41,8 @@ class Stepper:
             self._step()
 
     def values(self, node: fx.Node) -> list[Tensor]:
-        """Return the value of a node for each input; some node that reads it has still to run."""
-        return [run.env[node] for run, _ in self.runs]
+        """Return the value of a node for each input that reaches it; some node that reads it has still to run."""
+        return [value for run, _ in self.runs if reached(value := run.env[node])]
 
     def rest(self, modules: Mapping[str, nn.Module]) -> list[Any]:
         """Return the graph's output for each input with other modules in the place of some; the run stays where it is.
@@ -67,7 +68,7 @@ class Stepper:
                 del run.env[unused]
 
 
-class _Branch(fx.Interpreter):
+class _Branch(ReachingInterpreter):
     """The remainder of a run, on copies of its values, with other modules in the place of some."""
 
     def __init__(self, gm: nn.Module, modules: Mapping[str, nn.Module], env: dict[fx.Node, Any]) -> None:
