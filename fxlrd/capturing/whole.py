@@ -48,7 +48,8 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     >>> [(node.name, tuple(node.meta["tensor_meta"].shape)) for node in gm.graph.nodes]
     [('input_1', (2, 4)), ('_0', (2, 8)), ('_1', (2, 8)), ('output', (2, 8))]
 
-    The graph module shares the model's parameters, in modules of its own; the model itself is neither run nor changed.
+    The graph module shares the model's parameters, in modules of its own, but for weights that a layer computes from them
+    (weight standardisation): of these it has the values. The model itself is neither run nor changed.
     Raises CaptureError, naming the module and the line, for a model that cannot be traced as a whole, and for one whose
     trace does something else (`fxlrd.capturing.proof`); FxlrdError for example inputs that the model fails on and for
     weights that are not finite.
