@@ -103,4 +103,4 @@ def _folds(gm: fx.GraphModule, for_users_forward: bool) -> dict[str, Folded]:
 
 
 def _call(gm: fx.GraphModule, inputs: Inputs) -> Any:
-    return gm(*feed(gm, inputs))
+    return gm.forward(*feed(gm, inputs))

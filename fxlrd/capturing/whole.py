@@ -48,8 +48,8 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     >>> [(node.name, tuple(node.meta["tensor_meta"].shape)) for node in gm.graph.nodes]
     [('input_1', (2, 4)), ('_0', (2, 8)), ('_1', (2, 8)), ('output', (2, 8))]
 
-    The graph module shares the model's parameters, in modules of its own, but for weights that a layer computes from them
-    (weight standardisation): of these it has the values. The model itself is neither run nor changed.
+    The graph module shares the model's parameters, in modules of its own, but for weights that a layer computes from
+    them (weight standardisation): of these it has the values. The model itself is neither run nor changed.
     Raises CaptureError, naming the module and the line, for a model that cannot be traced as a whole, and for one whose
     trace does something else (`fxlrd.capturing.proof`); FxlrdError for example inputs that the model fails on and for
     weights that are not finite.
@@ -123,7 +123,7 @@ def _check(gm: fx.GraphModule, original: Original) -> None:
     """Run the graph, leave shapes and FLOPs on its nodes. Raise CaptureError if it does not do what the model does."""
 
     def call(gm: fx.GraphModule, inputs: Inputs) -> Any:
-        return gm(*feed(gm, inputs))
+        return gm.forward(*feed(gm, inputs))  # a call of the graph module prints what it raises
 
     states = _states(gm)
     # Random numbers are others than those of the original: who draws some in eval mode is found so.
