@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,17 +45,20 @@ def _prefill(model: Any, ids: Tensor, compile: bool) -> Callable[[], object]:
 
 
 def _decode(model: Any, first: Tensor, compile: bool) -> Callable[[], object]:
-    """Return the decoding, with a cache of fixed size: one graph serves every step."""
+    """Return the decoding, with a cache of fixed size, made by an eager step: one graph serves every step after."""
     from transformers import StaticCache
 
     call = served(model, compile)
     cache = StaticCache(config=model.config, max_cache_len=DECODED + 1)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        model(input_ids=first, use_cache=True, **{name: cache})
 
     def run() -> Tensor:
         cache.reset()
         token = first
         for _ in range(DECODED):
-            logits = call(input_ids=token, past_key_values=cache, use_cache=True).logits
+            logits = call(input_ids=token, use_cache=True, **{name: cache}).logits
             token = logits[:, -1:].argmax(-1)
         return token
 
