@@ -4,15 +4,17 @@ Factors are fitted to the inputs that the *original* network gives each layer. I
 by the errors of all layers before. From the first layer to the last, with z the input of the last factor (or of a
 merged layer) in the compressed network, and y the output of the layer in the original one:
 
-    min ‖y − (A + Δ)·z − b‖² + ρ·‖Δ‖²       over Δ and b (b = 0 if the layer has no bias)
+    min ‖y − (A + Δ)·z − b‖² + ρ·‖Δ‖²       over Δ and b
 
-so that each layer also makes up for the ones before (asymmetric reconstruction, Zhang et al. 2016). Both networks run
+so that each layer also makes up for the ones before (asymmetric reconstruction, Zhang et al. 2016). Where the layer has
+no bias, b goes into the mean of a BatchNorm after it, or is left out. Both networks run
 in step, a node at a time for all inputs: one pass each. Approximate. Where `calibrate` held inputs out, the result is
 kept only if it brings the outputs on those closer to the original's.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,11 +31,12 @@ from fxlrd.errors import Reason
 from fxlrd.factor.ridge import with_ridge
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.facts import FACTORS, provenance, retained_channels
+from fxlrd.graph.guards import hooked
 from fxlrd.graph.layer import NOT_REACHED
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import calls, source
 from fxlrd.layers.fit import Moments
-from fxlrd.layers.kinds import CONVS, LAYERS, TRANSPOSED, as_layer, channel_axis, op
+from fxlrd.layers.kinds import BATCH_NORMS, CONVS, LAYERS, TRANSPOSED, as_layer, channel_axis, op
 from fxlrd.layers.weights import resized
 from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.passes.driver import start
@@ -148,19 +151,42 @@ def _refit(gm: fx.GraphModule, name: str, place: Place, compressed: Stepper, ori
     if not values:
         return Skip(name, NOT_REACHED)
     pairs = zip(values, original.values(place.original), strict=True)
-    new = _solved(gm.get_submodule(str(place.call.target)), retained_channels(place.call), pairs)
-    if new is None:
+    module, norm = gm.get_submodule(str(place.call.target)), _norm_after(gm, place.call)
+    has_bias = as_layer(module).bias is not None
+    solved = _solved(module, retained_channels(place.call), pairs, has_bias or norm is not None)
+    if solved is None:
         return Skip(name, NOT_FINITE)
-    gm.set_submodule(str(place.call.target), new.eval())
+    weight, bias = solved
+    gm.set_submodule(str(place.call.target), resized(module, weight, bias if has_bias else None).eval())
+    if norm is not None and not has_bias:
+        gm.set_submodule(norm, _shifted(gm.get_submodule(norm), bias))
     return Site(name, False, "refitted")
 
 
-def _solved(module: nn.Module, retained: Tensor | None, pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.Module | None:
-    """Return the layer with the weight and bias of the least squares fit, or None where values are not finite.
+def _norm_after(gm: fx.GraphModule, call: fx.Node) -> str | None:
+    """Return the name of the BatchNorm that alone reads a layer's output, if its statistics may be changed."""
+    user = next(iter(call.users))
+    if len(call.users) != 1 or user.op != "call_module" or len(calls(gm, str(user.target))) != 1:
+        return None
+    module = gm.get_submodule(str(user.target))
+    statistics = type(module) in BATCH_NORMS and module.running_mean is not None and not hooked(module)
+    return str(user.target) if statistics else None
 
-    A layer without bias gets none: what follows it, such as a BatchNorm, has a shift of its own, and budgets count it.
 
-    ``pairs`` are z, which the layer reads, and y, of which it makes the channels ``retained`` (all if None).
+def _shifted(norm: nn.Module, constant: Tensor) -> nn.Module:
+    """Return a copy of a BatchNorm that computes norm(x + constant) in eval mode."""
+    new = copy.deepcopy(norm)
+    new.running_mean = norm.running_mean - constant.to(norm.running_mean)  # type: ignore[operator, arg-type]
+    return new
+
+
+def _solved(
+    module: nn.Module, retained: Tensor | None, pairs: Iterable[tuple[Tensor, Tensor]], constant: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Return the weight and bias of the least squares fit, or None where values are not finite.
+
+    ``pairs`` are z, which the layer reads, and y, of which it makes the channels ``retained`` (all if None). Without a
+    ``constant`` the bias is zero: budgets count parameters, so that a layer gets no bias that had none.
     """
     weight = as_layer(module).weight.detach().double().flatten(1)
     count, width = weight.shape
@@ -170,8 +196,7 @@ def _solved(module: nn.Module, retained: Tensor | None, pairs: Iterable[tuple[Te
         made = (made if retained is None else made[..., retained]).reshape(-1, count).double()
         most = max(ROWS * width, FEW)
         joint.add(torch.cat([_rows(module, z, most), made[:: stride_for(len(made), most)]], 1))
-    has_bias = as_layer(module).bias is not None
-    covariance = joint.covariance if has_bias else joint.second
+    covariance = joint.covariance if constant else joint.second
     if not bool(covariance.isfinite().all()):
         return None
     inner, cross = covariance[:width, :width], covariance[width:, :width]
@@ -181,8 +206,8 @@ def _solved(module: nn.Module, retained: Tensor | None, pairs: Iterable[tuple[Te
     regularised = with_ridge(inner, joint.ridge) + scale * torch.eye(width, dtype=inner.dtype, device=inner.device)
     change = torch.linalg.solve(regularised, (cross - weight @ inner).mT).mT
     weight = weight + change
-    bias = joint.mean[width:] - weight @ joint.mean[:width] if has_bias else None
-    return resized(module, weight.view_as(as_layer(module).weight), bias)
+    bias = (joint.mean[width:] - weight @ joint.mean[:width]) * constant
+    return weight.view_as(as_layer(module).weight), bias
 
 
 def _rows(module: nn.Module, x: Tensor, most: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fxlrd import FxlrdError, Pipeline, capture
+from fxlrd.graph import cost
 from fxlrd.graph.facts import provenance, retained_channels
 from fxlrd.graph.surgery import calls
 from fxlrd.passes import Calibrate, Decompose, Merge, Refit
@@ -191,3 +192,31 @@ def test_requests_that_cannot_be_met():
 def test_text_form():
     assert str(Pipeline.parse("refit{inputs=64,guard=false}")) == "refit{inputs=64,guard=false}"
     assert str(Pipeline([Refit(images(32))])) == "refit"
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_layer_without_bias_gets_none_but_the_norm_after_it_takes_the_constant(norm):
+    torch.manual_seed(0)
+    after = [nn.BatchNorm2d(8)] if norm else []
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 8, 1, bias=False), *after)
+    model = model.double().eval()
+    if norm:
+        nn.init.uniform_(model[3].running_mean, -0.2, 0.2)
+    x = [torch.randn(4, 3, 8, 8).double() for _ in range(4)]
+    merged = Merge(ranks={"0": 10})(Calibrate(x)(capture(model, x[0])).graph_module).graph_module
+    mean = None if not norm else merged.get_submodule("3").running_mean.clone()
+    refitted = Refit(x, guard=False)(merged).graph_module
+    assert cost.params(refitted) == cost.params(merged)
+    assert refitted.get_submodule("2").bias is None
+
+    def error(gm):
+        return sum((gm(each) - model(each)).square().sum().item() for each in x)
+
+    assert error(refitted) <= error(merged) * (1 + 1e-9)
+    if norm:
+        assert merged.get_submodule("3").running_mean.equal(mean)
+        before = torch.cat([nn.Sequential(*refitted.children())[:3](each) for each in x])
+        original = torch.cat([model[:3](each) for each in x])
+        shift = mean - refitted.get_submodule("3").running_mean
+        gap = (original - before).transpose(0, 1).flatten(1).mean(1)
+        assert torch.allclose(shift, gap, rtol=1e-6), "the mean output is restored"
