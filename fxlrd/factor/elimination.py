@@ -118,10 +118,11 @@ class _Consumer:
         self.moments /= 1 + reading.ridge
         self.moments.diagonal().fill_(1)
         self.importance = importance * torch.outer(scale, scale)
+        self.units = torch.arange(len(second), device=second.device)
         self._invert()
 
     def _invert(self) -> None:
-        self.precision = _inverse(self.moments)
+        self.precision = _inverse(self.moments[self.units][:, self.units])
         self.inflation = float(self.precision.diagonal().max())
 
     def drop(self, dropped: Tensor, retained: Tensor) -> None:
@@ -131,7 +132,7 @@ class _Consumer:
         weights = torch.linalg.solve(rows[:, dropped], rows[:, retained])
         cross = a[retained][:, dropped] @ weights
         carried = weights.mT @ (a[dropped][:, dropped] @ weights)
-        self.moments = self.moments[retained][:, retained]
+        self.units = self.units[retained]
         self.importance = a[retained][:, retained] - cross - cross.mT + carried
         self.precision = p[retained][:, retained] - rows[:, retained].mT @ weights
         if len(retained) and float(self.precision.diagonal().max()) * _INFLATION < self.inflation:
