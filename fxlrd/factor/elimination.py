@@ -140,11 +140,15 @@ class _Consumer:
 
 
 def _inverse(moments: Tensor) -> Tensor:
-    """Return the inverse for units of unit variance, of slightly more where it has none."""
+    """Return the inverse for units of unit variance; of slightly larger variances where it has none."""
     least = _SINGULAR * len(moments)
     factor, failed = torch.linalg.cholesky_ex(moments)
-    if failed.item() or float(factor.diagonal().min()) ** 2 < least:
-        factor = torch.linalg.cholesky(moments + least * torch.eye(len(moments)).to(moments))
+    if not failed.item() and float(factor.diagonal().min()) ** 2 >= least:
+        return torch.cholesky_inverse(factor)
+    for added in (least, 1e3 * least, 1e6 * least):  # more than the least where the moments are not exact themselves
+        factor, failed = torch.linalg.cholesky_ex(moments + added * torch.eye(len(moments)).to(moments))
+        if not failed.item():
+            break
     return torch.cholesky_inverse(factor)
 
 

@@ -120,6 +120,17 @@ def test_poor_data_give_finite_errors_and_each_unit_once(x, scale, ridge):
         assert 0 <= error <= 1 + 1e-9
 
 
+def test_moments_that_are_not_quite_positive_semidefinite_are_eliminated_all_the_same():
+    x = mixed(400, 5, 40)
+    g = second_moments(x)
+    noise = torch.randn(40, 40).double()
+    read = Reading(g + 1e-9 * g.diagonal().mean() * (noise + noise.mT), torch.eye(40).double())
+    elimination = eliminate([read])
+    assert sorted(elimination.dropped.tolist()) == list(range(40))
+    assert elimination.errors.isfinite().all()
+    assert elimination.error(5) < 1e-4 * elimination.error(0)
+
+
 def test_units_that_carry_nothing_are_dropped_first():
     x = torch.randn(300, 10).double() * torch.tensor([100.0, *[1] * 9])
     x[:, [4, 7]] = 0
