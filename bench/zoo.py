@@ -184,7 +184,10 @@ def _cells(report: Report) -> list[str]:
 
 def _at_full_rank(model: nn.Module, example: Inputs) -> str:
     """Return how far outputs lie from the original's at full rank. The model is spent: this is done in place."""
-    report = compress(model, example, pipeline="decompose{ranks=1000000}", measure=False, inplace=True).report
+    try:
+        report = compress(model, example, pipeline="decompose{ranks=1000000}", measure=False, inplace=True).report
+    except FxlrdError as error:
+        return f"refused: {error}"
     moved = report.passes[0]["relative_error"]
     return digits(moved) if moved <= EXACT else f"{digits(moved)}: not rounding"
 
