@@ -214,5 +214,5 @@ def _rows(module: nn.Module, x: Tensor, most: int) -> Tensor:
     """Return what the layer's outputs are computed from, one row a position; about ``most`` of more rows."""
     if isinstance(module, CONVS):
         return patches(module, x, most)
-    rows = x.flatten(0, -2)
+    rows = x.reshape(-1, x.shape[-1])
     return rows[:: stride_for(len(rows), most)].double()

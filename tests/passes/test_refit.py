@@ -46,6 +46,18 @@ def test_the_last_factor_is_the_least_squares_fit_on_what_reaches_it():
     assert change.norm() > 1e-3
 
 
+def test_vectors_without_a_batch_give_the_fit_of_their_batch():
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double().eval()
+    x = torch.randn(200, 6).double()
+    weights = []
+    for example, data in ((x[0], list(x)), (x, list(x.split(1)))):
+        gm = Decompose(ranks=2)(Calibrate(data, holdout=False)(capture(net, example)).graph_module).graph_module
+        result = Refit(data, inputs=1200)(gm)
+        assert [s.name for s in result.sites] == ["0", "2"]
+        weights.append(result.graph_module.get_submodule("2.last").weight)
+    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
+
+
 def test_only_the_last_factors_change_and_only_in_a_copy():
     net, x = model().train(), images(32)
     gm = decomposed(net, x)
