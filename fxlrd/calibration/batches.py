@@ -116,10 +116,10 @@ def rows_are_examples(gm: fx.GraphModule, inputs: Inputs, first_rows: Inputs) ->
         all_outputs, first_outputs = captured.outputs(gm, inputs), captured.outputs(gm, first_rows)
     except Exception:  # whatever stops the model on some of the rows: they are no examples
         return False
-    return are_rows(all_outputs, first_outputs, examples(inputs), examples(first_rows))
+    return _are_rows(all_outputs, first_outputs, examples(inputs), examples(first_rows))
 
 
-def are_rows(all_outputs: list[Tensor], first_outputs: list[Tensor], count: int, end: int) -> bool:
+def _are_rows(all_outputs: list[Tensor], first_outputs: list[Tensor], count: int, end: int) -> bool:
     """Whether the outputs for the first ``end`` of ``count`` examples are the first rows of the outputs for all."""
     pairs = list(zip(all_outputs, first_outputs, strict=False))
     if not pairs or len(all_outputs) != len(first_outputs):

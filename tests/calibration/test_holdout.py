@@ -12,6 +12,7 @@ from fxlrd.calibration.holdout import (
     Holdout,
     TooFew,
     Verdict,
+    first_held_out,
     held_out,
     held_out_of,
     keep_if_better,
@@ -128,3 +129,26 @@ def test_outputs_are_those_of_eval_mode_without_gradients():
     assert gm.drop.training
     assert not any(t.requires_grad for t in found)
     assert torch.equal(found[0], gm.eval()(X)[0])
+
+
+@pytest.mark.parametrize(
+    ("forward", "cut"),
+    [
+        (lambda fc, x: fc(x), True),
+        (lambda fc, x: fc(x.view(3, 4, 6)), False),  # fails on other numbers of rows
+        (lambda fc, x: fc(x - x.mean(0)), False),  # each row's output depends on all rows
+    ],
+)
+def test_held_out_rows_are_cut_only_where_they_are_examples(forward, cut):
+    cls = type("Model", (nn.Module,), {"forward": lambda self, x: forward(self.fc, x)})
+    model = cls()
+    model.fc = nn.Linear(6, 3)
+    gm = capture(model.eval().double(), X.double())
+    whole = Inputs((X.double(),))
+    found = first_held_out(gm, held_out_of(gm, [whole, whole]), 8)
+    assert [len(each.args[0]) for each in found] == [8 if cut else 12]
+
+
+def test_a_vector_without_a_batch_is_held_out_whole():
+    gm = capture(net(), X[0])
+    assert [each.args[0].shape for each in first_held_out(gm, held_out_of(gm, [Inputs((X[0],))]), 4)] == [(6,)]
