@@ -55,7 +55,6 @@ def sketch(gm: fx.GraphModule, plan: Plan, groups: Mapping[str, Group]) -> fx.Gr
             name = str(producer.node.target)
             weight = as_layer(gm.get_submodule(name)).weight
             changed[name] = _swap(gm, name, weight.new_empty(count * producer.parts, *weight.shape[1:]))
-        group.split_into(gm, count)
         for node in group.through:
             module = gm.get_submodule(str(node.target))
             gm.set_submodule(str(node.target), keep_channels(module, torch.arange(count), group.channels).eval())

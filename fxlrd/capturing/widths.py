@@ -3,7 +3,7 @@
 A trace of a region does not run in its model; the user's forward does, around whatever layers are put there. So it is
 tried, with half of the channels of every group. The model with narrower layers must do what the model does whose
 consumers have zeros for the channels that are missing: that holds exactly, up to rounding. It is tried on other inputs
-than the example, on one row of that, and in training mode, where a forward may take other ways.
+than the example, on one row of that and on more, and in training mode with gradients: a forward may take other ways.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from fxlrd.layers.compose import keep_channels, keep_inputs, keep_outputs
 from fxlrd.layers.kinds import as_layer
 from fxlrd.layers.weights import resized
 
+Way = Callable[[Original, Mapping[str, nn.Module]], list[Tensor]]
+"""Calls a model with other modules, by name, and returns what it made."""
+_TIMES = 4
+"""Copies of the example's rows that make a larger batch."""
 _TRIALS = 24
 """Trials of a model, at most: where outputs hang on choices between near-equals, as boxes do, all might fail."""
 
@@ -76,12 +80,9 @@ def _narrows(original: Original, gm: fx.GraphModule, groups: Sequence[Group]) ->
         retained = order[: (group.channels + 1) // 2].sort().values
         zeroed.zero(group, retained)
         narrow.cut(group, retained)
-    row = original.inputs.first_rows()
-    ways = [_as_called, partial(_on, inputs=row) if row is not None else _nothing, _in_training]
+    sizes = original.inputs.first_rows(), original.inputs.repeated(_TIMES)
+    ways: list[Way] = [_as_called, *(partial(_on, inputs=each) for each in sizes if each is not None), _in_training]
     return all(_alike(way, original, zeroed.modules, narrow.modules) for way in ways)
-
-
-Way = Callable[[Original, Mapping[str, nn.Module]], list[Tensor]]
 
 
 def _alike(way: Way, original: Original, zeroed: Mapping[str, nn.Module], narrow: Mapping[str, nn.Module]) -> bool:
@@ -104,16 +105,16 @@ def _on(original: Original, modules: Mapping[str, nn.Module], inputs: Inputs) ->
     return tensors(run(_with(structural_copy(original.model), modules), inputs))
 
 
-def _nothing(original: Original, modules: Mapping[str, nn.Module]) -> list[Tensor]:
-    return []
-
-
 def _in_training(original: Original, modules: Mapping[str, nn.Module]) -> list[Tensor]:
-    """Return the shapes of the outputs in training mode: their values depend on what dropout draws."""
+    """Return the shapes of the outputs in training mode, after a backward pass: values depend on what dropout draws."""
     model = _with(independent_copy(original.model), modules)
     set_mode(model, True)
-    with isolated(model), torch.no_grad():
-        return [torch.tensor(t.shape) for t in tensors(called_on(model, original.inputs))]
+    with isolated(model), torch.enable_grad():
+        outputs = tensors(called_on(model, original.inputs))
+        sums = [t.sum() for t in outputs if t.requires_grad]
+        if sums:
+            torch.autograd.backward(sums)
+    return [torch.tensor(t.shape) for t in outputs]
 
 
 def _with(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from fxlrd.errors import Reason
 from fxlrd.graph.captured import Regions, captured
 from fxlrd.graph.operations import PRODUCTS, SUMS, is_elementwise, is_flatten, reads_only_batch_size, takes_two_tensors
-from fxlrd.graph.splits import set_part_size, split_of
+from fxlrd.graph.splits import split_of
 from fxlrd.graph.surgery import calls
 from fxlrd.graph.values import Unshaped, Values
 from fxlrd.layers.kinds import op
@@ -72,14 +72,12 @@ class Group:
         producers: the layers that make the channels; several where their outputs are multiplied.
         through: first calls of modules between, with parameters or buffers for each channel.
         consumers: the layers that read the channels.
-        splits: the nodes that split a producer's outputs into parts.
     """
 
     channels: int
     producers: list[Producer] = field(default_factory=list)
     through: list[fx.Node] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
-    splits: list[fx.Node] = field(default_factory=list)
 
     @property
     def cut(self) -> list[str]:
@@ -90,13 +88,6 @@ class Group:
     def layers(self) -> list[fx.Node]:
         """The first calls of the producers and consumers."""
         return [*(producer.node for producer in self.producers), *(consumer.node for consumer in self.consumers)]
-
-    def split_into(self, gm: fx.GraphModule, count: int) -> None:
-        """Make the nodes of ``gm``, or of the graph that it was copied to, split parts of ``count`` channels."""
-        names = {node.name for node in self.splits}
-        for node in gm.graph.nodes:
-            if node.name in names:
-                set_part_size(node, count)
 
 
 def group_of(gm: fx.GraphModule, producer: fx.Node, reasons: Mapping[str, Reason | None]) -> Group | Reason:
@@ -166,6 +157,7 @@ class _Walk:
     def _visit(self, user: fx.Node, node: fx.Node, block: int) -> None:
         if user.op == "output":
             raise _Mixes(Reason("model-output", "its output is an output of the model"))
+        self._check_added(user)
         if (module := self.values.mixing_layer(user)) is not None:
             self._take_consumer(user, node, module, block)
         elif is_flatten(self.gm, user) and not self.linear and block == 1:
@@ -186,8 +178,8 @@ class _Walk:
         for user in node.users:
             if user in self.visited or reads_only_batch_size(user):
                 continue
+            self._check_added(user)
             if (split := split_of(self.gm, user, self.values.axis(node))) is not None and split.parts == parts:
-                self.group.splits.append(user)
                 for part in split.values:
                     self.forward(part, 1)
             elif self.values.stateless(user) and self.values.carrier(user) is node:
@@ -294,6 +286,11 @@ class _Walk:
         reason = self.reasons.get(target)
         if reason is not None:
             raise _Mixes(reason.at(target))
+
+    def _check_added(self, node: fx.Node) -> None:
+        """Stop at a module that does something else than its class: an activation with a hook."""
+        if self.values.stateless(node) and (reason := self.values.why_other(node)) is not None:
+            raise _Mixes(reason.at(str(node.target)))
 
     def _why_mixed(self, node: fx.Node) -> Reason:
         module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None

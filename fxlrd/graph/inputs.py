@@ -65,6 +65,14 @@ class Inputs:
         args, kwargs = map_tensors(lambda t: t[:count], (self.args, self.kwargs))
         return Inputs(args, kwargs)
 
+    def repeated(self, times: int) -> Inputs | None:
+        """Return the inputs with the rows of every tensor several times; None where these have no number in common."""
+        sizes = {len(t) if t.dim() else 0 for t in tensors((self.args, self.kwargs))}
+        if len(sizes) != 1 or not max(sizes):
+            return None
+        args, kwargs = map_tensors(lambda t: torch.cat([t] * times), (self.args, self.kwargs))
+        return Inputs(args, kwargs)
+
     def describe(self) -> str:
         """Return the tensors' dtypes, shapes and devices in words."""
         found = tensors((self.args, self.kwargs))

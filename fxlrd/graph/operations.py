@@ -41,7 +41,7 @@ def is_flatten(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node flattens everything but the batch, so that each channel becomes a run of features."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+        return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
     if node.target is torch.flatten or (node.op == "call_method" and node.target == "flatten"):
         return (*node.args[1:], *node.kwargs.values()) in ((1,), (1, -1))
     if node.op == "call_method" and node.target in ("view", "reshape") and len(node.args) == 3:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxlrd.graph.random import OwnGenerators
 from fxlrd.graph.run import isolated, set_mode
 from fxlrd.layers.narrow import narrowed
 
@@ -31,26 +32,32 @@ Selected = Callable[[Tensor | None], Operation | None]
 def commutes_with_selection(gm: fx.GraphModule, node: fx.Node, sizes: tuple[int, ...], axis: int) -> bool:
     """Whether selecting channels along ``axis`` commutes with an operation of one tensor of shape ``sizes``.
 
-    A module with parameters must do so in eval and in training mode.
+    A module must do so in eval mode and in training mode, where of random values only the shapes are compared.
     """
     channels = sizes[axis]
     if len(node.all_input_nodes) != 1 or channels < 2:
         return False
     few = tuple(channels if i == axis else min(n, _FEW) for i, n in enumerate(sizes))
-    operations = _operations(gm, node, channels)
-    return bool(operations) and all(_commutes_on(selected, (few, sizes), axis) for selected in operations)
+    tried = _tried(gm, node, channels)
+    return bool(tried) and all(_commutes_on(each, (few, sizes), axis) for each in tried)
 
 
-def _operations(gm: fx.GraphModule, node: fx.Node, channels: int) -> list[Selected]:
+class _Tried(NamedTuple):
+    """An operation to try; one that ``may_draw`` random numbers gives others with fewer channels."""
+
+    selected: Selected
+    may_draw: bool = False
+
+
+def _tried(gm: fx.GraphModule, node: fx.Node, channels: int) -> list[_Tried]:
     """Return what the node computes of its one tensor, in each mode of the module that it calls."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        modes = [False, True] if any(True for _ in module.parameters()) else [module.training]
-        return [partial(_call_of_module, node, module, channels, mode) for mode in modes]
+        return [_Tried(partial(_call_of_module, node, module, channels, mode), mode) for mode in (False, True)]
     if node.op not in ("call_function", "call_method"):
         return []
     target = node.target if node.op == "call_function" else getattr(Tensor, str(node.target), None)
-    return [lambda part: _called(node, target)] if callable(target) else []
+    return [_Tried(lambda part: _called(node, target))] if callable(target) else []
 
 
 def _call_of_module(
@@ -73,35 +80,37 @@ def _called(node: fx.Node, target: Callable[..., Any] | None) -> Operation | Non
     return None if target is None else run
 
 
-def _commutes_on(selected: Selected, shapes: tuple[tuple[int, ...], ...], axis: int) -> bool:
+def _commutes_on(tried: _Tried, shapes: tuple[tuple[int, ...], ...], axis: int) -> bool:
     for sizes in dict.fromkeys(shapes):
         try:
-            with isolated(nn.Module()), torch.no_grad():
-                return _commutes(selected, sizes, axis)
+            with isolated(nn.Module()) as generators, torch.no_grad():
+                return _commutes(tried, sizes, axis, generators)
         except Exception:  # whatever the operation says of sizes, dtypes or values that it does not take
             continue
     return False
 
 
-def _commutes(selected: Selected, sizes: tuple[int, ...], axis: int) -> bool:
+def _commutes(tried: _Tried, sizes: tuple[int, ...], axis: int, generators: OwnGenerators) -> bool:
     generator = torch.Generator().manual_seed(0)
     channels = sizes[axis]
     for size in _SIZES:
         x = size * torch.randn(sizes, generator=generator, dtype=torch.float64)
-        if (operation := selected(None)) is None:
+        if (operation := tried.selected(None)) is None:
             return False
         whole = operation(x.clone())
         if not isinstance(whole, Tensor) or whole.dim() != x.dim() or whole.shape[axis] != channels:
             return False
         for _ in range(_SETS):
             for part in torch.randperm(channels, generator=generator).split((channels + 1) // 2):
-                operation = selected(part)
-                if operation is None or not _equal(
-                    operation(x.index_select(axis, part)), whole.index_select(axis, part)
-                ):
+                operation = tried.selected(part)
+                made = None if operation is None else operation(x.index_select(axis, part))
+                shapes_only = tried.may_draw and generators.drawn
+                if not _equal(made, whole.index_select(axis, part), shapes_only):
                     return False
     return True
 
 
-def _equal(a: Any, b: Tensor) -> bool:
-    return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a, b, rtol=1e-10, atol=1e-12, equal_nan=True)
+def _equal(a: Any, b: Tensor, shapes_only: bool) -> bool:
+    if not isinstance(a, Tensor) or a.shape != b.shape:
+        return False
+    return shapes_only or torch.allclose(a, b, rtol=1e-10, atol=1e-12, equal_nan=True)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxlrd.errors import Reason
 from fxlrd.graph.facts import shape
+from fxlrd.graph.guards import added
 from fxlrd.graph.operations import (
     ARITHMETIC,
     POOLING_FUNCTIONS,
@@ -96,17 +98,23 @@ class Values:
                 origins.add(node)
         return origins
 
+    def why_other(self, node: fx.Node) -> Reason | None:
+        """Return why a call does something else than the class of its module: hooks, a forward of its own."""
+        return added(self.gm.get_submodule(str(node.target))) if node.op == "call_module" else None
+
     def stateless(self, node: fx.Node) -> bool:
         """Whether the node calls no module that has parameters or buffers."""
         return node.op != "call_module" or not self.gm.get_submodule(str(node.target)).state_dict()
 
     def _alone(self, node: fx.Node, read: fx.Node) -> bool:
         """Whether the operation, which reads one value, acts on each channel by itself."""
+        if self.why_other(node) is not None:
+            return False
         if is_elementwise(self.gm, node):
             return True
         if node.op == "call_module":
             module = self.gm.get_submodule(str(node.target))
-            if isinstance(module, nn.PReLU):
+            if type(module) is nn.PReLU:
                 one_each = module.num_parameters in (1, self.shape(read)[self.axis(read)])
                 return one_each and self.axis(read) == 1
             if type(module) in MERGEABLE_NORMS:

@@ -157,7 +157,6 @@ def _apply(gm: fx.GraphModule, cut: Cut) -> float:
         put_merged(gm, node, keep_channels(gm.get_submodule(str(node.target)), retained, cut.group.channels))
     for producer in cut.group.producers:
         _cut_producer(gm, producer, producer.rows(retained, cut.group.channels), largest)
-    cut.group.split_into(gm, cut.rank)
     return largest
 
 

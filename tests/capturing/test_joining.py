@@ -190,7 +190,19 @@ def in_training(m, x):
     return m.down(y.relu()) if not m.training else y[..., 16:]
 
 
-@pytest.mark.parametrize("forward", [on_one_row, in_training])
+def on_many_rows(m, x):
+    y = m.up(x).relu()
+    return m.down(y) if len(x) < 10 else m.down(y.reshape(-1, 24)).view(x.shape)
+
+
+def with_gradients(m, x):
+    y = m.up(x)
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient * torch.ones(24, dtype=y.dtype))
+    return m.down(y.relu())
+
+
+@pytest.mark.parametrize("forward", [on_one_row, on_many_rows, in_training, with_gradients])
 def test_ways_that_the_example_does_not_take_are_tried(forward):
     module = model(forward, up=wide(), down=down())
     assert inner(module) == []

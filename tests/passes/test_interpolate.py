@@ -286,11 +286,6 @@ def packed(m, x):
     return m.b(up * torch.nn.functional.silu(gate))
 
 
-def split_by_size(m, x):
-    up, gate = m.a(x).mul(2).split(8, dim=-1)
-    return m.b(gate.sigmoid() * up)
-
-
 def written_out(m, x):
     y = m.a(x)
     return m.b(0.5 * y * (1 + torch.tanh(0.8 * (y + 0.04 * torch.pow(y, 3)))))
@@ -333,7 +328,6 @@ FREE["called twice"] = (lambda m, x: m.b(m.a(x).relu()) + m.b(m.a(x.flip(0))), {
 FREE["own activation"] = (lambda m, x: m.b(m.o(m.a(x))), {"a": conv(), "o": Own(), "b": conv()})
 FREE["written out"] = (written_out, {"a": nn.Linear(6, 8), "b": nn.Linear(8, 5)})
 FREE["packed"] = (packed, {"a": nn.Linear(6, 16), "b": nn.Linear(8, 5)})
-FREE["split by size"] = (split_by_size, {"a": nn.Linear(6, 16), "b": nn.Linear(8, 5)})
 FREE["glu"] = (lambda m, x: m.b(torch.nn.functional.glu(m.a(x))), {"a": nn.Linear(6, 16), "b": nn.Linear(8, 5)})
 FREE["glu module"] = (lambda m, x: m.b(m.g(m.a(x))), {"a": nn.Linear(6, 16), "g": nn.GLU(), "b": nn.Linear(8, 5)})
 FREE["two readers"] = (
@@ -354,7 +348,73 @@ def test_what_lies_between_and_treats_each_channel_alone(name):
     assert relative_error(result.graph_module(unseen), model(unseen)) > 1e-6
 
 
+def split_by_size(m, x):
+    up, gate = m.a(x).mul(2).split(8, dim=-1)
+    return m.b(gate.sigmoid() * up)
+
+
+class OtherFlatten(nn.Flatten):
+    """Flattens channels last."""
+
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
+class Interleaved(nn.GLU):
+    def forward(self, x):
+        return x[..., ::2] * torch.sigmoid(x[..., 1::2])
+
+
+class Noise(nn.Module):
+    """Counts on eight channels in training mode."""
+
+    def forward(self, x):
+        return x.relu() * (1 + torch.randn(8, 1, 1)) if self.training else x.relu()
+
+
+def hooked(module):
+    module.register_forward_hook(lambda m, args, output: output.cumsum(1))
+    return module
+
+
+def replaced(module):
+    module.forward = lambda x: x.relu().cumsum(1)
+    return module
+
+
 MIXED = {
+    "split by size": (split_by_size, {"a": nn.Linear(6, 16), "b": nn.Linear(8, 5)}, "mixed", "split"),
+    "own flatten": (
+        lambda m, x: m.b(m.flat(m.a(x))),
+        {"a": conv(), "flat": OtherFlatten(), "b": nn.Linear(288, 5)},
+        "mixed",
+        "flat",
+    ),
+    "own glu": (
+        lambda m, x: m.b(m.g(m.a(x))),
+        {"a": nn.Linear(6, 16), "g": Interleaved(), "b": nn.Linear(8, 5)},
+        "mixed",
+        "g",
+    ),
+    "noise": (lambda m, x: m.b(m.n(m.a(x))), {"a": conv(), "n": Noise(), "b": conv()}, "mixed", "n"),
+    "hooked activation": (
+        lambda m, x: m.b(m.r(m.a(x))),
+        {"a": conv(), "r": hooked(nn.ReLU()), "b": conv()},
+        "hooks",
+        "r: ",
+    ),
+    "hooked pooling": (
+        lambda m, x: m.b(m.r(m.a(x))),
+        {"a": conv(), "r": hooked(nn.MaxPool2d(2)), "b": conv()},
+        "hooks",
+        "r: ",
+    ),
+    "replaced forward": (
+        lambda m, x: m.b(m.r(m.a(x))),
+        {"a": conv(), "r": replaced(nn.ReLU()), "b": conv()},
+        "own-forward",
+        "r: ",
+    ),
     "residual": (lambda m, x: m.b(m.a(x)) + m.a(x), {"a": conv(), "b": conv()}, "residual", "add"),
     "joins": (lambda m, x: (lambda y: m.b(y) + y)(m.a(x)), {"a": conv(), "b": conv()}, "residual", "add"),
     "output": (lambda m, x: (lambda y: (m.b(y), y))(m.a(x)), {"a": conv(), "b": conv()}, "model-output", ""),
