@@ -169,6 +169,7 @@ def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, lis
     for name, value in vars(traced).items():
         if name.startswith(CONSTANT):
             setattr(root, name, value)
+    _check_held(graph, traced, root)
     gm = fx.GraphModule(root, graph, class_name=type(model).__name__)
     described_layers.record(gm, frozenset(described))
     set_container_mode(gm, training=False)
@@ -177,6 +178,27 @@ def trace(model: nn.Module, frozen: dict[str, Any]) -> tuple[fx.GraphModule, lis
     if hooked(model):
         warnings.append("the model's own hooks are not carried over: register them on the result")
     return gm, warnings
+
+
+def _check_held(graph: fx.Graph, traced: nn.Module, root: nn.Module) -> None:
+    """Raise CaptureError for what the graph takes from the traced copy and the model has not under that name.
+
+    torch.fx leaves generators and other opaque objects there, forward the modules and buffers that it makes.
+    """
+    for target in sorted({str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}):
+        if _attribute(root, target) is None:
+            kind = type(_attribute(traced, target)).__name__
+            raise CaptureError(
+                f"{type(traced).__name__} cannot be traced: forward uses a {kind} that the model has not as a "
+                f"parameter, buffer or module before the call ({target})"
+            )
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    try:
+        return operator.attrgetter(name)(module)
+    except AttributeError:
+        return None
 
 
 def _graph(model: nn.Module, frozen: dict[str, Any], training: bool) -> tuple[fx.Graph, set[str]]:

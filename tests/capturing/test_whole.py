@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fxlrd import compress
 from fxlrd.capturing.whole import capture
 from fxlrd.errors import CaptureError, FxlrdError
 from fxlrd.graph.captured import captured
@@ -420,6 +421,25 @@ def test_a_random_forward_is_refused(forward):
     message = error_of(model(forward), X, CaptureError)
     assert message.startswith("capture of Model: the trace differs from the model by ")
     assert "random in eval mode" in message
+
+
+def draws_from_its_generator(self, x):
+    return self.conv(x) + torch.rand(6, generator=self.generator, dtype=x.dtype)
+
+
+def makes_a_buffer(self, x):
+    if not hasattr(self, "made"):
+        self.register_buffer("made", torch.ones(6))
+    return self.conv(x) * self.made
+
+
+@pytest.mark.parametrize(("forward", "kind"), [(draws_from_its_generator, "Generator"), (makes_a_buffer, "Tensor")])
+def test_what_a_trace_leaves_on_its_copy_of_the_model_is_no_part_of_a_graph(forward, kind):
+    m = model(forward, generator=torch.Generator().manual_seed(3))
+    state = m.generator.get_state()
+    assert f"Model cannot be traced: forward uses a {kind} that the model has not" in error_of(m, X, CaptureError)
+    assert isinstance(compress(m, X, pipeline="decompose{ranks=2}", measure=False).model, type(m))
+    assert torch.equal(m.generator.get_state(), state)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(4, 3, 1)])
