@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import is_fake
 from fxlrd.capturing.dynamo_attention import Opened, open_calls
 from fxlrd.capturing.functions import AUTOCAST, STATIC, path_of
 from fxlrd.capturing.products import LayerCall, layer_calls
-from fxlrd.graph.surgery import attribute
+from fxlrd.graph.surgery import attribute, is_reserved
 from fxlrd.layers.kinds import LAYERS
 
 
@@ -121,6 +121,7 @@ def _sites(gm: fx.GraphModule, weights: Mapping[str, Tensor]) -> dict[fx.Node, t
     for node, call in calls.items():
         root, path, _, key = path_of(node)
         first = ".".join(filter(None, [root if len(roots) > 1 else "", path])) or "0"
+        first = f"model.{first}" if is_reserved(first) else first
         identity = (key, repr(call.module), tuple(id(weights[name]) for name in call.weights))
         if identity not in names:  # a layer that is called again, also by another name, is one module
             options = (first if i == 0 else f"{first}_{i}" for i in count())

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import called_on, evaluating, isolated
+from fxlrd.graph.surgery import is_reserved
 from fxlrd.layers.folded import stock_layer
 
 _OPERATORS = {
@@ -38,7 +39,7 @@ def flow(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     """Return the flow of one run of a copy of the model in eval mode, without gradients; nodes have shapes."""
     copy = structural_copy(model)
     recorder = _Recorder()
-    handles = [h for name, m in copy.named_modules() if name and _is_leaf(m) for h in recorder.watch(name, m)]
+    handles = [h for name, m in copy.named_modules() if _is_leaf(name, m) for h in recorder.watch(name, m)]
     try:
         with evaluating(copy), isolated(copy), torch.no_grad(), recorder:
             outputs = called_on(copy, inputs)
@@ -48,9 +49,11 @@ def flow(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     return recorder.graph_module(outputs)
 
 
-def _is_leaf(module: nn.Module) -> bool:
-    """Whether calls of the module are nodes: it has parameters or buffers, and no modules inside."""
-    return not module._modules and bool([*module.parameters(), *module.buffers()])
+def _is_leaf(name: str, module: nn.Module) -> bool:
+    """Whether calls of the module are nodes: it has parameters or buffers, no modules inside, and a usable name."""
+    return (
+        bool(name) and not is_reserved(name) and not module._modules and bool([*module.parameters(), *module.buffers()])
+    )
 
 
 class _Recorder(TorchFunctionMode):

@@ -29,7 +29,7 @@ from fxlrd.graph.facts import described_layers
 from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import isolated, set_mode
-from fxlrd.graph.surgery import set_container_mode
+from fxlrd.graph.surgery import is_reserved, set_container_mode
 from fxlrd.graph.writes import guarding_weights
 from fxlrd.layers.attention import ProjectedAttention
 from fxlrd.layers.folded import is_layer
@@ -241,7 +241,7 @@ def check_names(targets: Iterable[str], keywords: bool = False) -> None:
     """
     for target in sorted(targets):
         parts = target.split(".")
-        if hasattr(fx.GraphModule, parts[0]) or parts[0] == "meta":
+        if is_reserved(target):
             raise CaptureError(f"{target}: torch.fx.GraphModule has an attribute {parts[0]!r} of its own; rename it")
         word = next((part for part in parts if keyword.iskeyword(part)), None)
         if word is not None and not keywords:

@@ -21,9 +21,12 @@ from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import plain, set_modules
 from fxlrd.graph.run import called_on, counting, evaluating, isolated, set_mode
+from fxlrd.graph.surgery import is_reserved
 from fxlrd.layers.folded import is_layer, layer_of
 from fxlrd.layers.kinds import LAYERS, op
 from fxlrd.layers.stand_ins import stand_in
+
+RESERVED = Reason("reserved-name", "its name begins with that of an attribute of torch.fx.GraphModule", "rename it")
 
 
 @dataclass
@@ -126,6 +129,7 @@ def blocked_modules(model: nn.Module, observation: Observation) -> dict[str, Rea
         **_sharing(model, layers),
         **_inside_opaque(model, layers),
         **_altered_stand_ins(layers),
+        **{name: RESERVED for name in layers if is_reserved(name)},
     }
 
 

@@ -15,6 +15,14 @@ from fxlrd.errors import FxlrdError
 from fxlrd.graph.facts import FACTORS, Provenance, inherited, output_moments, provenance, tensor_meta
 from fxlrd.layers.kinds import LAYERS
 
+_RESERVED = frozenset(dir(fx.GraphModule)) | frozenset(vars(fx.GraphModule({}, fx.Graph())))
+"""Attributes that a GraphModule has of its own, on its class or on itself."""
+
+
+def is_reserved(target: str) -> bool:
+    """Whether a GraphModule cannot have a module or tensor of that name: it has an attribute of its own there."""
+    return target.split(".")[0] in _RESERVED
+
 
 def annotate(gm: fx.GraphModule) -> None:
     """Give each module call that has no provenance one that names it as original."""

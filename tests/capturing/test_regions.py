@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fxlrd.capturing.regions import ASKED, UNLIKE, capture_regions
+from fxlrd.capturing.tracing import trace
+from fxlrd.capturing.watch import RESERVED
 from fxlrd.errors import CaptureError, FxlrdError
 from fxlrd.graph.captured import captured
 from fxlrd.graph.guards import NEVER_CALLED
@@ -470,6 +472,19 @@ def test_the_model_is_as_it_was():
     assert [m.training for m in model.modules()] == [True, False, False, False]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("name", ["code", "_graph"])
+def test_a_layer_with_a_name_that_a_graph_module_has_itself_is_left_alone(name):
+    made = module(
+        lambda self, x: self.c(self.b(self._modules[name](self.a(x)))), a=linear(), b=linear(), c=nn.Sequential()
+    )
+    made.add_module(name, linear())
+    made.c.add_module(name, linear())
+    with pytest.raises(CaptureError, match=f"^{name}: torch.fx.GraphModule has an attribute '{name}' of its own"):
+        trace(made, {})
+    assert regions(made) == ["a", "b", f"c.{name}"]
+    assert reason(made, name) == RESERVED.code
 
 
 def test_what_fails_is_told_in_one_line():
