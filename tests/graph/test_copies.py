@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import functools
 import threading
+import types
+import weakref
 
 import pytest
 import torch
@@ -76,6 +78,54 @@ def test_hooks_and_functions_of_a_copy_refer_to_the_modules_of_the_copy():
     assert "features" not in vars(model)
     twin.fc.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.float64))
     assert not torch.equal(twin.shortcut(X), model.shortcut(X))
+
+
+def by_closure(model, seen):
+    return lambda module, args, output: seen.update(a=output)
+
+
+def by_default(model, seen):
+    def hook(module, args, output, seen=seen):
+        seen["a"] = output
+
+    return hook
+
+
+def by_keyword(model, seen):
+    def hook(*args, seen=seen):
+        seen["a"] = args[-1]
+
+    return hook
+
+
+def by_method(model, seen):
+    return types.MethodType(lambda module, *args: seen.update(a=args[-1]), model.fc)
+
+
+def by_weak_reference(model, seen):
+    reference = weakref.ref(model)
+    return lambda module, args, output: reference().box["seen"].update(a=output)
+
+
+def by_proxy(model, seen):
+    proxy = weakref.proxy(model)
+    return lambda module, args, output: proxy.box["seen"].update(a=output)
+
+
+@pytest.mark.parametrize("hook", [by_closure, by_default, by_keyword, by_method, by_weak_reference, by_proxy])
+def test_a_copy_stores_into_dicts_of_its_own(hook):
+    model = Net()
+    model.box = {"seen": {}}
+    model.fc.register_forward_hook(hook(model, model.box["seen"]))
+    twin = structural_copy(structural_copy(model))
+    twin(X)
+    assert model.box == {"seen": {}}
+    assert set(twin.box["seen"]) == {"a"}
+    model(X)  # with gradients: what it stores now has a history
+    stored, again = model.box["seen"]["a"], structural_copy(model)
+    again(-X)
+    assert model.box["seen"]["a"] is stored
+    assert not torch.equal(again.box["seen"]["a"], stored)
 
 
 def test_closures_over_anything_else_are_shared():
