@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -140,8 +141,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
 
 def names() -> list[str]:
     """Return the names of the models. Raises ImportError without timm."""
-    import timm  # noqa: F401
-
+    importlib.import_module("timm")
     return [f"{PREFIX}{name}" for name in MODELS]
 
 

@@ -103,8 +103,8 @@ def measured(
     """
     chosen, inputs = affordable(trials, _work_of_a_change(gm))
     errors = measure(gm, first_held_out(gm, held_out, min(most, inputs)), [*chosen.values()], progress)
-    known = {i: Scale.of(t.predicted, each) for (i, t), each in zip(chosen.items(), errors, strict=True)}
-    scales = _filled_in(trials, within_reason(known))
+    measured_scales = {i: Scale.of(t.predicted, each) for (i, t), each in zip(chosen.items(), errors, strict=True)}
+    scales = _filled_in(trials, within_reason(measured_scales))
     of_layers = len(trials) - len(groups)
     by_layer = {trial.name: scale for trial, scale in zip(trials[:of_layers], scales, strict=False)}
     return (
@@ -143,13 +143,13 @@ def _kinds(trials: Sequence[Trial]) -> dict[tuple[str, bool], list[int]]:
     return kinds
 
 
-def _filled_in(trials: Sequence[Trial], known: Mapping[int, Scale]) -> list[Scale]:
+def _filled_in(trials: Sequence[Trial], measured_scales: Mapping[int, Scale]) -> list[Scale]:
     """Return the scales of all trials: between two that are known of layers alike, log f is linear in their number."""
-    scales = dict(known)
+    scales = dict(measured_scales)
     for alike in _kinds(trials).values():
-        at = [k for k, i in enumerate(alike) if i in known]
+        at = [k for k, i in enumerate(alike) if i in measured_scales]
         for a, b in itertools.pairwise(at):
-            low, high = known[alike[a]].points[0][1], known[alike[b]].points[0][1]
+            low, high = measured_scales[alike[a]].points[0][1], measured_scales[alike[b]].points[0][1]
             for k in range(a + 1, b):
                 scales[alike[k]] = Scale(((0.0, low + (high - low) * (k - a) / (b - a)),))
     return [scales[i] for i in range(len(trials))]

@@ -52,7 +52,7 @@ def joined(original: Original, alone: Iterable[str], blocked: Mapping[str, Reaso
         gm = flow(original.model, original.inputs)
     except Exception:  # code that fails under the recording of its functions is left in the regions that it has
         return []
-    found = []
+    pieces = []
     for name in layers(gm):
         if name not in free:
             continue
@@ -61,9 +61,9 @@ def joined(original: Original, alone: Iterable[str], blocked: Mapping[str, Reaso
             continue
         piece = _piece(gm, group)
         if piece is not None:
-            found.append(piece)
+            pieces.append(piece)
             free -= set(piece.layers)
-    return found
+    return pieces
 
 
 def _piece(gm: fx.GraphModule, group: Group) -> Joined | None:

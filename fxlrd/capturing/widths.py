@@ -43,7 +43,7 @@ def fixed_widths(original: Original, gm: fx.GraphModule) -> frozenset[str]:
 def groups_of(gm: fx.GraphModule) -> list[Group]:
     """Return the groups of channels of a graph, each once."""
     reasons = why_not_replaceable(gm, norms=True)
-    found: list[Group] = []
+    groups: list[Group] = []
     producers: set[str] = set()
     for name in layers(gm):
         group = None if name in producers else group_of(gm, calls(gm, name)[0], reasons)
@@ -51,9 +51,9 @@ def groups_of(gm: fx.GraphModule) -> list[Group]:
             continue
         names = {str(producer.node.target) for producer in group.producers}
         if names.isdisjoint(producers):  # a depthwise conv has the group of the layer that feeds it
-            found.append(group)
+            groups.append(group)
             producers |= names
-    return found
+    return groups
 
 
 def _failing(original: Original, gm: fx.GraphModule, groups: Sequence[Group]) -> list[Group]:

@@ -97,15 +97,15 @@ def _commutes(tried: _Tried, sizes: tuple[int, ...], axis: int, generators: OwnG
         x = size * torch.randn(sizes, generator=generator, dtype=torch.float64)
         if (operation := tried.selected(None)) is None:
             return False
-        whole = operation(x.clone())
-        if not isinstance(whole, Tensor) or whole.dim() != x.dim() or whole.shape[axis] != channels:
+        of_all = operation(x.clone())
+        if not isinstance(of_all, Tensor) or of_all.dim() != x.dim() or of_all.shape[axis] != channels:
             return False
         for _ in range(_SETS):
             for part in torch.randperm(channels, generator=generator).split((channels + 1) // 2):
                 operation = tried.selected(part)
                 made = None if operation is None else operation(x.index_select(axis, part))
                 shapes_only = tried.may_draw and generators.drawn
-                if not _equal(made, whole.index_select(axis, part), shapes_only):
+                if not _equal(made, of_all.index_select(axis, part), shapes_only):
                     return False
     return True
 

@@ -73,8 +73,8 @@ class Values:
         """Return the node that splits what the node is a part of, or None."""
         for split in (node, *node.all_input_nodes[:1]):
             read = split.all_input_nodes[:1]
-            found = split_of(self.gm, split, self.axis(read[0])) if read and shape(read[0]) is not None else None
-            if found is not None and node in found.values:
+            parts = split_of(self.gm, split, self.axis(read[0])) if read and shape(read[0]) is not None else None
+            if parts is not None and node in parts.values:
                 return split
         return None
 
