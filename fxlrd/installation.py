@@ -7,6 +7,7 @@ changed in place. Its outputs must then be those of the graph; where they are no
 from __future__ import annotations
 
 import copy
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class Installed:
         outside: the cost of that, before and after.
         flops: of the model, where counted in a run of its own; None: those of the graph and ``outside``.
         output_error: of a model that runs the user's forward; None for a graph, whose passes were verified.
+        warnings: what the user's model has and this one has not.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Installed:
     outside: Cost = NOTHING
     flops: int | None = None
     output_error: OutputError | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def install(
@@ -66,7 +69,37 @@ def install(
     gm = capture.as_users(gm)
     result = _independent(gm, model)
     remember(result, origin_of_graph(capture.model or model, original, gm))
-    return Installed(result, complete=False)
+    return Installed(result, complete=False, warnings=lost_methods(model))
+
+
+def lost_methods(model: nn.Module) -> tuple[str, ...]:
+    """Return a warning of the public methods that a graph in the place of ``model`` has not, if there are any.
+
+    >>> class Detector(nn.Sequential):
+    ...     def boxes(self, image): ...
+    >>> lost_methods(nn.Sequential()), lost_methods(Detector())[0].split(";")[0]
+    ((), 'the result is a GraphModule and has no boxes() as Detector has')
+    """
+    own = [kind for kind in type(model).__mro__ if not kind.__module__.startswith(("torch.nn.", "torch.fx."))]
+    functions = (classmethod, staticmethod, types.FunctionType)
+    methods = {
+        name: kind
+        for kind in reversed(own)
+        for name, value in vars(kind).items()
+        if isinstance(value, functions) and not name.startswith("_") and not hasattr(fx.GraphModule, name)
+    }
+    if not methods or isinstance(model, fx.GraphModule):
+        return ()
+    names = sorted(methods, key=lambda name: own.index(methods[name]))  # the user's own before those of a framework
+    some = ", ".join(f"{name}()" for name in names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
+    return (
+        f"the result is a GraphModule and has no {some} as {type(model).__name__} has; to keep the class and its "
+        "methods, compress(copy.deepcopy(model), …, inplace=True)",
+    )
+
+
+_NAMED = 4
+"""How many methods a warning names."""
 
 
 def _independent(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:

@@ -197,3 +197,19 @@ def test_inplace_counts_and_budgets_what_is_run_though_its_output_is_not_used():
     assert (report.before["flops"], report.after["flops"]) == (original.get_total_flops(), counter.get_total_flops())
     assert report.after["params"] == sum(p.numel() for p in model.parameters())
     assert report.after["params"] <= 0.5 * report.before["params"]
+
+
+class Trained(nn.Sequential):
+    """A class with methods that people call, as a LightningModule's."""
+
+    def training_step(self, batch):
+        return self(batch).mean()
+
+
+def test_a_graph_that_lacks_methods_of_the_class_says_how_to_keep_them():
+    model, x = Trained(nn.Linear(64, 64)), torch.randn(2, 64)
+    warnings = quick(model, x).report.warnings
+    assert any("no training_step() as Trained has" in text and "inplace=True" in text for text in warnings)
+    in_place = quick(copy.deepcopy(model), x, inplace=True)
+    assert not any("training_step" in text for text in in_place.report.warnings)
+    in_place.model.training_step(x)

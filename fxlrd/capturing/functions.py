@@ -53,8 +53,26 @@ def path_of(node: fx.Node) -> Path:
     key, (text, cls) = stack[-1]
     match = re.match(r"[LG]\['([^']+)'\](.*)$", text)
     root, rest = match.groups() if match else ("", text)
-    parts = [p for p in re.split(r"\W+", re.sub(r"@\d+", "", rest)) if p not in ("", "_modules", "_orig_mod")]
-    return Path(root, ".".join(parts), cls if isinstance(cls, type) else object, str(key).partition("@")[0])
+    return Path(root, name_in(rest), cls if isinstance(cls, type) else object, str(key).partition("@")[0])
+
+
+def name_in(source: str) -> str:
+    """Return the name of a module in the model, from the expression that Dynamo reached it by.
+
+    Code of the user's may reach a module by other ways than attributes: a class with a ``__getattr__`` of its own
+    (diffusers, PEFT) by the dictionary of modules, a forward that was assigned by the module that it is bound to.
+
+    >>> name_in(".__dict__['_modules']['blocks'][0].forward.__self__.conv@2")
+    'blocks.0.conv'
+    """
+    parts: list[str] = []
+    for match in re.finditer(r"\['?(.*?)'?\]|([^.\[\]]+)", re.sub(r"@\d+", "", source)):
+        part = match[1] or match[2] or ""
+        if part == "__self__":  # the part before is the method
+            del parts[-1:]
+        elif part and part not in ("_modules", "_orig_mod") and not part.startswith("__"):
+            parts.append(part)
+    return ".".join(part for part in parts if not hasattr(nn.Module, part))
 
 
 def is_stock_call(node: fx.Node) -> bool:

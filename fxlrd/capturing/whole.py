@@ -37,6 +37,7 @@ from fxlrd.graph.surgery import annotate, called
 from fxlrd.layers.attention import ProjectedAttention
 from fxlrd.layers.folded import is_layer, layer_of
 from fxlrd.layers.kinds import LAYERS, op
+from fxlrd.layers.quantized import quantized_weight
 
 
 def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
@@ -139,7 +140,9 @@ def _check(gm: fx.GraphModule, original: Original) -> None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise FxlrdError for a parameter on the meta device or with NaN or Inf in it, by its name."""
+    """Raise FxlrdError for a parameter that is quantized, on the meta device or has NaN or Inf in it, by its name."""
+    if (weight := quantized_weight(model)) is not None:
+        raise FxlrdError(f"{weight} is quantized: compress the model first, then quantize the result")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise FxlrdError(f"{name} is not initialised yet: run the lazy model once on an input first")

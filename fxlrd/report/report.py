@@ -87,6 +87,7 @@ class Report:
             passes=[asdict(PassRow.of(record)) for record in run.ledger],
             warnings=[
                 *capture.warnings,
+                *installed.warnings,
                 *(text for record in run.ledger for text in record.warnings),
                 *advice(pipeline, rows, timings.get("after") if run.modified else None),
             ],

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.layers.attention import PROJECTIONS
+from fxlrd.layers.quantized import quantized_weight
 from fxlrd.saving.architecture import recall
 from fxlrd.saving.descriptions import description
 from fxlrd.saving.schema import ATTENTION, Architecture, Factors, LayerSpec, Narrowed, Plan, TensorTable, Weights
@@ -78,6 +79,8 @@ def contents(model: nn.Module, source: str | None = None) -> tuple[dict[str, Ten
         raise FxlrdError("save: it is not known what this model was made from: give the result of fxlrd.compress")
     if origin.refused is not None:
         raise FxlrdError(f"save: {origin.refused}")
+    if (weight := quantized_weight(model)) is not None:
+        raise FxlrdError(f"save: {weight} is quantized: save the result of compress, and quantize what load returns")
     architecture = origin.architecture if source is None else replace(origin.architecture, source=source)
     layers = _replacements(model, architecture)
     tensors, table = _tensors(model, architecture, layers)

@@ -136,3 +136,44 @@ def test_layers_in_other_clothes_are_those_of_compress(cls):
     wanted = expected(model, x, ratio=2.0)
     assert (wanted - model(x)).norm() > 0.1 * wanted.norm()
     close(compiled(model, ratio=2.0)(x), wanted)
+
+
+class OwnAttributes(nn.Module):
+    """As the models of diffusers and PEFT: Dynamo reaches what it holds by the dictionary of its modules."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+        self.head = nn.Linear(64, 64)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x):
+        return self.head(self.inner(x))
+
+
+class AssignedForward(nn.Module):
+    """As FasterNet and fused models: forward is a method that was assigned."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleDict({"a b": nn.Linear(64, 64)})
+        self.forward = self.forward_fast
+
+    def forward_fast(self, x):
+        return self.blocks["a b"](x)
+
+
+@torch.no_grad()
+def test_layers_have_the_names_that_compress_gives_them_however_dynamo_reaches_them():
+    model, x = nn.Sequential(OwnAttributes(AssignedForward())).eval(), torch.randn(2, 64)
+    assert torch.equal(compiled(model, ratio=2.0)(x), expected(model, x, ratio=2.0))
+    names = ["0.head", "0.inner.blocks.a b"]
+    assert sorted(row["name"] for row in fxlrd.compress(model, x, measure=False).report.layers) == names
+    for name in names:
+        torch._dynamo.reset()
+        assert torch.equal(compiled(model, ratio=2.0, skip=name)(x), expected(model, x, ratio=2.0, skip=name))
