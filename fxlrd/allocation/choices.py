@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fxlrd.errors import Reason
 from fxlrd.factor.basis import left_basis
+from fxlrd.factor.failures import check_finite
 from fxlrd.factor.whiten import Root
 from fxlrd.layers.build import decomposed, with_mean_output
 from fxlrd.layers.fit import Fit, roots
@@ -77,6 +78,7 @@ class Curve:
             self.energy, self.basis = _svd_energy(weight[..., 0])
         else:
             self.energy = _tucker_energy(weight)
+        check_finite(self.energy)
 
     def error(self, ranks: Ranks) -> float:
         """Return the predicted error at ``ranks``."""

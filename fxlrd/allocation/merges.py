@@ -15,6 +15,7 @@ from fxlrd.allocation.measures import Measure
 from fxlrd.calibration.moments import LARGEST, moments
 from fxlrd.errors import Reason
 from fxlrd.factor.elimination import Elimination, Reading, eliminate
+from fxlrd.factor.failures import check_finite, failure
 from fxlrd.factor.interpolative import Interpolation, interpolate
 from fxlrd.graph.channels import Consumer, Group, group_of
 from fxlrd.graph.facts import FACTORS, provenance, shape, statistics
@@ -176,24 +177,38 @@ def eliminated(read: Sequence[Reader], fewest: int) -> Elimination:
 
 def mergings(
     gm: fx.GraphModule, names: Sequence[str], measure: Measure, skip: Sequence[str], progress: Progress
-) -> dict[str, Merging]:
+) -> dict[str, Merging | Reason]:
     """Return the groups that may be merged, by the name of their first producer, with what that costs.
 
-    ``names`` are the layers that may be cut. Groups with a reader of which calibration has not measured the effect are
-    left out, since their errors are in another unit.
+    A group whose algebra fails has the reason. ``names`` are the layers that may be cut. Groups with a reader of which
+    calibration has not measured the effect are left out, since their errors are in another unit.
     """
     groups = _measured_groups(gm, names, skip)
     cut = [layer for group in groups.values() for layer in group.cut]
     most = measure.widths if len(set(cut)) == len(cut) else min(measure.widths, _FEW)
-    result: dict[str, Merging] = {}
+    result: dict[str, Merging | Reason] = {}
     for name in progress(list(groups), "allocate: merges"):
-        group = groups[name]
-        read, counts = readers(gm, group), _counts(group.channels, most)
-        if counts and not isinstance(read, Reason):
-            elimination, shares = eliminated(read, min(counts)), measure.shares(gm, group, counts)
-            options = {count: Option(elimination.error(count), shares[count]) for count in counts}
-            result[name] = Merging(group, options, measure.between(gm, group), elimination.retained)
+        try:
+            merging = _merging(gm, groups[name], measure, most)
+        except Exception as error:
+            if (reason := failure(error)) is None:
+                raise
+            result[name] = reason
+            continue
+        if merging is not None:
+            result[name] = merging
     return result
+
+
+def _merging(gm: fx.GraphModule, group: Group, measure: Measure, most: int) -> Merging | None:
+    """Return a group with at most ``most`` options; None where it is too narrow for any."""
+    read, counts = readers(gm, group), _counts(group.channels, most)
+    if not counts or isinstance(read, Reason):
+        return None
+    elimination, shares = eliminated(read, min(counts)), measure.shares(gm, group, counts)
+    check_finite(elimination.errors)
+    options = {count: Option(elimination.error(count), shares[count]) for count in counts}
+    return Merging(group, options, measure.between(gm, group), elimination.retained)
 
 
 def _measured_groups(gm: fx.GraphModule, names: Sequence[str], skip: Sequence[str]) -> dict[str, Group]:

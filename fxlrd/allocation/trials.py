@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from fxlrd.calibration.holdout import outputs
 from fxlrd.calibration.stepper import Stepper
 from fxlrd.errors import FxlrdError
+from fxlrd.factor.failures import failure
 from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import set_modules, undo
@@ -52,13 +53,14 @@ class Trial:
 def measure(
     gm: fx.GraphModule, batches: Sequence[Inputs], trials: Sequence[Trial], progress: Progress[Trial]
 ) -> list[list[float]]:
-    """Return the errors of each trial's changes: the mean over the batches."""
+    """Return the errors of each trial's changes: the mean over the batches; infinite for one that cannot be made."""
     model, shown = runnable(gm), "allocate: measuring"
     if model is not gm:
         names = {name for trial in trials for name in trial.layers}
         resumable, described = Resumable(model, batches, names), captured_or_bare(gm).described
         return [
-            [_within(resumable, change(), described) for change in trial.changes] for trial in progress(trials, shown)
+            [_made(change, lambda made: _within(resumable, made, described)) for change in trial.changes]
+            for trial in progress(trials, shown)
         ]
     original = [outputs(gm, batch) for batch in batches]
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
@@ -68,8 +70,21 @@ def measure(
         stepper = Stepper(gm, batches)
         for trial in progress(sorted(trials, key=lambda trial: order[first[id(trial)]]), shown):
             stepper.before(first[id(trial)])
-            errors[id(trial)] = [_mean(map(tensors, stepper.rest(change())), original) for change in trial.changes]
+            errors[id(trial)] = [
+                _made(change, lambda made: _mean(map(tensors, stepper.rest(made)), original))
+                for change in trial.changes
+            ]
     return [errors[id(trial)] for trial in trials]
+
+
+def _made(change: Callable[[], Modules], error_of: Callable[[Modules], float]) -> float:
+    """Return the error of a change; infinity, which no scale is fitted to, where its algebra fails."""
+    try:
+        return error_of(change())
+    except Exception as error:
+        if failure(error) is None:
+            raise
+        return math.inf
 
 
 def _within(resumable: Resumable, modules: Modules, described: Collection[str]) -> float:

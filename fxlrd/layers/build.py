@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxlrd.factor.failures import check_finite
 from fxlrd.factor.svd import svd
 from fxlrd.factor.tucker import Triple, tucker2
 from fxlrd.factor.whiten import whitened_svd, whitened_tucker2
@@ -41,8 +42,15 @@ def decomposed(module: nn.Module, ranks: Ranks, sweeps: int = 1, fit: Fit | None
 
     With ``fit`` the factors minimise the error of the layer's output for these moments (fxlrd/factor/whiten.py) and the
     bias of the last one restores the mean output. The error is about the mean, and weighted by importance. At full rank
-    the form is that of the weight, whatever the fit. ``sweeps`` are those of `tucker2`, without ``fit``.
+    the form is that of the weight, whatever the fit. ``sweeps`` are those of `tucker2`, without ``fit``. Raises
+    NotFiniteError for factors that are not finite, as those of a weight near the end of its dtype's range may be.
     """
+    factors, error = _decomposed(module, ranks, sweeps, fit)
+    check_finite(*(p.detach() for p in factors.parameters()))
+    return factors, error
+
+
+def _decomposed(module: nn.Module, ranks: Ranks, sweeps: int, fit: Fit | None) -> tuple[nn.Sequential, float]:
     if fit is not None and ranks != full_ranks(module):
         return _fitted(as_layer(module), ranks, fit)
     weight = weight_blocks(module)

@@ -29,6 +29,7 @@ from torch import Tensor, fx
 from fxlrd.allocation.merges import Reader, choose, mergeable, readers
 from fxlrd.allocation.plan import planned
 from fxlrd.errors import Reason
+from fxlrd.factor.failures import check_finite
 from fxlrd.graph.channels import Group, Producer
 from fxlrd.graph.facts import provenance, retained_channels, statistics
 from fxlrd.graph.guards import why_not_replaceable
@@ -150,9 +151,13 @@ def _apply(gm: fx.GraphModule, cut: Cut) -> float:
     """Cut a group and return the largest predicted relative error of what a consumer makes."""
     retained, interpolations = choose(cut.readers, cut.rank)
     largest = max(error for _, _, error in interpolations)
-    for reader, (matrix, shift, error) in zip(cut.readers, interpolations, strict=True):
-        folded = fold_inputs(reader.module, matrix, reader.consumer.block, shift)
-        put_merged(gm, reader.consumer.node, folded, (cut.rank, None), error)
+    check_finite(*(each.matrix for each in interpolations))
+    folded = [
+        fold_inputs(reader.module, matrix, reader.consumer.block, shift)
+        for reader, (matrix, shift, _) in zip(cut.readers, interpolations, strict=True)
+    ]
+    for reader, layer, (_, _, error) in zip(cut.readers, folded, interpolations, strict=True):
+        put_merged(gm, reader.consumer.node, layer, (cut.rank, None), error)
     for node in cut.group.through:
         put_merged(gm, node, keep_channels(gm.get_submodule(str(node.target)), retained, cut.group.channels))
     for producer in cut.group.producers:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxlrd.errors import Reason
+from fxlrd.factor.failures import check_finite
 from fxlrd.factor.tucker import tucker2
 from fxlrd.graph.channels import MERGEABLE
 from fxlrd.graph.guards import matches, why_not_replaceable
@@ -131,6 +132,7 @@ def _move_into_rank_space(gm: fx.GraphModule, place: Bottleneck) -> float:
     triple = tucker2(conv.weight.detach().double()[None], rank, rank)
     assert triple.first is not None
     assert triple.last is not None
+    check_finite(triple.core)
     u, core, v = triple.first[0], triple.core[0], triple.last[0]
 
     entry = as_layer(gm.get_submodule(str(first.target)))

@@ -26,7 +26,7 @@ from fxlrd.allocation.choices import Choice
 from fxlrd.allocation.doubts import doubts
 from fxlrd.allocation.measured import measured, trial_of_group, trial_of_layer
 from fxlrd.allocation.measures import Flops, Measure, Params, curve_of, forms_of, measure_of
-from fxlrd.allocation.merges import mergings
+from fxlrd.allocation.merges import Merging, mergings
 from fxlrd.allocation.plan import planned
 from fxlrd.allocation.problem import Problem
 from fxlrd.allocation.search import NOTHING, best_plan
@@ -96,7 +96,7 @@ class Allocate:
         held_out = self._held_out(run)
         share = None if held_out is None else self._share_of_layers(run, measure)
         items, trials = self._items(run, measure, share)
-        groups = mergings(run.gm, [*items], measure, self.skip, progress) if self.merge else {}
+        groups = self._mergings(run, [*items], measure) if self.merge else {}
         if held_out is not None and share is not None:
             trials += [trial_of_group(run.gm, name, merging, share) for name, merging in groups.items()]
             items, groups = measured(run.gm, items, groups, trials, held_out, self.measured, progress)
@@ -151,13 +151,20 @@ class Allocate:
                 if isinstance(forms, Reason):
                     reason = forms
                 else:
-                    items[layer.name] = forms
                     if share is not None and curve is not None and len(forms) > 1:
                         trials.append(trial_of_layer(layer, forms, curve, share))
+                    items[layer.name] = forms
             return None if reason is None else Skip(layer.name, reason)
 
         run.each(layers_of(run.gm), visit)
         return items, trials
+
+    def _mergings(self, run: Run, names: Sequence[str], measure: Measure) -> dict[str, Merging]:
+        """Return the groups that may be merged; a warning names those whose algebra fails."""
+        priced = mergings(run.gm, names, measure, self.skip, run.progress)
+        failed = {name: merging for name, merging in priced.items() if isinstance(merging, Reason)}
+        run.warnings += [f"{run.label}: {name}: its channels are not merged: {why}" for name, why in failed.items()]
+        return {name: merging for name, merging in priced.items() if not isinstance(merging, Reason)}
 
     def _uncut(self, run: Run, items: Mapping[str, Sequence[Choice]]) -> str:
         """Return in words which weights have no smaller form."""

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.block_term import STEPS, Blocks, block_term
+from fxlrd.factor.failures import check_finite
 from fxlrd.factor.tucker import tucker2
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.layer import Layer, decomposed_layers
@@ -142,6 +143,7 @@ def _split(parts: dict[str, nn.Module], groups: int, steps: int) -> tuple[Blocks
 def _install(gm: fx.GraphModule, layer: Layer, blocks: Blocks, first: Tensor, last: Tensor) -> float | None:
     """Put the branched form in the place of the Tucker-2 form; return its weight error if the original is known."""
     cores = blocks.cores.to(first)
+    check_finite(cores, first, last)
     gm.set_submodule(layer.name, _branched(dict(layer.module.named_children()), cores, first, last))
     for node in layer.calls:
         infer_shape(node, gm.get_submodule(str(node.target)))

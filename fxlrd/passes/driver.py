@@ -22,8 +22,10 @@ from torch import fx
 
 from fxlrd.calibration.holdout import reference
 from fxlrd.errors import FxlrdError, Reason
+from fxlrd.factor.failures import failure
 from fxlrd.graph.guards import check_names
-from fxlrd.graph.surgery import annotate, fork
+from fxlrd.graph.layer import Layer, origin
+from fxlrd.graph.surgery import annotate, calls, fork
 from fxlrd.passes.contract import Pass, PassResult, Site, Skip
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.clock import Timing
@@ -84,10 +86,26 @@ class Run:
     def each(self, items: Iterable[T], visit: Callable[[T], Site | Skip | None]) -> None:
         """Visit each item and record what was done; None stands for nothing to report.
 
-        The items are listed first, so that a visit may change the graph.
+        Items are layers, names of modules, call nodes, or tuples that begin with one of these. They are listed first,
+        so that a visit may change the graph. Where the algebra of one fails (`failure`), it is skipped with the reason:
+        visits factorise before they change anything.
         """
         for item in self.progress(list(items), self.label):
-            self.add(visit(item))
+            try:
+                outcome = visit(item)
+            except Exception as error:
+                if (reason := failure(error)) is None:
+                    raise
+                outcome = Skip(self._name(item), reason)
+            self.add(outcome)
+
+    def _name(self, item: Any) -> str:
+        """Return the name in the captured model of what an item stands for."""
+        first = item[0] if isinstance(item, tuple) else item
+        if isinstance(first, Layer):
+            return first.origin
+        nodes = [first] if isinstance(first, fx.Node) else calls(self.gm, first)
+        return origin(nodes[0]) if nodes else str(first)
 
     def add(self, outcome: Site | Skip | None) -> None:
         """Record what was done at one place."""

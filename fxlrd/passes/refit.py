@@ -28,6 +28,7 @@ from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better
 from fxlrd.calibration.patches import patches, stride_for
 from fxlrd.calibration.stepper import Stepper
 from fxlrd.errors import Reason
+from fxlrd.factor.failures import check_finite
 from fxlrd.factor.ridge import with_ridge
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.facts import FACTORS, provenance, retained_channels
@@ -207,6 +208,7 @@ def _solved(
     change = torch.linalg.solve(regularised, (cross - weight @ inner).mT).mT
     weight = weight + change
     bias = (joint.mean[width:] - weight @ joint.mean[:width]) * constant
+    check_finite(weight, bias)
     return weight.view_as(as_layer(module).weight), bias
 
 

@@ -1,0 +1,52 @@
+"""What may go wrong with the algebra of one layer: no convergence, NaN, not enough memory.
+
+These are exceptions of a layer's weights and size, not of the program: whoever visits layers leaves such a layer alone
+and goes on. Any other exception is a mistake, and passes through.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+import torch
+from torch import Tensor
+
+from fxlrd.errors import Reason, one_line
+
+
+class NotFiniteError(ArithmeticError):
+    """A factorisation of finite numbers gave NaN or Inf."""
+
+
+# Torch has no type of its own for what allocators on the CPU and what libraries of linear algebra raise.
+_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory|bad_alloc|STATUS_ALLOC_FAILED")
+_ALGEBRA = re.compile(r"linalg[._]|lapack|cusolver|magma", re.IGNORECASE)
+_LONGEST = 160
+"""Characters of an exception's message that a reason quotes."""
+
+
+def failure(error: BaseException) -> Reason | None:
+    """Return the reason to leave a layer alone whose algebra raised ``error``; None for any other exception."""
+    text = textwrap.shorten(one_line(error), _LONGEST, placeholder=" …")
+    if isinstance(error, NotFiniteError):
+        return Reason("not-finite-factors", f"its factorisation gives {error}")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _says(error, _MEMORY):
+        return Reason(
+            "no-memory", f"its factorisation needs more memory than there is ({text})", "free some, or skip it"
+        )
+    if isinstance(error, torch.linalg.LinAlgError) or _says(error, _ALGEBRA):
+        return Reason("factorisation-failed", f"its factorisation failed ({text})")
+    return None
+
+
+def _says(error: BaseException, words: re.Pattern[str]) -> bool:
+    return isinstance(error, RuntimeError) and words.search(str(error)) is not None
+
+
+def check_finite(*tensors: Tensor) -> None:
+    """Raise NotFiniteError unless all numbers are finite."""
+    for tensor in tensors:
+        if not bool(tensor.isfinite().all()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise NotFiniteError(f"NaN or Inf in {dtype}")
