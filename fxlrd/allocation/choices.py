@@ -3,11 +3,11 @@
 The predicted error of a layer's form is that of the layer's output on the calibration inputs, weighted by how much
 each direction of it matters (fxlrd/calibration/importance.py): the relative squared error of the *model's* output
 that this one layer causes. Those of different layers add up, as far as they are independent. The errors at all ranks
-of a layer come from one factorisation: with the singular values σ of the whitened weight Γ^½·W·G^½, or the core K of
-its higher-order SVD,
+of a layer come from one factorisation: with the singular values σ of the whitened weight Kᵀ·W·R, Γ = K·Kᵀ and
+G = R·Rᵀ, or the core C of its higher-order SVD,
 
     SVD        error(R) = Σ_{i>R} σᵢ²
-    Tucker-2   error(r1, r2) = ‖K‖² − ‖K[:r2, :r1]‖²
+    Tucker-2   error(r1, r2) = ‖C‖² − ‖C[:r2, :r1]‖²
 
 (an upper bound for Tucker-2, whose bases are refined afterwards). Without Γ the error is relative to the layer's own
 output, without moments to its weight: then the errors of different layers compare only roughly.
@@ -31,7 +31,7 @@ from fxlrd.factor.basis import left_basis
 from fxlrd.factor.failures import check_finite
 from fxlrd.factor.whiten import Root
 from fxlrd.layers.build import decomposed, with_mean_output
-from fxlrd.layers.fit import Fit, roots
+from fxlrd.layers.fit import Fit, input_root, metrics, output_root, roots
 from fxlrd.layers.forms import Ranks, form, parameters, ranks_by_ratio
 from fxlrd.layers.kinds import as_layer, channels_per_group, kernel_area, kernel_share
 from fxlrd.layers.weights import weight_blocks
@@ -60,25 +60,17 @@ class Curve:
 
     def __init__(self, module: nn.Module, fit: Fit | None) -> None:
         self.module, self.fit = module, fit
-        weight = weight_blocks(module).double()
-        weight = weight.reshape(*weight.shape[:3], kernel_area(module))
-        reads, importance, silent = None, None, False
-        if fit is not None:
-            silent = fit.importance is not None and not bool(fit.importance.any())
-            reads, importance = roots(module, fit._replace(importance=None) if silent else fit)
-            weight = torch.einsum("gsck,gcd->gsdk", weight, reads.root)
-            if importance is not None:
-                weight = torch.einsum("gts,gsck->gtck", importance.root, weight)
-        absolute = fit is not None and fit.importance is not None and not silent
-        total = float(weight.square().sum())
-        self.scale = kernel_share(module) if absolute or total == 0 else (NEGLIGIBLE if silent else 1) / total
+        silent = fit is not None and fit.importance is not None and not bool(fit.importance.any())
+        used = fit._replace(importance=None) if fit is not None and silent else fit
+        absolute = used is not None and used.importance is not None
         self.form = form(module)
-        self.reads, self.importance = reads, importance
         if self.form == "svd":
-            self.energy, self.basis = _svd_energy(weight[..., 0])
+            self.energy, self.basis, self.root = _svd_energy(module, used)
         else:
-            self.energy = _tucker_energy(weight)
+            self.energy = _tucker_energy(_whitened(module, used))
         check_finite(self.energy)
+        total = float(self.energy[tuple(-1 for _ in self._full)])
+        self.scale = kernel_share(module) if absolute or total == 0 else (NEGLIGIBLE if silent else 1) / total
 
     def error(self, ranks: Ranks) -> float:
         """Return the predicted error at ``ranks``."""
@@ -91,23 +83,24 @@ class Curve:
 
         An SVD form is made at once, since it takes little beside the curve, and the curve's matrices need not be kept.
         """
-        if self.form != "svd" or self.fit is None or self.reads is None:
+        if self.form != "svd" or self.fit is None:
             module, fit = self.module, self.fit
             return lambda: decomposed(module, ranks, 1, fit)[0]
-        made = self._svd(self.fit, self.reads, ranks)
+        made = self._svd(self.fit, ranks)
         return lambda: made
 
-    def _svd(self, fit: Fit, reads: Root, ranks: Ranks) -> nn.Sequential:
+    def _svd(self, fit: Fit, ranks: Ranks) -> nn.Sequential:
         (rank,) = ranks
         weight = weight_blocks(self.module).double().flatten(2)
-        basis = self.basis[..., :rank]
-        if weight.shape[1] <= weight.shape[2]:  # W' = Γ^-½·Q·Qᵀ·Γ^½·W
+        basis, root = self.basis[..., :rank], self.root
+        if weight.shape[1] <= weight.shape[2]:  # W' = K⁻ᵀ·Q·Qᵀ·Kᵀ·W
             first, last = basis.mT, basis
-            if self.importance is not None:
-                first, last = first @ self.importance.root, self.importance.inverse @ last
+            if root is not None:
+                first, last = first @ root.root.mT, root.inverse.mT @ last
             return with_mean_output(self.module, first @ weight, last, fit)
-        return with_mean_output(  # W' = W·G^½·Q·Qᵀ·G^-½
-            self.module, basis.mT @ reads.inverse, weight @ (reads.root @ basis), fit
+        assert root is not None  # there is a fit
+        return with_mean_output(  # W' = W·R·Q·Qᵀ·R⁻¹
+            self.module, basis.mT @ root.inverse, weight @ (root.root @ basis), fit
         )
 
     @property
@@ -115,12 +108,37 @@ class Curve:
         return tuple(n - 1 for n in self.energy.shape)
 
 
-def _svd_energy(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the energy retained at ranks 0…n, all groups together, and the singular vectors of the shorter side."""
-    small = weight @ weight.mT if weight.shape[1] <= weight.shape[2] else weight.mT @ weight
-    values, vectors = torch.linalg.eigh(small)
+def _svd_energy(module: nn.Module, fit: Fit | None) -> tuple[Tensor, Tensor, Root | None]:
+    """Return the energy retained at ranks 0…n, all groups together, and the singular vectors of the shorter side.
+
+    With a fit, the root of the shorter side's metric comes with them: that of the longer one is not needed, since
+
+        M = Kᵀ·W·R,   M·Mᵀ = Kᵀ·(W·G·Wᵀ)·K,   Mᵀ·M = Rᵀ·(Wᵀ·Γ·W)·R
+    """
+    weight = weight_blocks(module).double().flatten(2)
+    inputs, outputs = (None, None) if fit is None else metrics(module, fit)
+    if weight.shape[1] <= weight.shape[2]:
+        root = None if fit is None or fit.importance is None else output_root(module, fit.importance)
+        small = (weight if inputs is None else weight @ inputs) @ weight.mT
+    else:
+        root = None if fit is None else input_root(module, fit)
+        small = weight.mT @ (weight if outputs is None else outputs @ weight)
+    if root is not None:
+        small = root.root.mT @ small @ root.root
+    values, vectors = torch.linalg.eigh((small + small.mT) / 2)
     energy = values.flip(-1).clamp_min(0).sum(0)
-    return torch.cat([energy.new_zeros(1), energy.cumsum(0)]), vectors.flip(-1)
+    return torch.cat([energy.new_zeros(1), energy.cumsum(0)]), vectors.flip(-1), root
+
+
+def _whitened(module: nn.Module, fit: Fit | None) -> Tensor:
+    """Return Kᵀ·W·R (G, S/G, C/G, kernel positions), at each position."""
+    weight = weight_blocks(module).double()
+    weight = weight.reshape(*weight.shape[:3], kernel_area(module))
+    if fit is None:
+        return weight
+    reads, makes = roots(module, fit)
+    weight = torch.einsum("gsck,gcd->gsdk", weight, reads.root)
+    return weight if makes is None else torch.einsum("gst,gsck->gtck", makes.root, weight)
 
 
 def _tucker_energy(weight: Tensor) -> Tensor:

@@ -148,10 +148,9 @@ def _moments_read(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments
     return inputs if inputs is not None and len(inputs.total) == count else None
 
 
-def choose(read: Sequence[Reader], rank: int) -> tuple[Tensor, list[Interpolation]]:
-    """Return the channels to retain (ascending), and how each reader rebuilds the others."""
-    retained = eliminated(read, rank).retained(rank)
-    return retained, interpolations(read, retained)
+def chosen(read: Sequence[Reader], rank: int) -> Tensor:
+    """Return the channels to retain (ascending)."""
+    return eliminated(read, rank).retained(rank)
 
 
 def interpolations(read: Sequence[Reader], retained: Tensor) -> list[Interpolation]:

@@ -30,11 +30,13 @@ class Plan:
         ranks: by layer; a layer that is missing stays as it is.
         retained: the number of channels that a merged group retains, by the group's first producer.
         predicted: the relative error of the model's output, where all layers' effects on it were measured.
+        channels: which channels those are (ascending), where they are known.
     """
 
     ranks: Mapping[str, Ranks] = field(default_factory=dict)
     retained: Mapping[str, int] = field(default_factory=dict)
     predicted: float | None = field(default=None, compare=False)
+    channels: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 planned = Fact("plan", Plan)

@@ -2,9 +2,10 @@
 
 With the second moments G = E[x·xᵀ] of a layer's inputs, and the importance Γ of the directions of its output:
 
-    E‖Γ^½·(W − W')·x‖² = ‖Γ^½·(W − W')·G^½‖²
+    E‖Γ^½·(W − W')·x‖² = ‖Kᵀ·(W − W')·R‖²,    K·Kᵀ = Γ,  R·Rᵀ = G
 
-For a matrix, the best W' of rank R is therefore the truncated SVD of Γ^½·W·G^½, multiplied by the inverse roots. A
+For a matrix, the best W' of rank r is therefore K⁻ᵀ·[Kᵀ·W·R]·R⁻¹ with the truncated SVD between. Any roots will do:
+those of another kind turn the whitened weight, and leave its singular values. Cholesky's cost the least. A
 k×k conv has no such closed form. It starts from the Tucker-2 of the weight whitened channel by channel. With the
 moments G of whole patches (channels × kernel positions), alternating steps then lower the exact error:
 
@@ -42,22 +43,34 @@ _STEPS = 10
 
 
 class Root(NamedTuple):
-    """The symmetric square root of a matrix of moments, and its inverse (…, C, C)."""
+    """A root R of a matrix of moments R·Rᵀ, and its inverse R⁻¹ (…, C, C)."""
 
     root: Tensor
     inverse: Tensor
 
 
-def root(second: Tensor, ridge: float = 0.0) -> Root:
-    """Return the root of ``second`` (…, C, C), symmetric and positive semidefinite, regularised."""
+def regularised(second: Tensor, ridge: float = 0.0) -> Tensor:
+    """Return ``second`` (…, C, C), symmetric, with a share of the mean variance added to every direction."""
     second = second.double()
     mean = second.diagonal(dim1=-2, dim2=-1).mean(-1)
-    values, vectors = torch.linalg.eigh((second + second.mT) / 2)
-    floor = (mean * (RIDGE + ridge)).clamp_min(_NOTHING)[..., None]
-    values = values.clamp_min(0) + floor
-    scaled = vectors * values.sqrt()[..., None, :]
-    unscaled = vectors / values.sqrt()[..., None, :]
-    return Root(scaled @ vectors.mT, unscaled @ vectors.mT)
+    floor = (mean * (RIDGE + ridge)).clamp_min(_NOTHING)[..., None, None]
+    return (second + second.mT) / 2 + floor * torch.eye(second.shape[-1]).to(second)
+
+
+def root(second: Tensor, ridge: float = 0.0) -> Root:
+    """Return the root of ``second`` (…, C, C), symmetric and positive semidefinite, `regularised`.
+
+    It is lower triangular, unless rounding has left moments that are not positive definite in spite of the share added.
+    """
+    moments = regularised(second, ridge)
+    lower, failed = torch.linalg.cholesky_ex(moments)
+    if not bool(failed.any()):
+        identity = torch.eye(moments.shape[-1]).to(moments)
+        return Root(lower, torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False))
+    values, vectors = torch.linalg.eigh(moments)
+    least = (RIDGE + ridge) * moments.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    size = torch.maximum(values, least.clamp_min(_NOTHING)).sqrt()[..., None, :]
+    return Root(vectors * size, (vectors / size).mT)
 
 
 def whitened_svd(weight: Tensor, rank: int, input_root: Root | None, output_root: Root | None = None) -> Pair:
@@ -70,10 +83,10 @@ def whitened_svd(weight: Tensor, rank: int, input_root: Root | None, output_root
     if input_root is not None:
         w = w @ input_root.root
     if output_root is not None:
-        w = output_root.root @ w
+        w = output_root.root.mT @ w
     pair = svd(w, rank)
     first = pair.first if input_root is None else pair.first @ input_root.inverse
-    last = pair.last if output_root is None else output_root.inverse @ pair.last
+    last = pair.last if output_root is None else output_root.inverse.mT @ pair.last
     return Pair(*_balanced(first, last), pair.error)
 
 
@@ -106,7 +119,7 @@ def whitened_tucker2(
     if input_root is not None:
         whitened = torch.einsum("gsc...,gcd->gsd...", whitened, input_root.root)
     if output_root is not None:
-        whitened = torch.einsum("gts,gsc...->gtc...", output_root.root, whitened)
+        whitened = torch.einsum("gst,gsc...->gtc...", output_root.root, whitened)
     triple = tucker2(whitened, rank_in, rank_out, sweeps=2)
     first, core, last, error = triple
     if first is not None and input_root is not None:
@@ -114,12 +127,12 @@ def whitened_tucker2(
     elif input_root is not None:
         core = torch.einsum("gor...,grc->goc...", core, input_root.inverse)
     if patches is not None and bool(patches.count_nonzero()):
-        scaled = w if output_root is None else torch.einsum("gts,gsc...->gtc...", output_root.root, w)
+        scaled = w if output_root is None else torch.einsum("gst,gsc...->gtc...", output_root.root, w)
         first, core, last, error = _refined(scaled, first, core, last, patches)
     if last is not None and output_root is not None:
-        last = output_root.inverse @ last
+        last = output_root.inverse.mT @ last
     elif output_root is not None:
-        core = torch.einsum("gts,gsr...->gtr...", output_root.inverse, core)
+        core = torch.einsum("gst,gsr...->gtr...", output_root.inverse, core)
     return Triple(*_orthonormal(first, core, last), error)
 
 

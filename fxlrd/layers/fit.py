@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxlrd.factor.ridge import GRID, best_ridge, with_ridge
-from fxlrd.factor.whiten import Root, root
+from fxlrd.factor.whiten import Root, regularised, root
 from fxlrd.layers.kinds import channels_per_group, kernel_area
 
 HELD_OUT = 8
@@ -214,11 +214,26 @@ IMPORTANCE_RIDGE = 1e-2
 
 def roots(module: nn.Module, fit: Fit) -> tuple[Root, Root | None]:
     """Return the roots of the input's covariance (G, C/G, C/G) and of Γ (G, S/G, S/G), for each of G groups."""
+    return input_root(module, fit), None if fit.importance is None else output_root(module, fit.importance)
+
+
+def input_root(module: nn.Module, fit: Fit) -> Root:
+    """Return the root of the input's covariance, for each group."""
+    return root(_diagonal_blocks(fit.regularised, channels_per_group(module)[2]))
+
+
+def output_root(module: nn.Module, importance: Tensor) -> Root:
+    """Return the root of Γ, for each group."""
+    return root(_diagonal_blocks(importance, channels_per_group(module)[2]), IMPORTANCE_RIDGE)
+
+
+def metrics(module: nn.Module, fit: Fit) -> tuple[Tensor, Tensor | None]:
+    """Return what `roots` returns the roots of."""
     groups = channels_per_group(module)[2]
-    input_root = root(_diagonal_blocks(fit.regularised, groups))
+    inputs = regularised(_diagonal_blocks(fit.regularised, groups))
     if fit.importance is None:
-        return input_root, None
-    return input_root, root(_diagonal_blocks(fit.importance, groups), IMPORTANCE_RIDGE)
+        return inputs, None
+    return inputs, regularised(_diagonal_blocks(fit.importance, groups), IMPORTANCE_RIDGE)
 
 
 def _diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:

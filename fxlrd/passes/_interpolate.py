@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
 
-from fxlrd.allocation.merges import Reader, choose, mergeable, readers
+from fxlrd.allocation.merges import Reader, chosen, interpolations, mergeable, readers
 from fxlrd.allocation.plan import planned
 from fxlrd.errors import Reason
 from fxlrd.factor.failures import check_finite
@@ -47,15 +47,20 @@ from fxlrd.timing.search import best_share, grid
 from fxlrd.timing.stopwatch import Stopwatch
 
 PLANNED = Reason("original-planned", "allocate keeps all its channels")
+NONE_CHOSEN: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A group of channels of which ``rank`` are retained, and its consumers with what calibration measured of them."""
+    """A group of channels of which ``rank`` are retained, and its consumers with what calibration measured of them.
+
+    ``retained`` says which ones, where a plan does.
+    """
 
     group: Group
     readers: Sequence[Reader]
     rank: int
+    retained: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,17 +79,22 @@ class Interpolate(Targets):
         if plan is None:
             self._cut_groups(run)
             return
-        replace(self, ranks=dict(plan.retained), snap=False)._cut_groups(run)
+        replace(self, ranks=dict(plan.retained), snap=False)._cut_groups(run, plan.channels)
         run.skipped = [replace(s, reason=PLANNED) if s.reason == UNNAMED else s for s in run.skipped]
 
-    def _cut_groups(self, run: Run) -> None:
+    def _cut_groups(self, run: Run, channels: Mapping[str, Tensor] = NONE_CHOSEN) -> None:
         self.check_named(run.gm)
         guards = why_not_replaceable(run.gm, norms=True)
         done: set[fx.Node] = set()
-        run.each(layers(run.gm), lambda name: self._visit(run.gm, calls(run.gm, name)[0], guards, done))
+        run.each(layers(run.gm), lambda name: self._visit(run.gm, calls(run.gm, name)[0], guards, done, channels))
 
     def _visit(
-        self, gm: fx.GraphModule, node: fx.Node, guards: Mapping[str, Reason | None], done: set[fx.Node]
+        self,
+        gm: fx.GraphModule,
+        node: fx.Node,
+        guards: Mapping[str, Reason | None],
+        done: set[fx.Node],
+        channels: Mapping[str, Tensor],
     ) -> Site | Skip | None:
         """Cut the channels that a layer makes, unless that is ``done`` with those of another producer."""
         if node in done or _cut_with_its_producer(gm, node):
@@ -92,7 +102,7 @@ class Interpolate(Targets):
         cut = self._cut(gm, node, guards)
         if isinstance(cut, Reason):
             return self.refusal(node, cut)
-        error = _apply(gm, cut)
+        error = _apply(gm, replace(cut, retained=channels.get(str(node.target))))
         done.update(producer.node for producer in cut.group.producers)
         consumers = ", ".join(str(consumer.node.target) for consumer in cut.group.consumers)
         count = f"{cut.rank} of {cut.group.channels} channels kept"
@@ -149,14 +159,15 @@ def _cut_with_its_producer(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _apply(gm: fx.GraphModule, cut: Cut) -> float:
     """Cut a group and return the largest predicted relative error of what a consumer makes."""
-    retained, interpolations = choose(cut.readers, cut.rank)
-    largest = max(error for _, _, error in interpolations)
-    check_finite(*(each.matrix for each in interpolations))
+    retained = chosen(cut.readers, cut.rank) if cut.retained is None else cut.retained
+    rebuilt = interpolations(cut.readers, retained)
+    largest = max(error for _, _, error in rebuilt)
+    check_finite(*(each.matrix for each in rebuilt))
     folded = [
         fold_inputs(reader.module, matrix, reader.consumer.block, shift)
-        for reader, (matrix, shift, _) in zip(cut.readers, interpolations, strict=True)
+        for reader, (matrix, shift, _) in zip(cut.readers, rebuilt, strict=True)
     ]
-    for reader, layer, (_, _, error) in zip(cut.readers, folded, interpolations, strict=True):
+    for reader, layer, (_, _, error) in zip(cut.readers, folded, rebuilt, strict=True):
         put_merged(gm, reader.consumer.node, layer, (cut.rank, None), error)
     for node in cut.group.through:
         put_merged(gm, node, keep_channels(gm.get_submodule(str(node.target)), retained, cut.group.channels))

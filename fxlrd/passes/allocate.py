@@ -107,7 +107,9 @@ class Allocate:
         problem = Problem(items, groups, biases)
         plan, spent, warnings = best_plan(run.gm, problem, measure, self.budget, progress, uncut)
         predicted = math.sqrt(problem.error(plan))
-        planned.record(run.gm, replace(plan, predicted=predicted if _effects_measured(run.gm, items) else None))
+        channels = {name: groups[name].retained(count) for name, count in plan.retained.items()}
+        known = predicted if _effects_measured(run.gm, items) else None
+        planned.record(run.gm, replace(plan, predicted=known, channels=channels))
         run.warnings += [*warnings, *doubts(run.gm, problem, plan, self.budget)]
         reported = {skip.name for skip in run.skipped}
         unchanged = [name for name in items if name not in plan.ranks and name not in problem.cut(plan.retained)]

@@ -40,11 +40,11 @@ def fit_for(module, weighted):
 
 
 def weighted_size(module, fit):
-    """‖Γ^½·W·G^½‖², what errors of a curve with Γ are parts of."""
+    """‖Kᵀ·W·R‖², what errors of a curve with Γ are parts of."""
     reads, importance = roots(module, fit)
     w = module.weight.detach().double()[..., None].flatten(2).unflatten(0, (channels_per_group(module)[2], -1))
     w = w.transpose(1, 2) if getattr(module, "transposed", False) else w
-    w = torch.einsum("gts,gsck,gcd->gtdk", importance.root, w, reads.root)
+    w = torch.einsum("gst,gsck,gcd->gtdk", importance.root, w, reads.root)
     return w.square().sum().item()
 
 

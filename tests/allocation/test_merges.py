@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fxlrd import capture
-from fxlrd.allocation.merges import choose, eliminated, mergeable, readers
+from fxlrd.allocation.merges import chosen, eliminated, interpolations, mergeable, readers
 from fxlrd.calibration.batches import as_inputs
 from fxlrd.calibration.moments import LARGEST, sweep
 from fxlrd.factor.interpolative import least_squares, lost
@@ -15,6 +15,11 @@ from fxlrd.graph.surgery import annotate
 from fxlrd.layers.compose import input_importance
 from fxlrd.layers.kinds import depthwise
 from fxlrd.passes import Decompose
+
+
+def choose(read, rank):
+    retained = chosen(read, rank)
+    return retained, interpolations(read, retained)
 
 
 def node(gm, name):
@@ -194,9 +199,9 @@ def test_consumers_agree_on_the_channels_and_their_errors_add_up():
     read = readers(gm, found(gm, "make"))
     y = model.make(x).relu().detach()
     for rank, error in zip(RANKS, curve(read, RANKS), strict=True):
-        kept, interpolations = choose(read, rank)
-        assert len(interpolations) == 3
-        made = sum(measured(model, y, i, kept, matrix) for i, (matrix, _, _) in enumerate(interpolations))
+        kept, rebuilt = choose(read, rank)
+        assert len(rebuilt) == 3
+        made = sum(measured(model, y, i, kept, matrix) for i, (matrix, _, _) in enumerate(rebuilt))
         assert error == pytest.approx(made, rel=1e-8, abs=1e-12)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fxlrd import capture
 from fxlrd.calibration.batches import as_inputs
-from fxlrd.calibration.importance import PROBES, Importance, Samples
+from fxlrd.calibration.importance import POSITIONS, PROBES, Importance, Samples
 from fxlrd.calibration.moments import sweep
 from fxlrd.graph.facts import statistics
 from fxlrd.graph.inputs import Inputs
@@ -334,6 +334,25 @@ def test_positions_of_one_input_are_one_sample():
     assert whole.squares == pytest.approx(sum(float((r.mT @ r).square().sum()) for r in rows))
     assert parts.squares == pytest.approx(whole.squares)
     torch.testing.assert_close(whole.shrunk(), parts.shrunk(), rtol=1e-12, atol=1e-12)
+
+
+def test_of_many_positions_some_stand_for_all():
+    rows = randn(40, 5 * POSITIONS, 4).cumsum(2)
+    wanted, samples = rows.flatten(0, 1).mT @ rows.flatten(0, 1), Samples(torch.zeros(4, 4, dtype=torch.float64))
+    for each in rows:
+        samples.add(each[None])
+    assert samples.count == 40
+    assert (samples.total - wanted).norm() < 0.05 * wanted.norm(), "the noise of 1/√5,120"
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_gradients_of_any_size_are_squared_in_float32(size):
+    rows, samples = randn(3, 7, 4), Samples(torch.zeros(4, 4, dtype=torch.float64))
+    samples.add(rows.float() * size)
+    wanted = torch.einsum("nps,npt->st", rows, rows)
+    torch.testing.assert_close(samples.total / size / size, wanted, rtol=1e-5, atol=1e-5)
+    squares = sum(float((r.mT @ r).square().sum()) for r in rows)
+    assert samples.squares / size**4 == pytest.approx(squares, rel=1e-5)
 
 
 def test_what_a_fit_goes_by_is_shrunk():

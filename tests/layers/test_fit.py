@@ -245,9 +245,9 @@ def test_the_roots_are_those_of_the_groups():
     for i in range(2):
         ins, outs = slice(3 * i, 3 * i + 3), slice(2 * i, 2 * i + 2)
         wanted = regularised(fit.regularised[ins, ins], RIDGE)
-        torch.testing.assert_close(reads.root[i] @ reads.root[i], wanted, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(reads.root[i] @ reads.root[i].mT, wanted, rtol=1e-10, atol=1e-10)
         wanted = regularised(importance[outs, outs], RIDGE + IMPORTANCE_RIDGE)
-        torch.testing.assert_close(weights.root[i] @ weights.root[i], wanted, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(weights.root[i] @ weights.root[i].mT, wanted, rtol=1e-10, atol=1e-10)
     assert roots(conv, fit._replace(importance=None))[1] is None
 
 

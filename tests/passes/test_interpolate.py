@@ -617,6 +617,9 @@ def test_a_plan_is_carried_out():
     assert torch.equal(result.graph_module(x), same.graph_module(x))
     assert reasons(result) == {"2": "original-planned", "6": "original-planned"}
     assert site_names(Merge(ranks=8)(gm)) == ["0", "2", "4"], "ranks= comes before a plan"
+    planned.record(gm, Plan({}, {"0": 4}, channels={"0": torch.tensor([0, 2, 5, 7])}))
+    (first,) = calls(Merge()(gm).graph_module, "0")
+    assert retained_channels(first).tolist() == [0, 2, 5, 7], "those that it names"
     planned.record(gm, Plan())
     assert not Merge().__call__(gm).modified
     assert not Merge(snap=True)(gm).modified
