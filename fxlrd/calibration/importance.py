@@ -37,7 +37,7 @@ from fxlrd.layers.kinds import as_layer, channel_axis, channels_per_group
 
 PROBES = 2
 """Backward passes for each batch, each with new random signs."""
-POSITIONS = 128
+POSITIONS = 256
 """Positions of one input that are sampled, evenly strided; the next inputs begin at others."""
 
 

@@ -342,7 +342,7 @@ def test_of_many_positions_some_stand_for_all():
     for each in rows:
         samples.add(each[None])
     assert samples.count == 40
-    assert (samples.total - wanted).norm() < 0.05 * wanted.norm(), "the noise of 1/√5,120"
+    assert (samples.total - wanted).norm() < 0.05 * wanted.norm(), "the noise of 1/√10,240"
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
