@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxlrd.backend.contents import Contents
 from fxlrd.backend.factor_sets import FactorSet, FactorSets, Fingerprint, fingerprint
 from fxlrd.backend.options import Options
 from fxlrd.backend.rewrite import rewrite
@@ -47,6 +48,7 @@ class Compressed:
         _refuse_inference_tensors(weights)
         # Before the passes run: a weight that changes meanwhile is then noticed by the next call.
         marks = dict(zip(weights, zip(*fingerprint([*weights.values()]), strict=True), strict=True))
+        contents = Contents([*weights.values()])
         lowered = self._lowered(inputs, weights, first=True)
         if not lowered.sources:
             return False
@@ -54,7 +56,10 @@ class Compressed:
         self.watched = _from_arguments(self.gm, names, [*weights.values()] if self.frozen else None)
         self.run = self._compile_in_dynamo(lowered, inputs)
         mark = tuple(zip(*(marks[name] for name in names), strict=True))
-        self.sets.add(FactorSet(mark, self._arguments(lowered), self.run), [weights[name] for name in names])
+        watched = [weights[name] for name in names]
+        now = Contents(watched)
+        if contents.same([*weights.values()]):
+            self.sets.add(FactorSet(mark, now, self._arguments(lowered), self.run), watched)
         return True
 
     def __call__(self, *args: Any) -> Any:
@@ -62,21 +67,22 @@ class Compressed:
         weights = self.watched(args)
         mark = fingerprint(weights)
         current = self.sets.latest
-        if current.fingerprint != mark:
+        if current.fingerprint != mark or not current.contents.same(weights):
             current = self._factors_of(weights, mark, args)
         return current.run(*args, *current.factors)
 
     def _factors_of(self, weights: Sequence[Tensor], mark: Fingerprint, args: tuple[Any, ...]) -> FactorSet:
         """Return the retained factors of these weights, or compute them."""
         with self.lock:
-            retained = self.sets.find(mark)
+            retained = self.sets.find(mark, weights)
             if retained is not None:
                 return retained
+            contents = Contents(weights)
             lowered = self._lowered(args, weights_of(self.gm, args), first=False)
             run = self.run
             if run is None or self.frozen or _compiled_for(lowered) != self.code:
                 run = self._compile_again(lowered, args)
-            return self.sets.add(FactorSet(mark, self._arguments(lowered), run), weights)
+            return self.sets.add(FactorSet(mark, contents, self._arguments(lowered), run), weights)
 
     def _lowered(self, values: Sequence[Any], weights: Mapping[str, Tensor], first: bool) -> Lowered:
         verify = self.options.verify and first
@@ -94,6 +100,8 @@ class Compressed:
         self.code = _compiled_for(lowered)
         run = self.options.compile(lowered.graph_module, [*inputs, *self._arguments(lowered)])
         del fakes
+        for node in lowered.graph_module.graph.nodes:
+            node.meta.pop("grapharg", None)  # a weak reference to a weight, which Dynamo removes from its own graph
         return run
 
     def _compile_again(self, lowered: Lowered, args: Sequence[Any]) -> Callable[..., Any]:

@@ -1,13 +1,14 @@
 """Factors of the weights that one compiled graph is called with, retained for the last few models.
 
-A fingerprint of weights tells whether factors are still theirs: which tensors they are, their version counters, which
-every in-place operation of torch increments (an optimizer's step, load_state_dict, copy_), and the addresses of their
-data (``p.data = …``). Weak references report when a tensor or its storage is freed. So the factors keep neither alive,
-and no new tensor at an old address is taken for the old one.
-
-What torch itself does not count cannot be detected: a write through ``p.data`` (``p.data.copy_``, ``p.data.add_``),
-through NumPy or from another process. After such a write, call
+Factors are still those of their weights if two things hold. The fingerprint is the same: which tensors they are, their
+version counters, which in-place operations of torch increment (load_state_dict, copy_, an optimizer's step unless it is
+fused), and the addresses of their data (``p.data = …``). And so is a sample of what they hold, for writes that torch
+does not count (fxlrd/backend/contents.py). A write of the second kind that misses every sampled entry cannot be
+detected: of single entries or rows of a large weight. After such a write, call
 ``torch.autograd.graph.increment_version(model.parameters())``.
+
+Weak references report when a storage is freed. So the factors keep no weight alive, and no new tensor at an old address
+is taken for the old one. There are none to the tensors: ``torch.utils.swap_tensors`` refuses tensors that have some.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
+
+from fxlrd.backend.contents import Contents
 
 LIMIT = 4
 """Number of factor sets that one compiled graph retains, for models that take turns."""
@@ -36,15 +39,16 @@ def fingerprint(weights: Sequence[Tensor]) -> Fingerprint:
 
 @dataclass(eq=False)
 class FactorSet:
-    """The factors of weights with this fingerprint, and the compiled graph that takes them."""
+    """The factors of weights with this fingerprint and these contents, and the compiled graph that takes them."""
 
     fingerprint: Fingerprint | None
+    contents: Contents
     factors: tuple[Tensor, ...]
     run: Callable[..., Any]
     references: list[Any] = field(default_factory=list)
 
 
-_EMPTY = FactorSet(None, (), lambda *_: None)
+_EMPTY = FactorSet(None, Contents(()), (), lambda *_: None)
 
 
 class FactorSets:
@@ -54,16 +58,16 @@ class FactorSets:
         self.retained: list[FactorSet] = []
         self.latest = _EMPTY
 
-    def find(self, fingerprint: Fingerprint) -> FactorSet | None:
-        """Return the set of weights with this fingerprint, if there is one, and make it the latest."""
+    def find(self, fingerprint: Fingerprint, weights: Sequence[Tensor]) -> FactorSet | None:
+        """Return the set of these weights, which have this fingerprint, if there is one, and make it the latest."""
         for candidate in self.retained:
-            if candidate.fingerprint == fingerprint:
+            if candidate.fingerprint == fingerprint and candidate.contents.same(weights):
                 self.latest = candidate
                 return candidate
         return None
 
     def add(self, new: FactorSet, weights: Sequence[Tensor]) -> FactorSet:
-        """Retain ``new`` until one of its ``weights`` or their storages is freed.
+        """Retain ``new`` until the storage of one of its ``weights`` is freed.
 
         It takes the place of a set for earlier values of the same tensors.
         """
@@ -73,7 +77,7 @@ class FactorSets:
             if (self := owner()) is not None:
                 self._remove(new)
 
-        new.references = [weakref.ref(thing, freed) for w in weights for thing in (w, w.untyped_storage())]
+        new.references = [weakref.ref(w.untyped_storage(), freed) for w in weights]
         others = [s for s in self.retained if not _same_tensors(s, new)]
         self.retained = [new, *others][:LIMIT]
         self.latest = new

@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import config
 
+from fxlrd.backend.contents import ENTRIES, _sample
 from fxlrd.backend.factor_sets import LIMIT
 from fxlrd.backend.options import Options
 from tests.support.backend import EAGER, close, compiled, expected, images, net, serving
@@ -130,13 +131,73 @@ def test_new_data_at_the_same_address():
     close(f(x), expected(model, x))
 
 
+def _fused(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    with torch.enable_grad():
+        model(images()).square().sum().backward()
+    optimizer.step()
+
+
+def _lora(model):
+    weight = model.head.weight
+    weight.data += torch.randn(weight.shape[0], 2) @ torch.randn(2, weight.shape[1])
+
+
+def _data_copy(model):
+    for p, new in zip(model.parameters(), net(5).parameters(), strict=True):
+        p.data.copy_(new)
+
+
+def _foreach(model):
+    torch._foreach_mul_([p.data for p in model.parameters()], 0.5)
+
+
+def _row(model):
+    model.blocks[1].conv2.weight.data[5] += 1
+
+
+def _storage(model):
+    weight = model.blocks[0].conv1.weight
+    weight.untyped_storage().copy_(torch.randn_like(weight).untyped_storage())
+
+
+def _numpy(model):
+    model.head.weight.detach().numpy()[:] *= 2
+
+
+def _set(model):
+    model.head.weight.set_(torch.randn_like(model.head.weight))
+
+
+def _swap(model):
+    torch.utils.swap_tensors(model.head.weight, nn.Parameter(torch.randn_like(model.head.weight)))
+
+
+UNCOUNTED = [_fused, _lora, _data_copy, _foreach, _row, _storage, _numpy]
+
+
+@pytest.mark.parametrize("change", [*UNCOUNTED, _set, _swap])
 @torch.no_grad()
-def test_writes_that_torch_does_not_count():
-    """The README says that these are not noticed. Where this fails, torch counts them by now."""
+def test_writes_that_torch_does_not_count_are_seen_in_the_contents(change):
     model, x = net(), images()
     f = compiled(model)
     before = f(x)
-    model.head.weight.data.mul_(0.5)
+    versions = [p._version for p in model.parameters()]
+    change(model)
+    assert change not in UNCOUNTED or versions == [p._version for p in model.parameters()]
+    want = expected(model, x)
+    assert not torch.allclose(want, before)
+    close(f(x), want)
+
+
+@torch.no_grad()
+def test_what_a_sample_misses_counts_with_a_version():
+    """The README says that a write to single entries of a large weight is not noticed."""
+    model, x = nn.Sequential(nn.Linear(512, 512)), torch.ones(2, 512)
+    f = compiled(model)
+    before = f(x)
+    missed = next(i for i in range(512) if i not in _sample((512, 512), ENTRIES // 2))
+    model[0].weight.data[0, missed] += 100
     assert torch.equal(f(x), before)
     torch.autograd.graph.increment_version(model.parameters())
     close(f(x), expected(model, x))
