@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import uuid
 from pathlib import Path
 
@@ -20,6 +21,23 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def read_regular(path: Path, most: int) -> str:
+    """Return the text of a regular file of at most ``most`` bytes.
+
+    Raises OSError for anything else, such as a FIFO, a directory or a device, which might never end, and for a larger
+    file; UnicodeDecodeError for what is not UTF-8.
+    """
+    # Without O_NONBLOCK, to open a FIFO waits for a writer.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(f"{path} is no file")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(f"{path} has more than {most:,} bytes")
+    return content.decode()
 
 
 def write_out(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fxlrd.files import write_atomically
+from fxlrd.files import read_regular, write_atomically
 
 
 class Setting(NamedTuple):
@@ -60,6 +60,8 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser("~")) / ".cache" / "fxlrd"  # unlike Path.home, it never raises
 
 
+_LARGEST = 2**22
+"""Bytes; an entry has some hundred for each variant."""
 _FORMAT = 2
 _OLDER = (1,)
 """Formats whose files are replaced without a word. Those of format 1 hold seconds, and nothing to compare them with."""
@@ -95,8 +97,9 @@ class Entry:
         figures = [x for ratio in (*timings.values(), entry.reference) for x in (ratio.ratio, ratio.spread)]
         if not all(isinstance(x, float) and 0 <= x < math.inf for x in (*figures, entry.reference_seconds)):
             raise ValueError("a timing is not a number")
-        if not entry.reference.ratio * entry.reference_seconds > 0:
-            raise ValueError("the reference kernel took no time")
+        ratios = (each.ratio for each in (*timings.values(), entry.reference))
+        if not all(x > 0 for x in (*ratios, entry.reference.ratio * entry.reference_seconds)):
+            raise ValueError("something took no time")
         return entry
 
 
@@ -115,7 +118,7 @@ class Cache:
         """Return the entry, or None where there is no valid file."""
         path = self._path(setting, signature)
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(read_regular(path, _LARGEST))
             if content["format"] in _OLDER:
                 return None
             if content["format"] != _FORMAT or content["key"] != _key(setting, signature):
@@ -134,7 +137,9 @@ class Cache:
         try:
             write_atomically(path, json.dumps(content, indent=1))
         except OSError as error:
-            warnings.warn(f"timing cache: {path} cannot be written ({error}); going on without", stacklevel=2)
+            # The same words for every entry, so that Python shows them once.
+            why = f"{type(error).__name__}: {error.strerror}"
+            warnings.warn(f"timing cache: {self.folder} cannot be written to ({why}); going on without", stacklevel=2)
 
     def _path(self, setting: Setting, signature: str) -> Path:
         digest = hashlib.sha256(json.dumps(_key(setting, signature)).encode()).hexdigest()

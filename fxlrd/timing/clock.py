@@ -68,7 +68,7 @@ def compare(
         for _ in range(2):  # the first calls allocate, compile and pick kernels
             call()
         wait()
-        repeats[name] = max(1, round(_SHORTEST / max(_sample(call, 1, wait, clock), 1e-9)))
+        repeats[name] = max(1, round(_SHORTEST / _sample(call, 1, wait, clock)))
     samples: dict[str, list[float]] = {name: [] for name in variants}
     reference = next(iter(variants))
     start = clock()
@@ -98,7 +98,7 @@ def once(
     for name, call in variants.items():
         call()
         wait()
-        timings[name] = Timing(max(_sample(call, 1, wait, clock), 1e-9))
+        timings[name] = Timing(_sample(call, 1, wait, clock))
     return timings
 
 
@@ -107,7 +107,7 @@ def _sample(call: Callable[[], object], repeats: int, wait: Callable[[], None], 
     for _ in range(repeats):
         call()
     wait()
-    return (clock() - start) / repeats
+    return max(clock() - start, 1e-9) / repeats  # a clock may stand still, or jump back
 
 
 def _timing(samples: list[float], reference: list[float]) -> Timing:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,31 @@ def timing(**fields):
     return damaged(lambda c: c["timings"].update(original={"ratio": 1.0, "spread": 0.0, **fields}))
 
 
+def fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def huge(path):
+    os.truncate(path, 10 * 2**30)  # sparse: no disk is filled
+
+
+def device(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
 DAMAGE = {
+    "fifo": fifo,
+    "folder": folder,
+    "huge": huge,
+    "device": device,
+    "zero ratio": timing(ratio=0.0),
     "empty": lambda p: p.write_text(""),
     "truncated": lambda p: p.write_text(p.read_text()[:90]),
     "binary": lambda p: p.write_bytes(bytes(range(256))),
@@ -76,7 +101,6 @@ DAMAGE = {
     "seconds in text": damaged(lambda c: c.update(reference_seconds="1.0")),
     "no time at all": damaged(lambda c: c.update(reference_seconds=0.0)),
     "no ratio at all": damaged(lambda c: c.update(reference={"ratio": 0.0, "spread": 0.0})),
-    "folder": lambda p: (p.unlink(), p.mkdir()),
 }
 
 

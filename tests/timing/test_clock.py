@@ -103,3 +103,10 @@ def test_spread_is_the_interval_of_a_median(clock, measure):
     timings = measure({"a": clock.call("a", 1e-3), "b": clock.call("b", steps)}, seconds=0.0)
     assert (timings["b"].seconds, timings["b"].ratio) == pytest.approx((4e-3, 4), rel=1e-9)
     assert timings["b"].spread == pytest.approx(1.96 * 1.2533 * 1.4826 * 2 / 7**0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0])
+def test_a_clock_that_stands_still_or_jumps_back(step):
+    now = iter(range(10**6))
+    timings = compare({"a": lambda: None, "b": lambda: None}, CPU, clock=lambda: step * next(now))
+    assert all(t.seconds > 0 and t.ratio > 0 for t in timings.values())
