@@ -28,6 +28,7 @@ from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import calls, source
 from fxlrd.saving.architecture import remember, wrapped
 from fxlrd.saving.descriptions import mismatch
+from fxlrd.saving.geometry import check_geometry
 from fxlrd.saving.padding import padding_of
 from fxlrd.saving.placement import Slots, place, put
 from fxlrd.saving.schema import Origin, Plan, TensorTable
@@ -125,6 +126,7 @@ def _put_layers(folder: Path, plan: Plan, target: nn.Module) -> dict[str, torch.
     for name in plan.layers:
         if not name or name not in modules:
             raise FxlrdError(f"load: {folder}: the model has no module {name[:80]!r}: {_REMEDY}")
+    check_geometry(folder, plan.layers, modules)
     new = {name: module_of(name, spec, modules[name]) for name, spec in plan.layers.items()}
     replaced = closed | set_modules(target, new, plan.architecture.described)
     return {name: tensor.device for name, old in replaced.items() for tensor in registered(old).values()}

@@ -132,6 +132,9 @@ def put(*keys, value):
 
 
 IDENTITY = {"kind": "Identity", "options": {}}
+OPTIONS = {"num_features": 2, "eps": 0.5, "momentum": 0.1, "affine": True, "track_running_stats": True, "bias": True}
+NORM = {"kind": "BatchNorm1d", "options": OPTIONS}
+KERNEL = ("layers", "c", "parts", 1, 1, "options")
 SECOND = ("layers", "a", "parts", 1, 1)
 
 
@@ -193,6 +196,14 @@ SECOND = ("layers", "a", "parts", 1, 1)
             put("layers", "c", "parts", 1, 1, "options", "padding_mode", value="eval"),
             'padding_mode: expected "zeros" or',
         ),
+        (put(*KERNEL, "stride", value=[2]), r"c: stride is \(2,\) in the plan and \(1,\) in the layer"),
+        (put(*KERNEL, "padding", value=[1]), "c: padding is"),
+        (put(*KERNEL, "padding", value="same"), "c: padding is 'same' in the plan"),
+        (put(*KERNEL, "dilation", value=[3]), "c: dilation is"),
+        (put(*KERNEL, "padding_mode", value="circular"), "c: padding_mode is 'circular' in the plan and 'zeros'"),
+        (put("layers", "c", "parts", 0, 1, "options", "stride", value=[2]), "c: stride is"),
+        (put("layers", "b", value=IDENTITY), "b: a Identity cannot take the place of a ReLU"),
+        (put("layers", "d", value=NORM), "d: eps is 0.5 in the plan and 1e-05 in the layer"),
         (put("tensors", "strides", "a.last.weight", value=[0, 0]), "fit no tensor"),
         (put("tensors", "strides", "a.last.weight", value=[1]), "fit no tensor"),
         (put("tensors", "strides", "a.last.weight", value=[2**70, 1]), r"strides\['a.last.weight'\]\[0\]: expected"),
