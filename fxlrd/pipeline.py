@@ -11,7 +11,7 @@ from torch import fx
 
 from fxlrd import spec
 from fxlrd.allocation.doubts import doubt_of_plan
-from fxlrd.errors import FxlrdError, unknown
+from fxlrd.errors import FxlrdError, one_line, unknown
 from fxlrd.graph import cost
 from fxlrd.graph.captured import captured, captured_or_bare
 from fxlrd.graph.inputs import Inputs
@@ -163,11 +163,18 @@ class Pipeline:
             seconds = time.perf_counter() - start
             ledger.append(_record(step, result, verification.after(step, result), seconds))
             if callback is not None:
-                callback(gm, step, result.graph_module)
+                _call(callback, gm, step, result.graph_module)
             gm = result.graph_module
         if ledger and (doubt := doubt_of_plan(gm)) is not None:
             ledger[-1] = replace(ledger[-1], warnings=(*ledger[-1].warnings, doubt))
         return PipelineResult(gm, any(record.sites for record in ledger), tuple(ledger))
+
+
+def _call(callback: Callback, before: fx.GraphModule, step: Pass, after: fx.GraphModule) -> None:
+    try:
+        callback(before, step, after)
+    except Exception as error:
+        raise FxlrdError(f"{label(step)}: the callback after this pass fails: {one_line(error)}") from error
 
 
 def _inputs(gm: fx.GraphModule, example_inputs: Any) -> Inputs | None:

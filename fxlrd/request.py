@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxlrd.budget import Budget
-from fxlrd.calibration.batches import as_batches
+from fxlrd.calibration.batches import as_batches, read
 from fxlrd.errors import FxlrdError
 from fxlrd.graph.inputs import Inputs
 from fxlrd.layers.kinds import LAYERS
@@ -119,5 +119,5 @@ def _allocates(passes: Pipeline) -> bool:
 def _with_calibration(passes: Pipeline, calibration: Any) -> Pipeline:
     readers = sum(hasattr(p, "calibration") for p in passes.passes)
     if readers > 1 and not isinstance(calibration, (torch.Tensor, list, tuple, Mapping, Inputs)):
-        calibration = list(as_batches(calibration))  # several passes read it: a generator ends, a loader shuffles
+        calibration = list(read(as_batches(calibration)))  # several passes read it: a generator ends, a loader shuffles
     return passes.with_options(calibration=calibration)

@@ -102,6 +102,15 @@ def test_the_callback_sees_each_step_and_the_input_stays():
     assert gm.code == code
 
 
+def test_a_callback_that_raises_names_the_pass():
+    def callback(before, step, after):
+        raise KeyError("mine")
+
+    with pytest.raises(FxlrdError, match=r"^decompose: the callback after this pass fails: KeyError: 'mine'$") as error:
+        Pipeline([Decompose(ranks=4)])(capture(model(), x()), callback=callback)
+    assert isinstance(error.value.__cause__, KeyError)
+
+
 def test_a_plain_traced_module_works_too_with_and_without_inputs():
     net, data = model(), x()
     gm = torch.fx.symbolic_trace(net)

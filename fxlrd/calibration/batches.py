@@ -44,7 +44,7 @@ def as_inputs(gm: fx.GraphModule, batches: Iterable[Any]) -> Iterator[Inputs]:
     names, example = model.parameters(gm), model.inputs
     if not example.args and not example.kwargs:  # a graph that its user has traced
         example = Inputs((None,) * len([n for n in gm.graph.find_nodes(op="placeholder") if not n.args]))
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(read(batches)):
         try:
             inputs = given_as(example, batch, names)
         except FxlrdError as error:
@@ -53,6 +53,19 @@ def as_inputs(gm: fx.GraphModule, batches: Iterable[Any]) -> Iterator[Inputs]:
             if t.is_floating_point() and not t.is_meta and _is_invalid(t):
                 raise FxlrdError(f"calibration: batch {i} holds NaN or Inf")
         yield inputs
+
+
+def read(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches. Raises FxlrdError for whatever the user's iterable raises, with that as its cause."""
+    i = 0
+    try:
+        for batch in batches:
+            yield batch
+            i += 1
+    except FxlrdError:
+        raise
+    except Exception as error:
+        raise FxlrdError(f"calibration: the data give no batch {i}: {one_line(error)}") from error
 
 
 def given_as(example: Inputs, batch: Any, names: Sequence[str]) -> Inputs:

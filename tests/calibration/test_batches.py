@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import fxlrd
 from fxlrd import FxlrdError, capture
 from fxlrd.calibration.batches import (
     HOLDOUT_PERIOD,
@@ -73,11 +74,20 @@ def test_what_is_no_calibration_data(data):
         as_batches(data)
 
 
+class Raising:
+    """Data of one batch, and an exception after it."""
+
+    def __iter__(self):
+        yield X
+        raise OSError("disk gone\nmore")
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         ([X, X / 0], "calibration: batch 1 holds NaN or Inf"),
         ([X, "a.png"], "calibration: batch 1: a str is not a tensor"),
+        (Raising(), "calibration: the data give no batch 1: OSError: disk gone"),
         ([{"input": [X * float("nan")]}], "calibration: batch 0 holds NaN or Inf"),
         (
             [{"image": X, "target": Y}],
@@ -88,6 +98,13 @@ def test_what_is_no_calibration_data(data):
 def test_a_bad_batch_is_named(data, message):
     with pytest.raises(FxlrdError, match=message):
         list(as_inputs(capture(net(), X), data))
+
+
+def test_data_that_raise_are_the_cause_of_the_error():
+    model = nn.Sequential(nn.Linear(6, 6))
+    with pytest.raises(FxlrdError, match=r"^calibration: the data give no batch 1: OSError: disk gone$") as error:
+        fxlrd.compress(model, X, preset="merge", calibration=Raising(), measure=False)
+    assert isinstance(error.value.__cause__, OSError)
 
 
 def test_whole_numbers_are_not_looked_at_for_nan():
