@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from fxlrd.calibration.holdout import outputs
 from fxlrd.calibration.stepper import Stepper
 from fxlrd.errors import FxlrdError
+from fxlrd.factor.basis import working
 from fxlrd.factor.failures import failure
 from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.inputs import Inputs, tensors
@@ -109,12 +110,16 @@ def squared_error(changed: Sequence[Tensor], original: Sequence[Tensor]) -> floa
     """
     if [t.shape for t in changed] != [t.shape for t in original]:
         return math.inf
-    total = 0.0
-    for a, b in zip(changed, original, strict=True):
-        if not b.is_floating_point():
-            continue
-        a, b = a.detach().double(), b.detach().double()
-        size = float(torch.where(b.isfinite(), b, 0.0).square().sum())
-        gap = float(torch.where(b.isfinite(), a - b, 0.0).square().sum())
-        total += gap / size if size else 0.0
-    return total
+    pairs = zip(changed, original, strict=True)
+    return sum(_relative(a.detach(), b.detach()) for a, b in pairs if b.is_floating_point())
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """Return ‖a − b‖² / ‖b‖²: in the precision of the tensors, unless their squares are beyond it."""
+    norm = torch.linalg.vector_norm
+    size, gap = norm(working(b)).item() ** 2, norm(working(a) - working(b)).item() ** 2
+    if not math.isfinite(size + gap):
+        a, b = a.double(), b.double()
+        size = norm(torch.where(b.isfinite(), b, 0.0)).item() ** 2
+        gap = norm(torch.where(b.isfinite(), a - b, 0.0)).item() ** 2
+    return gap / size if size else 0.0
