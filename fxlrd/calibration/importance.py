@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxlrd.calibration.batches import examples
 from fxlrd.factor.basis import magnitude, working
 from fxlrd.graph.attentions import open_for
 from fxlrd.graph.captured import feed, runnable
@@ -36,7 +37,9 @@ from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.kinds import as_layer, channel_axis, channels_per_group
 
 PROBES = 2
-"""Backward passes for each batch, each with new random signs."""
+"""Backward passes for a batch, each with new random signs, until there were `FEW` inputs: then one."""
+FEW = 64
+"""Inputs from which on another one says more than further signs for the same."""
 POSITIONS = 256
 """Positions of one input that are sampled, evenly strided; the next inputs begin at others."""
 
@@ -82,6 +85,7 @@ class Importance:
         self.gm = gm
         self.sums: dict[fx.Node, Samples] = {}
         self.probes = 0
+        self.inputs = 0
         self.generator = torch.Generator().manual_seed(0)
 
     def add(self, inputs: Inputs) -> bool:
@@ -106,10 +110,12 @@ class Importance:
                 watch = _ModelWatch(self.gm, model, self.sums)
                 results = tensors(watch.run(inputs))
             outputs = [t for t in results if t.is_floating_point() and t.requires_grad and t.numel()]
-            for i in range(PROBES if outputs else 0):
+            probes = PROBES if self.inputs < FEW else 1
+            for i in range(probes if outputs else 0):
                 signs = [self.start(t) for t in outputs]
-                torch.autograd.grad(outputs, watch.zero, signs, retain_graph=i + 1 < PROBES, allow_unused=True)
+                torch.autograd.grad(outputs, watch.zero, signs, retain_graph=i + 1 < probes, allow_unused=True)
                 self.probes += 1
+            self.inputs += examples(inputs)
             watch.clear()
 
     def start(self, output: Tensor) -> Tensor:

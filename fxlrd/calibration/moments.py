@@ -176,6 +176,7 @@ class _Sweep(ReachingInterpreter):
             reads = [each for (a, block), each in by_axis.items() if block == 1 and axis in (None, a)]
             one = reads[0] if len(reads) == 1 else None
             estimate = importance.estimate(node)
+            importance.sums.pop(node, None)  # as large as all moments together
             statistics.record(node, Statistics(one, self.patches.get(node), estimate, node in self.reached))
 
 

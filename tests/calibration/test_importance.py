@@ -9,7 +9,7 @@ from torch import nn
 
 from fxlrd import capture
 from fxlrd.calibration.batches import as_inputs
-from fxlrd.calibration.importance import POSITIONS, PROBES, Importance, Samples
+from fxlrd.calibration.importance import FEW, POSITIONS, PROBES, Importance, Samples
 from fxlrd.calibration.moments import sweep
 from fxlrd.graph.facts import statistics
 from fxlrd.graph.inputs import Inputs
@@ -353,6 +353,15 @@ def test_gradients_of_any_size_are_squared_in_float32(size):
     torch.testing.assert_close(samples.total / size / size, wanted, rtol=1e-5, atol=1e-5)
     squares = sum(float((r.mT @ r).square().sum()) for r in rows)
     assert samples.squares / size**4 == pytest.approx(squares, rel=1e-5)
+
+
+def test_further_signs_are_drawn_while_inputs_are_few():
+    gm = capture(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3))
+    importance, probes = Importance(gm), []
+    for _ in range(FEW // 32 + 1):
+        importance.add(Inputs((torch.randn(32, 3),)))
+        probes.append(importance.probes)
+    assert probes == [2, 4, 5]
 
 
 def test_what_a_fit_goes_by_is_shrunk():
