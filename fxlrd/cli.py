@@ -14,6 +14,7 @@ from fxlrd import __version__
 from fxlrd.app import commands
 from fxlrd.app.models import DTYPES, NAMES
 from fxlrd.errors import FxlrdError
+from fxlrd.escaping import visible
 from fxlrd.pipeline import PRESETS
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _warn(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-    print(f"fxlrd: warning: {message}", file=sys.stderr)
+    print(f"fxlrd: warning: {visible(str(message))}", file=sys.stderr)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

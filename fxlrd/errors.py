@@ -6,9 +6,15 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from fxlrd.escaping import visible
+
 
 class FxlrdError(ValueError):
     """A request that cannot be met. The message is one line: the place, what was found, the remedy."""
+
+    def __str__(self) -> str:
+        """Return the message, control characters in names escaped."""
+        return visible(super().__str__())
 
 
 class CaptureError(FxlrdError):

@@ -30,6 +30,7 @@ FLOORS = (
     ("layers",),
     ("factor", "ranks", "budget"),
     ("errors", "files", "progress"),
+    ("escaping",),
 )
 """From the top down; what stands on one floor may import from its own package and from any floor below."""
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fxlrd.differences.tree import Module, module_tree
+from fxlrd.escaping import printable
 from fxlrd.layers.forms import ranks_text
 from fxlrd.report.numbers import change as percent
 from fxlrd.report.numbers import error, giga
@@ -33,6 +34,8 @@ class _Repeated(NamedTuple):
 
 def to_text(diff: Data, *, color: bool = False, times: bool = True) -> str:
     """Return figures, changes, and layers left alone with the reasons; the empty string if there is nothing to say."""
+
+    diff = printable(diff)
 
     def paint(style: str, text: str) -> str:
         return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if color else text

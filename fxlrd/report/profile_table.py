@@ -7,6 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fxlrd.escaping import printable
 from fxlrd.layers.forms import ranks_text
 from fxlrd.report.numbers import giga
 
@@ -23,6 +24,7 @@ def profile_text(profile: Mapping[str, Any], worth: float, bound: float) -> str:
     marked with a question mark: a rate above ``bound`` times the peak, and the rest of the model's time if its layers
     take more than ``bound`` times that.
     """
+    profile = printable(profile)
     total, settings, layers = profile["total"], profile["settings"], profile["layers"]
     layout = next((row["layout"] for row in layers if row["layout"]), "contiguous")
     mode = f"{'Inductor' if settings['compile'] else 'eager'}, {settings['threads']} threads, torch {settings['torch']}"

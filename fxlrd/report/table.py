@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
+from fxlrd.escaping import printable, visible
 from fxlrd.layers.forms import ranks_text
 from fxlrd.report.numbers import change, error, giga, ms, speed_text
 
@@ -18,6 +19,7 @@ _STYLE = "simple"
 
 def report_text(report: Mapping[str, Any]) -> str:
     """Return headline, passes and layers, one table under the other, and the warnings."""
+    report = printable(report)
     parts = [headline(report), passes_table(report["passes"]), layers_table(report["layers"])]
     parts += [f"warning: {text}" for text in report["warnings"]]
     return "\n\n".join(parts)
@@ -26,7 +28,7 @@ def report_text(report: Mapping[str, Any]) -> str:
 def summary(report: Mapping[str, Any]) -> str:
     """Return the model's name, the `outcome` and the error of the outputs, on one line."""
     relative = output_error(report)
-    return f"{report['model']}: {outcome(report)}" + (f", output error {error(relative)}" if relative else "")
+    return f"{visible(report['model'])}: {outcome(report)}" + (f", output error {error(relative)}" if relative else "")
 
 
 def outcome(report: Mapping[str, Any]) -> str:
@@ -155,4 +157,4 @@ def ranks_table(ledger: Sequence[Record], rows: Sequence[Mapping[str, Any]]) -> 
             ]
         )
     headers = ["layer", "weight", "rank by ratio", "snapped", "time at first", "time now", "ms now"]
-    return tabulate(cells, headers=headers, tablefmt=_STYLE, disable_numparse=True)
+    return tabulate(printable(cells), headers=headers, tablefmt=_STYLE, disable_numparse=True)
