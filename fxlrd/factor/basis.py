@@ -20,6 +20,9 @@ from torch import Tensor
 EXCESS = 1e-4
 """Largest relative excess of the truncation error over the optimal one that is accepted."""
 
+_RANGE = 30
+"""Tensors whose largest entry is within this power of two of 1 need no scaling."""
+
 _ROUNDING = 8.0
 """Measured ‖E‖ stays below this multiple of ε·σ₁² for the sizes of network layers (tests/factor)."""
 
@@ -32,7 +35,16 @@ def working(tensor: Tensor) -> Tensor:
 
 def magnitude(tensor: Tensor) -> float:
     """Return the power of two just above the largest entry (1 for zeros): dividing by it is exact."""
-    return math.ldexp(1.0, math.frexp(tensor.abs().amax().item())[1])
+    return math.ldexp(1.0, math.frexp(torch.linalg.vector_norm(tensor, math.inf).item())[1])
+
+
+def within_range(matrix: Tensor) -> tuple[Tensor, float]:
+    """Return the tensor divided by a power of two such that squares of its entries stay within range, and that power.
+
+    Nearly all tensors are returned as they are: a copy would take as much memory again.
+    """
+    peak = magnitude(matrix)
+    return (matrix, 1.0) if 2.0**-_RANGE <= peak <= 2.0**_RANGE else (matrix / peak, peak)
 
 
 def left_basis(matrix: Tensor, rank: int) -> Tensor:
@@ -42,8 +54,10 @@ def left_basis(matrix: Tensor, rank: int) -> Tensor:
     of an exact SVD (module docstring). ``rank`` must lie in 1…m.
     """
     m = matrix.shape[-2]
-    peak = matrix.abs().amax((-2, -1), keepdim=True)
-    matrix = matrix / torch.where(peak > 0, peak, torch.ones_like(peak))  # its squares stay within range
+    peak = torch.linalg.vector_norm(matrix, math.inf, dim=(-2, -1), keepdim=True)
+    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+    if not bool(((peak > 2.0**-_RANGE) & (peak < 2.0**_RANGE)).all()):
+        matrix = matrix / peak  # its squares stay within range
     # On an accelerator float32 products may run in TF32, which the bound above does not cover.
     exact_products = matrix.device.type == "cpu" or matrix.dtype == torch.float64
     candidates = (matrix, matrix.double()) if exact_products and matrix.dtype != torch.float64 else ()

@@ -7,12 +7,16 @@ Both factors carry √σ, so that their gradients stay of one size when they are
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fxlrd.factor.basis import left_basis, magnitude, working
+from fxlrd.factor.basis import left_basis, within_range, working
+
+_ENTRIES = 2**22
+"""Entries of a product that are in memory at once."""
 
 
 class Pair(NamedTuple):
@@ -29,9 +33,7 @@ def svd(weight: Tensor, rank: int) -> Pair:
     Leading dimensions are a batch. Computes and returns float32, or float64 for a float64 weight. ``rank`` must lie
     in 1…min(S, C).
     """
-    w = working(weight)
-    peak = magnitude(w)
-    w = w / peak  # squares of its entries stay within range
+    w, peak = within_range(working(weight))
     if w.shape[-2] <= w.shape[-1]:
         left = left_basis(w, rank)
         right = left.mT @ w
@@ -41,7 +43,7 @@ def svd(weight: Tensor, rank: int) -> Pair:
         left = w @ right.mT
         scale = left.norm(dim=-2, keepdim=True).mT
     first, last = balance(left, right, scale, split_left=w.shape[-2] > w.shape[-1])
-    return Pair(first * peak**0.5, last * peak**0.5, relative_error(w, last @ first))
+    return Pair(first * peak**0.5, last * peak**0.5, product_error(w, last, first))
 
 
 def balance(left: Tensor, right: Tensor, scale: Tensor, split_left: bool) -> tuple[Tensor, Tensor]:
@@ -54,6 +56,15 @@ def balance(left: Tensor, right: Tensor, scale: Tensor, split_left: bool) -> tup
     if split_left:
         return right * root, left * inverse.mT
     return right * inverse, left * root.mT
+
+
+def product_error(reference: Tensor, last: Tensor, first: Tensor) -> float:
+    """Return the `relative_error` of last @ first, some rows at a time: the product is as large as the weight."""
+    norm, rows = torch.linalg.vector_norm, max(1, _ENTRIES // reference.shape[-1])
+    blocks = zip(reference.split(rows, -2), last.split(rows, -2), strict=True)
+    difference = math.hypot(*(norm(block - part @ first).item() for block, part in blocks))
+    size = norm(reference).item()
+    return difference / size if size else difference
 
 
 def relative_error(reference: Tensor, approximation: Tensor) -> float:

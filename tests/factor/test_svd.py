@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxlrd.factor.basis import EXCESS
-from fxlrd.factor.svd import relative_error, svd
+from fxlrd.factor.svd import product_error, relative_error, svd
 from tests.support.factors import svd_product
 
 SHAPES = [(12, 30), (30, 12), (20, 20), (3, 12, 30), (3, 30, 12), (1, 1), (1, 40), (40, 1)]
@@ -112,3 +112,10 @@ def test_relative_error():
     assert relative_error(a, torch.zeros(2)) == 1
     assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
     assert relative_error(torch.zeros(2), a) == 5
+
+
+def test_the_error_of_a_product_is_that_of_all_its_rows(monkeypatch):
+    weight, last, first = torch.randn(2, 9, 5), torch.randn(2, 9, 3), torch.randn(2, 3, 5)
+    monkeypatch.setattr("fxlrd.factor.svd._ENTRIES", 20)
+    assert product_error(weight, last, first) == pytest.approx(relative_error(weight, last @ first), rel=1e-6)
+    assert product_error(0 * weight, 0 * last, first) == 0
