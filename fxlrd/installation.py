@@ -25,6 +25,7 @@ from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import undo
 from fxlrd.graph.run import counted
 from fxlrd.saving.architecture import origin_of, origin_of_graph, remember
+from fxlrd.saving.pretrained import save_all_of
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def _inside(capture: Captured, gm: fx.GraphModule, model: nn.Module, inplace: bo
         raise VerificationError(f"the model does not use its layers as its graph does ({error}); {remedy}") from error
     result = target if inplace else independent_copy(target)
     remember(result, origin_of(target, model, replaced))
+    save_all_of(result)
     output_error = _output_error(outputs, reference) if compared else None
     return Installed(result, True, capture.outside, flops, output_error)
 

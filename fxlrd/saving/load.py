@@ -23,25 +23,24 @@ from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.attentions import open_for
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.padding import insert_padding
-from fxlrd.graph.regions import set_modules
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import calls, source
 from fxlrd.saving.architecture import remember, wrapped
 from fxlrd.saving.descriptions import mismatch
-from fxlrd.saving.geometry import check_geometry
+from fxlrd.saving.from_pretrained import load_pretrained
 from fxlrd.saving.padding import padding_of
 from fxlrd.saving.placement import Slots, place, put
+from fxlrd.saving.pretrained import read_pretrained, save_all_of
+from fxlrd.saving.replacing import REMEDY, put_layers
 from fxlrd.saving.schema import Origin, Plan, TensorTable
-from fxlrd.saving.specs import module_of
-from fxlrd.saving.storage import check_weights, read_plan
+from fxlrd.saving.storage import PLAN, check_weights, read_plan
 from fxlrd.saving.tensors import attributes, joined, parents, registered
 
-_REMEDY = "give the architecture that was compressed"
 _ATTEMPTS = 3
 """How often a checkpoint is read again that another process replaces meanwhile."""
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """Return the compressed model that was saved at ``path``, as a model of the user's own class.
 
     >>> import fxlrd, tempfile, torch
@@ -54,10 +53,11 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     >>> folder.cleanup()
 
     Args:
-        path: a directory that `save` wrote.
+        path: a directory that `save` wrote, or ``save_pretrained`` of a compressed model of transformers.
         model: the architecture that was compressed, with any weights or, made under ``torch.device("meta")``, with
             none. It is not changed, and its weights are not copied. A model that was compressed as a graph which the
             user's class does not compute (it freezes arguments of forward, or drops layers) comes back as a graph.
+            What ``save_pretrained`` wrote needs none: transformers makes its class from the config in the directory.
 
     Returns:
         The model in the modes (train or eval) that it was saved in, each tensor on the device of the architecture's,
@@ -66,12 +66,16 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     Raises:
         FxlrdError: for a file that is missing, damaged or of another version, and for another architecture.
     """
-    if not isinstance(model, nn.Module):
+    if model is not None and not isinstance(model, nn.Module):
         raise FxlrdError(f"load: a {type(model).__name__} is not a torch.nn.Module: give the architecture")
     try:
         folder = Path(path)
     except TypeError as error:
         raise FxlrdError(f"load: {path!r} is no path: {one_line(error)}") from error
+    if (model is None or not (folder / PLAN).exists()) and (pretrained := read_pretrained(folder)) is not None:
+        return load_pretrained(folder, pretrained, None if model is None else type(model))
+    if model is None:
+        raise FxlrdError(f"load: {folder} holds no model that save_pretrained wrote: {REMEDY}, fxlrd.load(path, model)")
     for attempt in range(1, _ATTEMPTS + 1):
         plan = read_plan(folder)
         try:
@@ -88,11 +92,12 @@ def _loaded(folder: Path, plan: Plan, model: nn.Module) -> nn.Module:
     model = wrapped(model)
     target = _target(folder, plan, model)
     devices = {name: tensor.device for name, tensor in registered(target).items()}
-    devices |= _put_layers(folder, plan, target)
+    devices |= put_layers(folder, plan.layers, plan.architecture.described, target)
     _fill(check_weights(folder, plan.weights), plan.tensors, target, devices)
     _check_no_meta(target)
     _set_modes(target, plan.training)
     remember(target, Origin(**vars(plan.architecture)))
+    save_all_of(target)
     return target
 
 
@@ -100,7 +105,7 @@ def _target(folder: Path, plan: Plan, model: nn.Module) -> nn.Module:
     """Return the architecture to put layers into: a copy of the model, or its graph with arguments frozen."""
     architecture = plan.architecture
     if (difference := mismatch(architecture.modules, model)) is not None:
-        raise FxlrdError(f"load: {folder}: {difference}: {_REMEDY}")
+        raise FxlrdError(f"load: {folder}: {difference}: {REMEDY}")
     target = structural_copy(model)
     if architecture.arguments is None:
         return target
@@ -113,23 +118,10 @@ def _target(folder: Path, plan: Plan, model: nn.Module) -> nn.Module:
     call_inlined_layers(graph, target)
     for name, pads in architecture.padded.items():
         if not all(source(node) is not None for node in calls(graph, name)):
-            raise FxlrdError(f"load: {folder}: the model calls {name[:80]!r} with more than its input: {_REMEDY}")
+            raise FxlrdError(f"load: {folder}: the model calls {name[:80]!r} with more than its input: {REMEDY}")
         insert_padding(graph, name, padding_of(pads))
     graph.recompile()
     return graph
-
-
-def _put_layers(folder: Path, plan: Plan, target: nn.Module) -> dict[str, torch.device]:
-    """Put empty layers into the architecture, and return the devices of those that they replace, by name."""
-    closed = open_for(target, plan.layers)
-    modules = dict(target.named_modules(remove_duplicate=False))
-    for name in plan.layers:
-        if not name or name not in modules:
-            raise FxlrdError(f"load: {folder}: the model has no module {name[:80]!r}: {_REMEDY}")
-    check_geometry(folder, plan.layers, modules)
-    new = {name: module_of(name, spec, modules[name]) for name, spec in plan.layers.items()}
-    replaced = closed | set_modules(target, new, plan.architecture.described)
-    return {name: tensor.device for name, old in replaced.items() for tensor in registered(old).values()}
 
 
 def _fill(file: Path, table: TensorTable, model: nn.Module, devices: Mapping[str, torch.device]) -> None:

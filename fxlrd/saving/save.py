@@ -82,13 +82,13 @@ def contents(model: nn.Module, source: str | None = None) -> tuple[dict[str, Ten
     if (weight := quantized_weight(model)) is not None:
         raise FxlrdError(f"save: {weight} is quantized: save the result of compress, and quantize what load returns")
     architecture = origin.architecture if source is None else replace(origin.architecture, source=source)
-    layers = _replacements(model, architecture)
+    layers = replacements(model, architecture)
     tensors, table = _tensors(model, architecture, layers)
     made_with = {"torch": torch.__version__.split("+")[0]}
     return tensors, partial(Plan, made_with, architecture, layers, table, _modes(model))
 
 
-def _replacements(model: nn.Module, architecture: Architecture) -> dict[str, LayerSpec | Factors | Narrowed]:
+def replacements(model: nn.Module, architecture: Architecture) -> dict[str, LayerSpec | Factors | Narrowed]:
     """Return what has taken the place of modules of the architecture, by their names."""
     modules = dict(model.named_modules(remove_duplicate=False))
     specs: dict[str, LayerSpec | Factors | Narrowed]

@@ -1,0 +1,137 @@
+"""save_pretrained of a compressed model: transformers' own files, and a plan that `fxlrd.load` reads.
+
+    model.safetensors     the tensors, as transformers writes them, in shards where they are large
+    config.json           the architecture's config, with two entries more:
+        fxlrd                 what takes the place of which of the architecture's modules
+        transformers_weights  a sentence in the place of a file's name
+
+transformers makes new weights for layers that a checkpoint has not, with a warning only. A name of weights that names
+no safetensors file is an error to it, which quotes the name: hence the sentence.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from fxlrd.errors import FxlrdError, one_line
+from fxlrd.files import write_atomically
+from fxlrd.layers.quantized import quantized_weight
+from fxlrd.saving.architecture import recall, remember
+from fxlrd.saving.fields import Record
+from fxlrd.saving.save import replacements
+from fxlrd.saving.schema import Factors, LayerSpec, Narrowed, Origin
+
+CONFIG = "config.json"
+KEY = "fxlrd"
+WEIGHTS_KEY = "transformers_weights"
+VERSION = 1
+_SENTENCE = "this model has layers that fxlrd compressed: load it with fxlrd.load(path)"
+
+
+@dataclass(frozen=True)
+class PretrainedPlan(Record):
+    """What config.json says of a compressed model."""
+
+    version: int
+    layers: Mapping[str, LayerSpec | Factors | Narrowed]
+    """What takes the place of modules of the architecture, by their names."""
+    gone: tuple[str, ...]
+    described: tuple[str, ...]
+    """As in `fxlrd.saving.schema.Architecture`."""
+    absent: tuple[str, ...]
+    """Attributes that are None in this model, where others of its class and config may have a module."""
+
+
+def save_all_of(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of a compressed model, and of the models that it holds, write all that they are.
+
+    A model of sentence-transformers holds one of transformers.
+    """
+    origin = recall(model)
+    if (
+        origin is None
+        or origin.arguments is not None
+        or origin.refused is not None
+        or isinstance(model, fx.GraphModule)
+    ):
+        return
+    for name, module in model.named_modules():
+        if not _saves_itself(module):
+            continue
+        if name:
+            remember(module, _inside(origin, name))
+        module.save_pretrained = functools.partial(save_pretrained, module)
+
+
+def _saves_itself(module: nn.Module) -> bool:
+    """Whether the module is one of transformers: it writes its config and its weights."""
+    config = getattr(module, "config", None)
+    return hasattr(type(module), "save_pretrained") and hasattr(type(module), "_from_config") and config is not None
+
+
+def _inside(origin: Origin, name: str) -> Origin:
+    """Return what the module ``name`` of a model was made from."""
+
+    def own(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(n.removeprefix(f"{name}.") for n in names if n.startswith(f"{name}."))
+
+    modules = {n.removeprefix(f"{name}."): was for n, was in origin.modules.items() if n.startswith(f"{name}.")}
+    if name in origin.modules:
+        modules[""] = origin.modules[name]
+    return replace(origin, modules=modules, gone=own(origin.gone), described=own(origin.described), source=None)
+
+
+def save_pretrained(
+    model: Any, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
+) -> None:
+    """Write a compressed model as transformers does, and what `fxlrd.load` needs beside it.
+
+    The arguments are those of the model's class. Raises FxlrdError for a quantized model and, since files that are
+    sent before the plan is written are not complete, for push_to_hub.
+    """
+    if push_to_hub:
+        raise FxlrdError("save_pretrained: push_to_hub=True would send it without its plan: call model.push_to_hub(…)")
+    if (weight := quantized_weight(model)) is not None:
+        raise FxlrdError(f"save_pretrained: {weight} is quantized: save first, and quantize what fxlrd.load returns")
+    origin = recall(model)
+    if origin is None:
+        raise FxlrdError("save_pretrained: it is not known what this model was made from: use fxlrd.save")
+    layers = replacements(model, origin.architecture)
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    file = Path(save_directory) / CONFIG
+    if layers and file.exists():  # no file: another process than the main one, or an adapter
+        plan = PretrainedPlan(VERSION, layers, origin.gone, origin.described, _absent(model))
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config |= {WEIGHTS_KEY: _SENTENCE, KEY: plan.to_json()}
+        write_atomically(file, json.dumps(config, indent=2) + "\n")
+
+
+def _absent(model: nn.Module) -> tuple[str, ...]:
+    return tuple(k for k, v in {**vars(model), **model._modules}.items() if v is None and not k.startswith("_"))
+
+
+def read_pretrained(folder: Path) -> PretrainedPlan | None:
+    """Return what a directory's config.json says of a compressed model; None if there is none, or it says nothing."""
+    file = folder / CONFIG
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))[KEY] if file.is_file() else None
+    except KeyError:
+        return None
+    except Exception as error:
+        raise FxlrdError(f"load: {file} cannot be read: {one_line(error)}") from error
+    if data is None:
+        return None
+    if not isinstance(data, dict) or data.get("version") != VERSION:
+        raise FxlrdError(f"load: {file}: another version of fxlrd wrote it, this one reads {VERSION}")
+    try:
+        return PretrainedPlan.from_json(data, KEY)
+    except FxlrdError as error:
+        raise FxlrdError(f"load: {file}: {error}: the plan is damaged; save the model again") from None

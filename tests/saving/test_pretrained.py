@@ -1,0 +1,99 @@
+"""Compressed models of transformers, saved and loaded as its own are."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+
+import fxlrd
+from fxlrd import FxlrdError
+from tests.support.compression import quick
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+SIZES = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+X = {"input_ids": torch.arange(5, 15)[None]}
+
+
+def bert():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SIZES, intermediate_size=128)
+    return transformers.BertForMaskedLM(config).eval()
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = {
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 128,
+        "num_layers": 1,
+        "num_heads": 4,
+        "vocab_size": 99,
+        "decoder_start_token_id": 0,
+    }
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+
+
+def llama():
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, intermediate_size=128)).eval()
+
+
+def assert_same(model, other, x):
+    with torch.no_grad():
+        assert torch.equal(model(**x)[0], other(**x)[0])
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in other.state_dict().items()}
+
+
+@pytest.mark.parametrize("make", [bert, t5, llama])
+def test_save_pretrained_loses_nothing_and_from_pretrained_refuses(make, tmp_path):
+    model = make()
+    x = X | ({"decoder_input_ids": X["input_ids"]} if make is t5 else {})
+    result = quick(model, x, ratio=2.0).model
+    assert "save_pretrained" not in vars(model)
+    for twin in (result, copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+        twin.save_pretrained(tmp_path, max_shard_size="50KB")
+        loaded = fxlrd.load(tmp_path)
+        assert type(loaded) is type(model)
+        assert_same(loaded, twin, x)
+        for cls in (type(model), transformers.AutoModel):
+            with pytest.raises(ValueError, match=r"load it with fxlrd\.load"):
+                cls.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path / "again")  # and what was loaded is saved likewise, in both ways
+    assert_same(fxlrd.load(tmp_path / "again"), result, x)
+    fxlrd.save(loaded, tmp_path / "plan")
+    assert_same(fxlrd.load(tmp_path / "plan", make()), result, x)
+    assert not hasattr(result.config, "fxlrd")
+    if make is not bert:
+        new = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(loaded.generate(X["input_ids"], **new), result.generate(X["input_ids"], **new))
+
+
+def test_a_model_in_another_saves_itself(tmp_path):
+    result = quick(bert(), X, ratio=2.0).model
+    result.bert.save_pretrained(tmp_path)
+    assert_same(fxlrd.load(tmp_path), result.bert, X)
+
+
+def test_what_does_not_fit_is_an_error(tmp_path):
+    result = quick(bert(), X, ratio=2.0).model
+    with pytest.raises(FxlrdError, match="holds no model that save_pretrained wrote: give the architecture"):
+        fxlrd.load(tmp_path)
+    with pytest.raises(FxlrdError, match=r"call model\.push_to_hub"):
+        result.save_pretrained(tmp_path, push_to_hub=True)
+    result.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    name = next(iter(config["fxlrd"]["layers"]))
+    del config["fxlrd"]["layers"][name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FxlrdError, match=f"keys: {name}"):
+        fxlrd.load(tmp_path)
+    config["fxlrd"]["layers"][name] = {"kind": "Shell", "options": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FxlrdError, match="the plan is damaged"):
+        fxlrd.load(tmp_path)
