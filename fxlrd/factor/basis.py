@@ -47,6 +47,27 @@ def within_range(matrix: Tensor) -> tuple[Tensor, float]:
     return (matrix, 1.0) if 2.0**-_RANGE <= peak <= 2.0**_RANGE else (matrix / peak, peak)
 
 
+_EVEN = 2.0**-6
+"""Rows whose largest entries differ by less than this factor lose little more than a rounding of their own."""
+
+
+def basis_of(matrix: Tensor, rank: int) -> Tensor:
+    """Return the `left_basis` U (…, m, rank) of ``matrix`` (…, m, n); with rank m, U·Uᵀ·matrix retains each row.
+
+    Singular vectors retain rows up to the rounding of the largest one, in which rows far smaller are lost: channels
+    whose scales a BatchNorm evens out afterwards. So at rank m, where there are such rows, U is the permutation that
+    sorts rows by their largest entries, in descending order: with it nothing is rounded at all.
+    """
+    if rank < matrix.shape[-2]:
+        return left_basis(matrix, rank)
+    peaks = torch.linalg.vector_norm(matrix, ord=math.inf, dim=-1)
+    nonzero = torch.where(peaks > 0, peaks, torch.inf)
+    if bool((nonzero.amin(-1) >= _EVEN * peaks.amax(-1)).all()):
+        return left_basis(matrix, rank)
+    order = peaks.argsort(dim=-1, descending=True, stable=True)
+    return torch.nn.functional.one_hot(order, rank).mT.to(matrix.dtype)
+
+
 def left_basis(matrix: Tensor, rank: int) -> Tensor:
     """Return U (…, m, rank), orthonormal, spanning the dominant left singular space of ``matrix`` (…, m, n).
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxlrd.factor.basis import left_basis, within_range, working
+from fxlrd.factor.basis import basis_of, within_range, working
 
 _ENTRIES = 2**22
 """Entries of a product that are in memory at once."""
@@ -35,11 +35,11 @@ def svd(weight: Tensor, rank: int) -> Pair:
     """
     w, peak = within_range(working(weight))
     if w.shape[-2] <= w.shape[-1]:
-        left = left_basis(w, rank)
+        left = basis_of(w, rank)
         right = left.mT @ w
         scale = right.norm(dim=-1, keepdim=True)
     else:
-        right = left_basis(w.mT, rank).mT
+        right = basis_of(w.mT, rank).mT
         left = w @ right.mT
         scale = left.norm(dim=-2, keepdim=True).mT
     first, last = balance(left, right, scale, split_left=w.shape[-2] > w.shape[-1])

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxlrd.factor.basis import left_basis, magnitude, working
+from fxlrd.factor.basis import basis_of, magnitude, working
 from fxlrd.factor.svd import relative_error
 
 
@@ -57,11 +57,11 @@ def tucker2(weight: Tensor, rank_in: int | None, rank_out: int | None, sweeps: i
 
 
 def _input_basis(w: Tensor, rank: int) -> Tensor:
-    return left_basis(w.transpose(1, 2).flatten(2), rank).mT
+    return basis_of(w.transpose(1, 2).flatten(2), rank).mT
 
 
 def _output_basis(w: Tensor, rank: int) -> Tensor:
-    return left_basis(w.flatten(2), rank)
+    return basis_of(w.flatten(2), rank)
 
 
 def _cut_input(w: Tensor, first: Tensor | None) -> Tensor:

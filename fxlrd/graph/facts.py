@@ -60,6 +60,7 @@ class Provenance:
         ranks: the ranks of the layer's low-rank form.
         error: the relative error of that form: of the weight, or of the layer's output on calibration inputs if it is
             ``fitted`` to those.
+        channel_error: that of the output channel of which it is the largest, where it was determined.
         latency: the measured time of the layer in its present form, in seconds, where a pass has measured it.
         fitted: whether the factors were fitted to calibration inputs.
         original: the original module, by reference; it is never copied.
@@ -72,6 +73,7 @@ class Provenance:
     latency: float | None = None
     fitted: bool = False
     original: nn.Module | None = field(default=None, compare=False, repr=False)
+    channel_error: float | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Provenance:
         return self

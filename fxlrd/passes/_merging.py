@@ -96,4 +96,4 @@ def put_merged(
         merged = recorded.ranks
     largest = max((e for e in (error, recorded.error) if e is not None), default=None)
     for call in calls(gm, target):
-        provenance.record(call, replace(recorded, role="merged", ranks=merged, error=largest))
+        provenance.record(call, replace(recorded, role="merged", ranks=merged, error=largest, channel_error=None))

@@ -156,7 +156,7 @@ def _install(gm: fx.GraphModule, layer: Layer, blocks: Blocks, first: Tensor, la
         assert factor is not None
         role = "branch" if factor.role == "core" else factor.role
         ranks = (first.shape[0], last.shape[1])
-        provenance.record(node, changed(factor, role=role, ranks=ranks, error=error, latency=None))
+        provenance.record(node, changed(factor, role=role, ranks=ranks, error=error, channel_error=None, latency=None))
     return error
 
 

@@ -30,6 +30,7 @@ from fxlrd.graph.guards import FACTOR, matches
 from fxlrd.graph.layer import Layer, layers_of
 from fxlrd.graph.surgery import replace
 from fxlrd.layers.build import decomposed
+from fxlrd.layers.channels import channel_error
 from fxlrd.layers.forms import Ranks, explicit_ranks, form, ranks_by_ratio, ranks_text
 from fxlrd.passes.contract import UNNAMED, PassResult, Site, Skip, names
 from fxlrd.passes.driver import start
@@ -95,7 +96,8 @@ class Decompose:
             return Skip(layer.origin, ranks)
         fit = layer.statistics.fit(layer.module) if self.fit and layer.statistics is not None else None
         factors, error = decomposed(layer.module, ranks, self.sweeps, fit)
-        replace(gm, layer.name, factors, ranks, error=error, fitted=fit is not None)
+        worst = channel_error(layer.module, factors, fit)
+        replace(gm, layer.name, factors, ranks, error=error, channel_error=worst, fitted=fit is not None)
         note = f"{form(layer.module)} at rank {ranks_text(ranks)}"
         return Site(layer.origin, False, f"{note}, fitted to data" if fit is not None else note, ranks=ranks)
 

@@ -26,6 +26,7 @@ from fxlrd.graph.facts import Provenance, provenance
 from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls, infer_shape, restore
 from fxlrd.layers.build import decomposed
+from fxlrd.layers.channels import channel_error
 from fxlrd.layers.fit import Fit
 from fxlrd.layers.forms import Ranks, parameters, ranks_text
 from fxlrd.layers.kinds import channels_per_group
@@ -166,6 +167,7 @@ def _apply(gm: fx.GraphModule, name: str, layer: Decomposed, ranks: Ranks | None
     parts: nn.Sequential | None = None
     if ranks != layer.ranks:
         parts, error = decomposed(layer.original, ranks, fit=layer.fit)
+        worst = channel_error(layer.original, parts, layer.fit)
         gm.set_submodule(name, parts)
     for role, _ in gm.get_submodule(name).named_children():
         for node in calls(gm, f"{name}.{role}"):
@@ -173,7 +175,7 @@ def _apply(gm: fx.GraphModule, name: str, layer: Decomposed, ranks: Ranks | None
             assert p is not None
             provenance.record(node, changed(p, latency=seconds))
             if parts is not None:
-                provenance.record(node, changed(p, latency=seconds, ranks=ranks, error=error))
+                provenance.record(node, changed(p, latency=seconds, ranks=ranks, error=error, channel_error=worst))
                 infer_shape(node, parts.get_submodule(p.role))
 
 

@@ -55,6 +55,7 @@ class LayerRow:
         flops: of these (2 × multiply-adds); None if the layer is no part of the graph.
         latency_ms: of one call in its present form, where a pass measured it, else None.
         error: relative error of the form: of the weight, or of the output if it was fitted to data.
+        channel_error: that of the output channel of which it is the largest; None where it is not determined.
         reason: what was done to it, or why it was left alone.
         params_before: of the original layer.
         flops_before: of the original layer; None if it is no part of the graph.
@@ -71,6 +72,7 @@ class LayerRow:
     flops: int | None
     latency_ms: float | None
     error: float | None
+    channel_error: float | None
     reason: str
     params_before: int
     flops_before: int | None
@@ -95,6 +97,7 @@ class LayerRow:
             flops=after.flops,
             latency_ms=None if seconds is None else seconds * 1e3,
             error=origin.error if factored and origin is not None else 0.0,
+            channel_error=origin.channel_error if factored and origin is not None else None,
             reason=history.note or (FOLDED if decision == "merged" else history.skip_reason),
             params_before=cost.params(layer.module),
             flops_before=sum(facts.flops(node) for node in layer.calls),
@@ -115,6 +118,7 @@ class LayerRow:
             flops=None,
             latency_ms=None,
             error=0.0,
+            channel_error=None,
             reason=str(unreached.reason),
             params_before=unreached.params,
             flops_before=None,

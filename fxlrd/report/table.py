@@ -124,12 +124,13 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['params_before']:,}",
             f"{row['params']:,}",
             error(row["error"]) if row["ranks"] else "",
+            error(row["channel_error"]) if row["ranks"] else "",
             row["reason"],
         ]
         for row in rows
     ]
-    headers = ["layer", "op", "weight", "decision", "ranks", "params", "now", "error", "reason"]
-    align = ("left",) * 5 + ("right",) * 3 + ("left",)
+    headers = ["layer", "op", "weight", "decision", "ranks", "params", "now", "error", "worst channel", "reason"]
+    align = ("left",) * 5 + ("right",) * 4 + ("left",)
     return tabulate(cells, headers=headers, tablefmt=_STYLE, disable_numparse=True, colalign=align)
 
 

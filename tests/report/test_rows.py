@@ -17,7 +17,7 @@ from fxlrd.report.rows import FOLDED, UNVISITED, LayerHistory, LayerRow, PassRow
 from fxlrd.timing.clock import Timing
 
 LAYER_KEYS = [
-    "name", "op", "shape", "decision", "ranks", "params", "flops", "latency_ms", "error", "reason",
+    "name", "op", "shape", "decision", "ranks", "params", "flops", "latency_ms", "error", "channel_error", "reason",
     "params_before", "flops_before", "latency_ms_before", "timings",
 ]  # fmt: skip
 PASS_KEYS = [
