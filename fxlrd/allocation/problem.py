@@ -7,6 +7,7 @@ are the exact solution of the knapsack, and the best of these plans is improved 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -166,7 +167,36 @@ class Problem:
             plan = min(fits, key=self.error)
 
     def _improved(self, plan: Plan, budget: float) -> Plan:
-        """Move one group at a time to its next number of channels while that helps: λ is a coarse grid."""
+        """Move one group or two at a time to their next numbers of channels while that helps: λ is a coarse grid."""
+        before = None
+        while before is not plan:
+            before = plan
+            plan = self._exchanged(self._stepped(plan, budget), budget)
+        return plan
+
+    def _exchanged(self, plan: Plan, budget: float) -> Plan:
+        """Let one group retain fewer channels and another one more, all else as it is, if that helps."""
+        fewer = [(group, below) for group in self.groups if (below := self._next(plan, group)[0]) is not None]
+        more = [(group, self._next(plan, group)[1]) for group in plan.retained]
+        trials = []
+        for (a, below), (b, above) in itertools.product(fewer, more):
+            if a != b:
+                retained = _moved(_moved(plan.retained, a, below), b, above)
+                cut = self.cut(retained)
+                ranks = {name: ranks for name, ranks in plan.ranks.items() if name not in cut}
+                trials.append(Plan(ranks, retained))
+        trials = [trial for trial in trials if self.cost(trial) <= budget and self.error(trial) < self.error(plan)]
+        best = min(trials, key=self.error, default=plan)
+        return plan if best is plan else self._filled(best.retained, budget) or best
+
+    def _next(self, plan: Plan, group: str) -> tuple[int | None, int | None]:
+        """Return a group's next smaller number of channels, or None, and its next larger one: None is not to merge."""
+        counts = [*sorted(self.groups[group].options), None]
+        at = counts.index(plan.retained.get(group))
+        return counts[at - 1] if at else None, counts[at + 1] if at + 1 < len(counts) else None
+
+    def _stepped(self, plan: Plan, budget: float) -> Plan:
+        """Move one group at a time."""
         before = None
         while before is not plan:
             before = plan
