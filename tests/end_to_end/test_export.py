@@ -147,7 +147,11 @@ class WithoutFxlrd(pickle.Unpickler):
 
 
 def test_unpickled_without_fxlrd(case):
-    other = WithoutFxlrd(io.BytesIO(pickle.dumps(case.model))).load()
+    """Models of transformers alone need fxlrd: without its save_pretrained they would be saved without their plan."""
+    needs_fxlrd = "save_pretrained" in vars(case.model)
+    assert needs_fxlrd == hasattr(type(case.model), "save_pretrained")
+    unpickler = pickle.Unpickler if needs_fxlrd else WithoutFxlrd
+    other = unpickler(io.BytesIO(pickle.dumps(case.model))).load()
     assert same(other(**case.x), case.model(**case.x))
 
 
