@@ -64,4 +64,4 @@ def unknown(kind: str, name: str, names: Iterable[str]) -> FxlrdError:
 def one_line(error: BaseException) -> str:
     """Return an exception's first line that says something, with its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {visible(lines[0])}" if lines else type(error).__name__

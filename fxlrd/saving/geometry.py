@@ -5,11 +5,13 @@ make another function of the same tensors. So kernel size, stride, padding, dila
 one part are those of the layer in the architecture, which itself is compared with what the plan says it was. All other
 parts are plain: they apply a 1×1 kernel at every position. A module without tensors of its own stays what it is.
 
-Where layers were composed, a 1×1 layer may have the kernel of one that is gone, at a stride that is not checked.
+Where layers were composed, a 1×1 layer may have the kernel of one that is gone, at the product of their strides. A
+layer whose own forward pads its input has the same padding before it in the graph.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +19,11 @@ from typing import Any
 from torch import nn
 
 from fxlrd.errors import FxlrdError
-from fxlrd.layers.folded import fold
+from fxlrd.layers.folded import fold, padding_before
 from fxlrd.layers.kinds import BATCH_NORMS, CONVS, LAYERS, TRANSPOSED, kernel_options, options
 from fxlrd.layers.stand_ins import stand_in
-from fxlrd.saving.schema import KINDS, Factors, LayerSpec, Narrowed
+from fxlrd.saving.padding import pads_of
+from fxlrd.saving.schema import KINDS, Architecture, Factors, LayerSpec, Narrowed
 
 Spec = LayerSpec | Factors | Narrowed
 
@@ -50,6 +53,10 @@ class Geometry:
         """Return the geometry without its stride."""
         return Geometry(self.kind, {k: v for k, v in self.options.items() if k != "stride"})
 
+    def with_stride(self, stride: tuple[int, ...]) -> Geometry:
+        """Return the geometry at another stride."""
+        return Geometry(self.kind, {**self.options, "stride": stride})
+
 
 def geometry(module: nn.Module) -> Geometry | None:
     """Return how a layer, or a module that computes what one does, applies its kernel; None for another module."""
@@ -74,10 +81,30 @@ def _layer(module: nn.Module) -> nn.Module | None:
 def check_geometry(folder: object, specs: Mapping[str, Spec], modules: Mapping[str, nn.Module]) -> None:
     """Raise FxlrdError for a spec that does not apply its kernel as the module of its name among ``modules`` does."""
     gone = [name for name, spec in specs.items() if any(part.kind == "Identity" for part in _parts(spec))]
-    composed = [g.without_stride() for name in gone if (g := geometry(modules[name])) is not None]
+    composed = [g for name in gone if (g := geometry(modules[name])) is not None]
     for name, spec in specs.items():
         if (why := _difference(spec, modules[name], composed)) is not None:
             raise FxlrdError(f"load: {folder}: {name}: {why}: the plan is damaged; save the model again")
+
+
+def check_padding(folder: object, architecture: Architecture, names: Iterable[str], model: nn.Module) -> None:
+    """Raise FxlrdError where a layer among ``names`` that pads by itself has another padding before it in the graph."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in dict.fromkeys((*names, *architecture.padded)):
+        if name not in modules:
+            continue
+        padding = padding_before(_on_cpu(modules[name]))
+        own, pads = None if padding is None else pads_of(padding), architecture.padded.get(name)
+        if own != pads:
+            why = f"the padding before it is {pads} in the plan and {own} in the layer"
+            raise FxlrdError(f"load: {folder}: {name}: {why}: the plan is damaged; save the model again")
+
+
+def _on_cpu(module: nn.Module) -> nn.Module:
+    """Return a layer that can be probed: a copy with values of its own, if it has none."""
+    if module._modules or not any(t.is_meta for t in module.parameters()):
+        return module
+    return copy.deepcopy(module).to_empty(device="cpu")
 
 
 def _parts(spec: Spec) -> list[LayerSpec]:
@@ -113,7 +140,7 @@ def _other_kernel(parts: Iterable[LayerSpec], own: Geometry, composed: Collectio
     """Return what differs where not all of the parts but one are plain, and that one applies the kernel otherwise."""
     found = [Geometry(part.kind, _kernel(part.options)) for part in parts]
     others = [each for each in found if each != own.plain]
-    if len(others) <= 1 and all(each == own or each.without_stride() in _allowed(own, composed) for each in others):
+    if len(others) <= 1 and all(each == own or each in _allowed(own, composed) for each in others):
         return None
     other = next((each for each in others if each != own), own)
     if other.kind != own.kind:
@@ -123,8 +150,14 @@ def _other_kernel(parts: Iterable[LayerSpec], own: Geometry, composed: Collectio
 
 
 def _allowed(own: Geometry, composed: Collection[Geometry]) -> list[Geometry]:
-    """Return the kernels that a layer may have of one composed with it: only a 1×1 layer takes over another's."""
-    return list(composed) if own.without_stride() == own.plain.without_stride() else []
+    """Return the kernels that a layer may have of those composed with it: only a 1×1 layer takes over another's."""
+    if not own.dims or own.without_stride() != own.plain.without_stride():
+        return []
+    same = [each for each in composed if each.dims == own.dims]
+    strides = {own.options["stride"]}
+    for each in same:
+        strides |= {tuple(a * b for a, b in zip(stride, each.options["stride"], strict=True)) for stride in strides}
+    return [each.with_stride(stride) for each in (own, *same) for stride in strides]
 
 
 def _kernel(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fxlrd.graph.surgery import calls, source
 from fxlrd.saving.architecture import remember, wrapped
 from fxlrd.saving.descriptions import mismatch
 from fxlrd.saving.from_pretrained import load_pretrained
+from fxlrd.saving.geometry import check_padding
 from fxlrd.saving.padding import padding_of
 from fxlrd.saving.placement import Slots, place, put
 from fxlrd.saving.pretrained import read_pretrained, save_all_of
@@ -106,6 +107,7 @@ def _target(folder: Path, plan: Plan, model: nn.Module) -> nn.Module:
     architecture = plan.architecture
     if (difference := mismatch(architecture.modules, model)) is not None:
         raise FxlrdError(f"load: {folder}: {difference}: {REMEDY}")
+    check_padding(folder, architecture, plan.layers, model)
     target = structural_copy(model)
     if architecture.arguments is None:
         return target

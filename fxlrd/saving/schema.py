@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
 from torch import nn
@@ -170,15 +171,19 @@ class Narrowed(Record):
     of: Channels
 
 
-def _unlike(parts: tuple[tuple[str, LayerSpec], ...]) -> bool:
-    return len({role for role, _ in parts}) == len(parts)
+_PARTS = f"a list of parts in the order {', '.join(FACTORS)}, of different roles"
+
+
+def _in_order(parts: tuple[tuple[str, LayerSpec], ...]) -> bool:
+    """Whether each role comes after those that it comes after in a layer: factors do not commute."""
+    return all(FACTORS.index(a) < FACTORS.index(b) for (a, _), (b, _) in pairwise(parts))
 
 
 @dataclass(frozen=True)
 class Factors(Record):
     """The factors of a decomposed layer, in order, each by its role."""
 
-    parts: Annotated[tuple[tuple[Role, LayerSpec], ...], Check("a list of parts of different roles", _unlike)]
+    parts: Annotated[tuple[tuple[Role, LayerSpec], ...], Check(_PARTS, _in_order)]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fxlrd.errors import one_line
+from fxlrd.escaping import visible
 from fxlrd.files import read_regular, write_atomically
 
 
@@ -127,7 +129,7 @@ class Cache:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            warnings.warn(f"timing cache: {path} is ignored ({type(error).__name__}: {error})", stacklevel=2)
+            warnings.warn(visible(f"timing cache: {path} is ignored ({one_line(error)})"), stacklevel=2)
             return None
 
     def store(self, setting: Setting, signature: str, entry: Entry) -> None:
@@ -139,7 +141,8 @@ class Cache:
         except OSError as error:
             # The same words for every entry, so that Python shows them once.
             why = f"{type(error).__name__}: {error.strerror}"
-            warnings.warn(f"timing cache: {self.folder} cannot be written to ({why}); going on without", stacklevel=2)
+            text = f"timing cache: {self.folder} cannot be written to ({why}); going on without"
+            warnings.warn(visible(text), stacklevel=2)
 
     def _path(self, setting: Setting, signature: str) -> Path:
         digest = hashlib.sha256(json.dumps(_key(setting, signature)).encode()).hexdigest()

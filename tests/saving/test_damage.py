@@ -22,6 +22,7 @@ from fxlrd.saving.save import save
 from fxlrd.saving.schema import Weights, checksum
 from fxlrd.saving.storage import PLAN, hashed, read_plan, weights_file
 from tests.saving.nets import Loop, Net, compressed
+from tests.support.folding import CausalConv, SameConv
 
 # -- wrong architectures
 
@@ -176,6 +177,10 @@ SECOND = ("layers", "a", "parts", 1, 1)
             put("layers", "a", "parts", 0, 0, value="last"),
             r"layers\['a'\].parts: expected .* different roles, found a list",
         ),
+        (
+            lambda plan: plan["layers"]["c"]["parts"].reverse(),
+            r"parts: expected .* in the order first, core",
+        ),
         (put("layers", "a", "parts", 0, value=["first"]), r"parts\[0\]: expected a list of 2, found a list of 1"),
         (put(*SECOND, value={"parts": []}), r"parts\[1\]\[1\].kind: expected one of .* found nothing"),
         (
@@ -235,6 +240,44 @@ SECOND = ("layers", "a", "parts", 1, 1)
 def test_a_forged_plan_is_one_line(bad, change, message):
     edit(bad, change, sign=message is not None)
     refused(bad, message or 'checksum: expected that of this plan, found "[x0-9a-f]+": the plan is damaged')
+
+
+def padding():
+    return nn.Sequential(OrderedDict(same=SameConv(6, 8, 3, stride=2), flat=nn.Flatten(2), causal=CausalConv(8, 8, 3)))
+
+
+@pytest.mark.parametrize("make", [padding, lambda: padding().to("meta")])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda padded: padded["causal"].update(pads=[0, 2]), "causal"),
+        (lambda padded: padded["causal"].update(value=1.0), "causal"),
+        (lambda padded: padded["causal"].update(mode="reflect"), "causal"),
+        (lambda padded: padded["same"].update(strides=[1, 1]), "same"),
+        (lambda padded: padded.pop("causal"), "causal"),
+        (lambda padded: padded.update(same=padded["causal"]), "same"),
+    ],
+)
+def test_a_plan_cannot_change_how_a_layer_pads(tmp_path, make, change, name):
+    save(compressed(padding(), torch.ones(2, 6, 6, 6), pipeline=[Decompose(ranks=2)]), tmp_path)
+    load(tmp_path, make())
+    edit(tmp_path, lambda plan: change(plan["architecture"]["padded"]))
+    with pytest.raises(FxlrdError, match=f"{name}: the padding before it is"):
+        load(tmp_path, make())
+
+
+def test_a_plan_cannot_change_the_stride_of_a_composed_layer(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 2, 3, stride=2, padding=1), nn.Conv2d(2, 8, 1, stride=3), nn.ReLU()).eval()
+    x = torch.ones(1, 3, 24, 24)
+    result = compressed(model, x, pipeline="merge{mode=exact}")
+    save(result, tmp_path)
+    plan = json.loads((tmp_path / PLAN).read_text())
+    (composed,) = (name for name, spec in plan["layers"].items() if spec["kind"] == "Conv2d")
+    assert plan["layers"][composed]["options"]["stride"] == [6, 6]
+    assert torch.equal(load(tmp_path, model)(x), result.model(x))
+    edit(tmp_path, put("layers", composed, "options", "stride", value=[4, 4]))
+    with pytest.raises(FxlrdError, match=r"1: .* in the plan and .* the plan is damaged"):
+        load(tmp_path, model)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"' * 9, "[" * 10**5, '{"version": ' + "9" * 5000 + "}", "\0"])
