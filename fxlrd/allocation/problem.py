@@ -176,18 +176,39 @@ class Problem:
 
     def _exchanged(self, plan: Plan, budget: float) -> Plan:
         """Let one group retain fewer channels and another one more, all else as it is, if that helps."""
-        fewer = [(group, below) for group in self.groups if (below := self._next(plan, group)[0]) is not None]
-        more = [(group, self._next(plan, group)[1]) for group in plan.retained]
-        trials = []
-        for (a, below), (b, above) in itertools.product(fewer, more):
-            if a != b:
-                retained = _moved(_moved(plan.retained, a, below), b, above)
-                cut = self.cut(retained)
-                ranks = {name: ranks for name, ranks in plan.ranks.items() if name not in cut}
-                trials.append(Plan(ranks, retained))
-        trials = [trial for trial in trials if self.cost(trial) <= budget and self.error(trial) < self.error(plan)]
-        best = min(trials, key=self.error, default=plan)
-        return plan if best is plan else self._filled(best.retained, budget) or best
+        cost, error = self.cost(plan), self.error(plan)
+
+        def change(moves: Mapping[str, int | None]) -> tuple[float, float]:
+            trial = self._with(plan, moves)
+            return self.cost(trial) - cost, self.error(trial) - error
+
+        fewer = {a: below for a in self.groups if (below := self._next(plan, a)[0]) is not None}
+        more = {b: self._next(plan, b)[1] for b in plan.retained}
+        down, up = ({g: change({g: count}) for g, count in moves.items()} for moves in (fewer, more))
+        moves, least = {}, 0.0
+        for a, b in itertools.product(fewer, more):
+            pair = {a: fewer[a], b: more[b]}
+            if a == b or down[a][1] + up[b][1] >= least:
+                continue
+            if set(self.groups[a].cut).isdisjoint(self.groups[b].cut):  # then both changes add up
+                spent, gained = down[a][0] + up[b][0], down[a][1] + up[b][1]
+            else:
+                spent, gained = change(pair)
+            if cost + spent <= budget and gained < least:
+                moves, least = pair, gained
+        trials = [self._with(plan, moves)]
+        if (filled := self._filled(trials[0].retained, budget)) is not None:
+            trials.append(filled)
+        fits = [t for t in trials if self.cost(t) <= budget and self.error(t) < error]
+        return min(fits, key=self.error, default=plan)
+
+    def _with(self, plan: Plan, moves: Mapping[str, int | None]) -> Plan:
+        """Return the plan with other numbers of channels for some groups."""
+        retained = plan.retained
+        for group, count in moves.items():
+            retained = _moved(retained, group, count)
+        cut = self.cut(retained)
+        return Plan({name: ranks for name, ranks in plan.ranks.items() if name not in cut}, retained)
 
     def _next(self, plan: Plan, group: str) -> tuple[int | None, int | None]:
         """Return a group's next smaller number of channels, or None, and its next larger one: None is not to merge."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,13 +106,28 @@ def save_pretrained(
     if origin is None:
         raise FxlrdError("save_pretrained: it is not known what this model was made from: use fxlrd.save")
     layers = replacements(model, origin.architecture)
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    file = Path(save_directory) / CONFIG
-    if layers and file.exists():  # no file: another process than the main one, or an adapter
-        plan = PretrainedPlan(VERSION, layers, origin.gone, origin.described, _absent(model))
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config |= {WEIGHTS_KEY: _SENTENCE, KEY: plan.to_json()}
-        write_atomically(file, json.dumps(config, indent=2) + "\n")
+    plan = PretrainedPlan(VERSION, layers, origin.gone, origin.described, _absent(model))
+    with _in_config(model.config, {WEIGHTS_KEY: _SENTENCE, KEY: plan.to_json()} if layers else {}):
+        type(model).save_pretrained(model, save_directory, *args, **kwargs)
+
+
+@contextmanager
+def _in_config(config: Any, entries: Mapping[str, Any]) -> Iterator[None]:
+    """Let a config write ``entries`` with its own: it is written before the weights, which mean nothing without them.
+
+    As attributes they would not do, since transformers removes the name of weights before it writes.
+    """
+    cls = type(config)
+
+    def to_json_file(self: Any, path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        own = json.loads(self.to_json_string(use_diff=use_diff))
+        write_atomically(Path(path), json.dumps({**own, **entries}, indent=2) + "\n")
+
+    config.__class__ = type(cls.__name__, (cls,), {"to_json_file": to_json_file, "__module__": cls.__module__})
+    try:
+        yield
+    finally:
+        config.__class__ = cls
 
 
 def _absent(model: nn.Module) -> tuple[str, ...]:

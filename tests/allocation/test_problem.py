@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import pytest
@@ -114,3 +114,27 @@ def test_without_groups_the_plan_is_that_of_the_knapsack_alone():
     assert (alone.original, alone.least) == (8.0, 2.0)
     assert alone.best(5.0) == Plan({"b": (1,)})
     assert alone.best(1.9) is None
+
+
+def steps(seed: int) -> Problem:
+    """Return a chain of five layers, of which every two neighbours may be merged in steps of an eighth."""
+    draw, names = random.Random(seed), "abcde"
+    items = {name: [Choice(None, 0.0, draw.uniform(1, 9))] for name in names}
+    groups = {}
+    for a, b in pairwise(names):
+        scale, power = draw.uniform(0.1, 1), draw.uniform(1, 4)
+        groups[a] = merging(a, b, {k: Option(scale * (1 - k / 8) ** power, k / 8) for k in range(1, 8)})
+    return Problem(items, groups)
+
+
+def test_where_merges_share_layers_the_plan_is_mostly_the_best_there_is():
+    gaps = []
+    for seed in range(20):
+        shared = steps(seed)
+        budget = 0.6 * shared.original
+        counts = product(range(1, 9), repeat=4)
+        every = (Plan({}, {group: k for group, k in zip("abcd", ks, strict=True) if k < 8}) for ks in counts)
+        best = min(shared.error(plan) for plan in every if shared.cost(plan) <= budget)
+        gaps.append(shared.error(shared.best(budget)) / best - 1)
+    assert sum(gap < 1e-9 for gap in gaps) >= 17
+    assert sum(gaps) / len(gaps) < 0.02, "0.12 by steps of one group at a time"

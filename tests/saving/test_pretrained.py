@@ -97,3 +97,18 @@ def test_what_does_not_fit_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FxlrdError, match="the plan is damaged"):
         fxlrd.load(tmp_path)
+
+
+def test_a_directory_that_was_left_half_written_refuses_too(monkeypatch, tmp_path):
+    result = quick(bert(), X, ratio=2.0).model
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        result.save_pretrained(tmp_path)
+    assert "fxlrd" in json.loads((tmp_path / "config.json").read_text()), "it is written first"
+    assert "fxlrd" not in result.config.to_dict()
+    with pytest.raises(ValueError, match="fxlrd"):
+        type(result).from_pretrained(tmp_path)
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
