@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ PRESETS = {
 }
 """The presets in text form: the paper's rows, and the best that we know."""
 Callback = Callable[[fx.GraphModule, Pass, fx.GraphModule], None]
+Rewrite = Callable[[fx.GraphModule, Progress[Any]], PassResult]
 
 
 @dataclass(frozen=True)
@@ -152,22 +154,57 @@ class Pipeline:
         needs what neither ``gm`` has nor an earlier pass leaves, and VerificationError if an exact pass changed the
         outputs beyond rounding or any pass changed their number, shapes or dtypes.
         """
-        gm = fork(gm)
-        check_needs(self.passes, gm)
-        annotate(gm)
-        verification = Verification(gm, _inputs(gm, example_inputs), verify)
-        ledger: list[Record] = []
+        execution = Execution(self.passes, gm, example_inputs, verify=verify, callback=callback)
         for step in self.passes:
-            start = time.perf_counter()
-            result = step(gm, progress)
-            seconds = time.perf_counter() - start
-            ledger.append(_record(step, result, verification.after(step, result), seconds))
-            if callback is not None:
-                _call(callback, gm, step, result.graph_module)
-            gm = result.graph_module
-        if ledger and (doubt := doubt_of_plan(gm)) is not None:
-            ledger[-1] = replace(ledger[-1], warnings=(*ledger[-1].warnings, doubt))
-        return PipelineResult(gm, any(record.sites for record in ledger), tuple(ledger))
+            execution.carry_out(step, step, progress)
+        return execution.result()
+
+
+class Execution:
+    """Passes carried out one by one on a copy of a graph module, each verified, with the ledger of those so far.
+
+    It checks that ``passes`` may run in this order; arguments are those of `Pipeline.__call__`.
+    """
+
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        gm: fx.GraphModule,
+        example_inputs: Any = None,
+        *,
+        verify: bool = True,
+        callback: Callback | None = None,
+    ) -> None:
+        self.graph_module = fork(gm)
+        check_needs(passes, self.graph_module)
+        annotate(self.graph_module)
+        self._verification = Verification(self.graph_module, _inputs(self.graph_module, example_inputs), verify)
+        self._callback = callback
+        self._ledger: tuple[Record, ...] = ()
+
+    def carry_out(self, step: Pass, run: Rewrite, progress: Progress = quiet) -> None:
+        """Let ``run``, which does what the pass ``step`` does, rewrite the graph module; verify and record it."""
+        start = time.perf_counter()
+        result = run(self.graph_module, progress)
+        seconds = time.perf_counter() - start
+        record = _record(step, result, self._verification.after(step, result), seconds)
+        self._ledger = (*self._ledger, record)
+        if self._callback is not None:
+            _call(self._callback, self.graph_module, step, result.graph_module)
+        self.graph_module = result.graph_module
+
+    def branch(self) -> Execution:
+        """Return another execution that goes on from here and leaves this one as it is."""
+        other = copy.copy(self)
+        other._verification = copy.copy(self._verification)
+        return other
+
+    def result(self) -> PipelineResult:
+        """Return the graph module as it is now, and the ledger."""
+        ledger = self._ledger
+        if ledger and (doubt := doubt_of_plan(self.graph_module)) is not None:
+            ledger = (*ledger[:-1], replace(ledger[-1], warnings=(*ledger[-1].warnings, doubt)))
+        return PipelineResult(self.graph_module, any(record.sites for record in ledger), ledger)
 
 
 def _call(callback: Callback, before: fx.GraphModule, step: Pass, after: fx.GraphModule) -> None:

@@ -35,7 +35,7 @@ from fxlrd.layers.compose import fold_inputs
 from fxlrd.progress import Progress
 
 POINTS = (1.0, 0.5)
-"""Where a curve is measured: at these multiples of the budget's share of the layer's cost."""
+"""Where a curve is measured: at these multiples of the largest and the least of the budgets' shares of its cost."""
 WORK = 1e12
 """FLOPs that all trials may take: few inputs of a large model are run. By a clock, no run would be reproducible."""
 ENOUGH = 8
@@ -46,10 +46,20 @@ _NOTHING = 1e-12
 """The scale of a layer that the output does not depend on."""
 
 
-def trial_of_layer(layer: Layer, forms: Sequence[Choice], curve: Curve, share: float) -> Trial:
+def goals_of(shares: Sequence[float]) -> tuple[float, ...]:
+    """Return the shares of a layer's cost to measure its curve at, for budgets that leave these shares of the layers.
+
+    >>> goals_of([0.5]), goals_of([0.75, 0.5, 0.25])
+    ((0.5, 0.25), (0.75, 0.125))
+    """
+    high, low = POINTS
+    return (high * max(shares), low * min(shares))
+
+
+def trial_of_layer(layer: Layer, forms: Sequence[Choice], curve: Curve, goals: Sequence[float]) -> Trial:
     """Return the layer's forms to try, of which the last of ``forms``, the original, is none."""
     *cheaper, original = forms
-    picks = [cheaper[i] for i in _nearest([form.cost / original.cost for form in cheaper], share)]
+    picks = [cheaper[i] for i in _nearest([form.cost / original.cost for form in cheaper], goals)]
     makers = [curve.maker(form.ranks) for form in picks if form.ranks is not None]
     changes = tuple(partial(_evaluating, layer.name, maker) for maker in makers)
     return Trial(layer.name, (layer.name,), tuple(form.error for form in picks), changes)
@@ -59,10 +69,10 @@ def _evaluating(name: str, maker: Callable[[], nn.Module]) -> Modules:
     return {name: maker().eval()}
 
 
-def trial_of_group(gm: fx.GraphModule, name: str, merging: Merging, share: float) -> Trial:
+def trial_of_group(gm: fx.GraphModule, name: str, merging: Merging, goals: Sequence[float]) -> Trial:
     """Return the cuts of a group to try: only its consumers change, which read no dropped channel any more."""
     counts = sorted(merging.options)
-    picks = [counts[i] for i in _nearest([count / merging.group.channels for count in counts], share)]
+    picks = [counts[i] for i in _nearest([count / merging.group.channels for count in counts], goals)]
     layers = tuple(str(consumer.node.target) for consumer in merging.group.consumers)
     changes = tuple(partial(_reading, gm, merging, count) for count in picks)
     return Trial(name, layers, tuple(merging.options[count].error for count in picks), changes)
@@ -81,9 +91,8 @@ def _reading(gm: fx.GraphModule, merging: Merging, count: int) -> Modules:
     return modules
 
 
-def _nearest(costs: Sequence[float], share: float) -> list[int]:
-    """Return the indices of the costs nearest to the multiples `POINTS` of a share."""
-    goals = (share * point for point in POINTS)
+def _nearest(costs: Sequence[float], goals: Sequence[float]) -> list[int]:
+    """Return the indices of the costs nearest to each of the ``goals``."""
     return list(dict.fromkeys(min(range(len(costs)), key=lambda i: abs(costs[i] - goal)) for goal in goals))
 
 

@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-class Trial(NamedTuple):
+class Attempt(NamedTuple):
     """A plan for a budget of the layers, and the latency measured under it, as a share of the original's."""
 
     budget: float
@@ -46,20 +46,28 @@ class Trial(NamedTuple):
 
 
 def best_plan(
-    gm: fx.GraphModule, problem: Problem, measure: Measure, budget: Budget, progress: Progress, uncut: str = ""
+    gm: fx.GraphModule,
+    problem: Problem,
+    measure: Measure,
+    budget: Budget,
+    progress: Progress,
+    *,
+    total: float,
+    uncut: str = "",
+    attempts: list[Attempt] | None = None,
 ) -> Outcome:
     """Return the best plan for the model within a budget.
 
-    ``uncut`` says what stands in the way of a computed budget, to end an error with.
+    ``total`` is the model's cost. ``uncut`` says what stands in the way of a computed budget, to end an error with;
+    ``attempts`` are those of other latency budgets, and those of this one are added.
     Raises FxlrdError for a budget out of reach, saying what is within.
     """
-    total = measure.total(gm, problem.original)
     if not isinstance(measure, Latency):
         plan, share = plan_computed(problem, total, budget, uncut)
         return Outcome(plan, f"{share:.3f} of {budget.measure}{_of_params(gm, problem, plan, budget)}")
     groups = {name: merging.group for name, merging in problem.groups.items()}
     plan, share = plan_measured(
-        problem, total, budget.share, lambda plan: measure.ratio(gm, sketch(gm, plan, groups)), progress
+        problem, total, budget.share, lambda plan: measure.ratio(gm, sketch(gm, plan, groups)), progress, attempts
     )
     doubts = []
     if problem.original > (1 + TOLERANCE) * total:
@@ -98,30 +106,38 @@ def plan_computed(problem: Problem, total: float, budget: Budget, uncut: str = "
 
 
 def plan_measured(
-    problem: Problem, total: float, share: float, share_under: Callable[[Plan], float], progress: Progress
+    problem: Problem,
+    total: float,
+    share: float,
+    share_under: Callable[[Plan], float],
+    progress: Progress,
+    attempts: list[Attempt] | None = None,
 ) -> tuple[Plan, float]:
     """Return the best plan for a budget of latency, and the share of the original's that was measured under it.
 
-    ``total`` is the latency of the model, ``share_under`` measures it under a plan, relative. Raises FxlrdError for a
-    budget out of reach, saying what is within.
+    ``total`` is the latency of the model, ``share_under`` measures it under a plan, relative. ``attempts`` are those
+    made for other budgets; those made for this one are added. Raises FxlrdError for a budget out of reach, saying what
+    is within.
     """
     total = max(total, problem.original)  # layers that are timed alone may add up to more
     least = problem.least * (1 + 1e-9)  # within reach whatever the order of its summands
     target = share * total - (total - problem.original)  # the rest: norms, activations, additions, and what caches do
-    trials: list[Trial] = []
+    attempts = [] if attempts is None else attempts
+    if attempts:
+        target = _next_budget(attempts, share, total)
     for _ in progress(range(_ROUNDS), "allocate: timing the model"):
         plan = problem.best(max(target, least))
         assert plan is not None
-        trials.append(Trial(max(target, least), share_under(plan), plan))
-        measured = trials[-1].share
+        attempts.append(Attempt(max(target, least), share_under(plan), plan))
+        measured = attempts[-1].share
         if abs(measured / share - 1) <= WITHIN / 2 or (target <= least and measured > share):
             break
-        target = _next_budget(trials, share, total)
-    fits = [trial for trial in trials if trial.share <= share * (1 + WITHIN)]
+        target = _next_budget(attempts, share, total)
+    fits = [attempt for attempt in attempts if attempt.share <= share * (1 + WITHIN)]
     if fits:
-        best = max(fits, key=lambda trial: trial.share)
+        best = max(fits, key=lambda attempt: attempt.share)
         return best.plan, best.share
-    reached = min(trial.share for trial in trials)
+    reached = min(attempt.share for attempt in attempts)
     if reached > _CERTAIN:
         raise FxlrdError(
             f"allocate: latency={share:g} is out of reach: no form of its layers is faster here; "
@@ -133,16 +149,16 @@ def plan_measured(
     )
 
 
-def _next_budget(trials: Sequence[Trial], share: float, total: float) -> float:
-    """Secant step: interpolate between the two trials that bracket the share, or extrapolate from the last one."""
-    below = [(trial.share, trial.budget) for trial in trials if trial.share <= share]
-    above = [(trial.share, trial.budget) for trial in trials if trial.share > share]
+def _next_budget(attempts: Sequence[Attempt], share: float, total: float) -> float:
+    """Secant step: interpolate between the two that bracket the share, or extrapolate from the last one."""
+    below = [(attempt.share, attempt.budget) for attempt in attempts if attempt.share <= share]
+    above = [(attempt.share, attempt.budget) for attempt in attempts if attempt.share > share]
     if below and above:
         (low, low_budget), (high, high_budget) = max(below), min(above)
         if high <= low:
             return (low_budget + high_budget) / 2
         return low_budget + (high_budget - low_budget) * (share - low) / (high - low)
-    return trials[-1].budget + (share - trials[-1].share) * total
+    return attempts[-1].budget + (share - attempts[-1].share) * total
 
 
 def _up(share: float) -> str:

@@ -15,36 +15,31 @@ The graph is not changed: `merge` and `decompose` carry the plan out.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import fx
 
 from fxlrd.allocation.choices import Choice
-from fxlrd.allocation.doubts import doubts
-from fxlrd.allocation.measured import measured, trial_of_group, trial_of_layer
+from fxlrd.allocation.measured import goals_of, measured, trial_of_group, trial_of_layer
 from fxlrd.allocation.measures import Flops, Measure, Params, curve_of, forms_of, measure_of
 from fxlrd.allocation.merges import Merging, mergings
-from fxlrd.allocation.plan import planned
 from fxlrd.allocation.problem import Problem
-from fxlrd.allocation.search import NOTHING, best_plan
+from fxlrd.allocation.search import NOTHING
 from fxlrd.allocation.trials import Trial
 from fxlrd.allocation.uncut import what_stands
 from fxlrd.budget import Budget
 from fxlrd.calibration.holdout import Disabled, Holdout, TooFew, held_out
 from fxlrd.errors import FxlrdError, Reason
-from fxlrd.graph.layer import Layer, layers_of, statistics_of
-from fxlrd.graph.surgery import calls
+from fxlrd.graph.layer import Layer, layers_of
 from fxlrd.layers.forms import depthwise_reason
+from fxlrd.passes._priced import Priced
 from fxlrd.passes.contract import PassResult, Skip, names
 from fxlrd.passes.driver import Run, start
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.clock import Timer, compare
 from fxlrd.timing.stopwatch import Stopwatch
-
-NOT_WORTH_IT = Reason("not-worth-it", "no cheaper form is worth its error")
 
 
 @dataclass(frozen=True)
@@ -91,30 +86,27 @@ class Allocate:
 
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with a plan on it. Nodes need shapes: capture or propagate first."""
+        return self.priced(gm, [self.budget], progress).within(self.budget, progress)
+
+    def priced(self, gm: fx.GraphModule, budgets: Sequence[Budget], progress: Progress = quiet) -> Priced:
+        """Return the forms of all layers with their errors and costs, to choose from within each of ``budgets``.
+
+        ``budgets`` are of the measure of this pass's own. Predicted errors are measured at both ends of their range.
+        """
         run = start(self, gm, progress, named=self.skip)
         measure = measure_of(self.budget, Stopwatch(self.compile, self.seconds, self.cache, self.timer))
         held_out = self._held_out(run)
-        share = None if held_out is None else self._share_of_layers(run, measure)
-        items, trials = self._items(run, measure, share)
+        goals = None if held_out is None else goals_of([self._share_of_layers(run, measure, each) for each in budgets])
+        items, trials = self._items(run, measure, goals)
         groups = self._mergings(run, [*items], measure) if self.merge else {}
-        if held_out is not None and share is not None:
-            trials += [trial_of_group(run.gm, name, merging, share) for name, merging in groups.items()]
+        if held_out is not None and goals is not None:
+            trials += [trial_of_group(run.gm, name, merging, goals) for name, merging in groups.items()]
             items, groups = measured(run.gm, items, groups, trials, held_out, self.measured, progress)
         uncut = self._uncut(run, items)
         if not items:
             raise FxlrdError(f"{NOTHING}{uncut}")
         biases = {name: measure.bias(run.gm.get_submodule(name)) for name in items}
-        problem = Problem(items, groups, biases)
-        plan, spent, warnings = best_plan(run.gm, problem, measure, self.budget, progress, uncut)
-        predicted = math.sqrt(problem.error(plan))
-        channels = {name: groups[name].retained(count) for name, count in plan.retained.items()}
-        known = predicted if _effects_measured(run.gm, items) else None
-        planned.record(run.gm, replace(plan, predicted=known, channels=channels))
-        run.warnings += [*warnings, *doubts(run.gm, problem, plan, self.budget)]
-        reported = {skip.name for skip in run.skipped}
-        unchanged = [name for name in items if name not in plan.ranks and name not in problem.cut(plan.retained)]
-        run.skipped += [Skip(name, NOT_WORTH_IT) for name in unchanged if name not in reported]
-        return run.result(f"{spent}; predicted output error {predicted:.2g}", measure.timings)
+        return Priced(run, measure, Problem(items, groups, biases), uncut)
 
     def _held_out(self, run: Run) -> Holdout | None:
         """Return the inputs to measure on, or None where errors are only predicted."""
@@ -127,20 +119,22 @@ class Allocate:
             raise FxlrdError(f"{run.label}: measured={self.measured} needs calibrate{{holdout=true}} before it")
         return inputs if isinstance(inputs, Holdout) else None
 
-    def _share_of_layers(self, run: Run, measure: Measure) -> float:
+    def _share_of_layers(self, run: Run, measure: Measure, budget: Budget) -> float:
         """Return the share of the layers' cost that a computed budget leaves, if nothing else is cut."""
         if not isinstance(measure, Params | Flops):
-            return self.budget.share
+            return budget.share
         layers = [layer for layer in layers_of(run.gm) if self._left_alone(layer) is None]
         original = sum(measure.original(layer) for layer in layers)
         outside = measure.total(run.gm, original) - original
-        left = (self.budget.share * (original + outside) - outside) / max(original, 1.0)
+        left = (budget.share * (original + outside) - outside) / max(original, 1.0)
         return min(0.95, max(0.05, left))
 
-    def _items(self, run: Run, measure: Measure, share: float | None) -> tuple[dict[str, list[Choice]], list[Trial]]:
+    def _items(
+        self, run: Run, measure: Measure, goals: Sequence[float] | None
+    ) -> tuple[dict[str, list[Choice]], list[Trial]]:
         """Return the forms of the layers that may be changed; of the stem, which a merge may cut, the original only.
 
-        With a ``share`` of their cost to measure errors at, also the trials for that.
+        With ``goals``, shares of their cost to measure errors at, also the trials for that.
         """
         items: dict[str, list[Choice]] = {}
         trials: list[Trial] = []
@@ -153,8 +147,8 @@ class Allocate:
                 if isinstance(forms, Reason):
                     reason = forms
                 else:
-                    if share is not None and curve is not None and len(forms) > 1:
-                        trials.append(trial_of_layer(layer, forms, curve, share))
+                    if goals is not None and curve is not None and len(forms) > 1:
+                        trials.append(trial_of_layer(layer, forms, curve, goals))
                     items[layer.name] = forms
             return None if reason is None else Skip(layer.name, reason)
 
@@ -179,8 +173,3 @@ class Allocate:
         if reason is None or reason.code == "stem":
             return depthwise_reason(layer.module) or reason
         return reason
-
-
-def _effects_measured(gm: fx.GraphModule, names: Iterable[str]) -> bool:
-    measured = (statistics_of(calls(gm, name)) for name in names)
-    return all(each is not None and each.importance is not None for each in measured)

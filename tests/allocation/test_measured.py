@@ -12,6 +12,7 @@ from fxlrd.allocation.measured import (
     WORK,
     Scale,
     affordable,
+    goals_of,
     measured,
     trial_of_group,
     trial_of_layer,
@@ -86,8 +87,9 @@ def order_agrees(gm, unseen: Inputs, inputs: int) -> float:
     groups = mergings(gm, [*items], Params(), (), quiet)
 
     def trials(share):
-        of_layers = [trial_of_layer(layer, items[layer.name], curves[layer.name], share) for layer in cuttable]
-        return of_layers + [trial_of_group(gm, name, group, share) for name, group in groups.items()]
+        goals = goals_of([share])
+        of_layers = [trial_of_layer(layer, items[layer.name], curves[layer.name], goals) for layer in cuttable]
+        return of_layers + [trial_of_group(gm, name, group, goals) for name, group in groups.items()]
 
     items, groups = measured(gm, items, groups, trials(0.5), held_out(gm), inputs, quiet)
     others = [*trials(0.35), *trials(0.7)]

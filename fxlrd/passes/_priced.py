@@ -1,0 +1,85 @@
+"""The forms of all layers with their errors and costs, which hold for any budget; each budget chooses among them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from torch import fx
+
+from fxlrd.allocation.doubts import doubts
+from fxlrd.allocation.measures import Measure
+from fxlrd.allocation.plan import planned
+from fxlrd.allocation.problem import Problem
+from fxlrd.allocation.search import Attempt, best_plan
+from fxlrd.budget import Budget
+from fxlrd.errors import Reason
+from fxlrd.graph.layer import statistics_of
+from fxlrd.graph.surgery import calls, fork
+from fxlrd.passes.contract import PassResult, Skip
+from fxlrd.passes.driver import Run
+from fxlrd.progress import Progress, quiet
+
+NOT_WORTH_IT = Reason("not-worth-it", "no cheaper form is worth its error")
+
+
+@dataclass
+class Priced:
+    """What the layers of a model may become under a budget of one measure.
+
+    Attributes:
+        run: the run of `allocate` that found it: the graph, layers left alone, warnings.
+        measure: what the budget limits.
+        problem: the forms of all layers, the groups that may be merged.
+        uncut: what has no smaller form, in words, to end an error with.
+    """
+
+    run: Run
+    measure: Measure
+    problem: Problem
+    uncut: str
+    _attempts: list[Attempt] = field(default_factory=list, init=False, repr=False)
+
+    @cached_property
+    def _total(self) -> float:
+        """The cost of the model, of which a budget is a share: a latency is measured once."""
+        return self.measure.total(self.run.gm, self.problem.original)
+
+    def within(self, budget: Budget, progress: Progress = quiet) -> PassResult:
+        """Return a copy of the graph with the best plan for this budget on it, and what `allocate` reports of it.
+
+        Raises FxlrdError for a budget out of reach, saying what is within.
+        """
+        problem, run = self.problem, self._fresh_run()
+        plan, spent, warnings = best_plan(
+            run.gm,
+            problem,
+            self.measure,
+            budget,
+            progress,
+            total=self._total,
+            uncut=self.uncut,
+            attempts=self._attempts,
+        )
+        predicted = math.sqrt(problem.error(plan))
+        channels = {name: problem.groups[name].retained(count) for name, count in plan.retained.items()}
+        known = predicted if _effects_measured(run.gm, problem.items) else None
+        planned.record(run.gm, replace(plan, predicted=known, channels=channels))
+        run.warnings += [*warnings, *doubts(run.gm, problem, plan, budget)]
+        reported = {skip.name for skip in run.skipped}
+        cut = problem.cut(plan.retained)
+        unchanged = [name for name in problem.items if name not in plan.ranks and name not in cut]
+        run.skipped += [Skip(name, NOT_WORTH_IT) for name in unchanged if name not in reported]
+        return run.result(f"{spent}; predicted output error {predicted:.2g}", dict(self.measure.timings))
+
+    def _fresh_run(self) -> Run:
+        """Return the run for one budget: another one finds all as it was."""
+        run = self.run
+        return replace(run, gm=fork(run.gm), skipped=[*run.skipped], warnings=[*run.warnings])
+
+
+def _effects_measured(gm: fx.GraphModule, names: Iterable[str]) -> bool:
+    measured = (statistics_of(calls(gm, name)) for name in names)
+    return all(each is not None and each.importance is not None for each in measured)
