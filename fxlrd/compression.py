@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ from fxlrd.differences.compare import diff
 from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.inputs import Inputs
-from fxlrd.installation import install
+from fxlrd.installation import Installed, install
 from fxlrd.passes.contract import Pass
-from fxlrd.pipeline import Pipeline
-from fxlrd.progress import bar, quiet
+from fxlrd.pipeline import Pipeline, PipelineResult
+from fxlrd.progress import alone, one_bar
 from fxlrd.report.report import Report
 from fxlrd.report.table import summary
 from fxlrd.request import check_context, check_model, pipeline_for
@@ -97,7 +97,7 @@ def compress(
         verify: compare the outputs after each pass with those before.
         inplace: put the new layers into ``model`` itself and return it. Otherwise the result shares nothing with
             ``model``, which stays as it is.
-        progress: show progress bars while standard error is a terminal.
+        progress: show a progress bar, with the time left, on a terminal (standard error) or in a notebook.
         timer: what times layers and models: a stand-in for `fxlrd.timing.clock.compare`, for tests.
 
     Returns:
@@ -118,30 +118,52 @@ def compress(
         compile=compile,
         timer=timer,
     )
-    original = capture_any(model, Inputs.of(example_inputs), original_shapes(model), complete=inplace)
-    run = passes(original, verify=verify, progress=bar if progress else quiet)
-    timings = _timed(model, original, run.graph_module, compile, timer) if measure else {}
-    installed = install(original, run.graph_module, model, inplace=inplace, verify=verify)
-    report = Report.of(
+    with one_bar(["capture", *passes.labels, "timing the models"], shown=progress) as show:
+        inputs = Inputs.of(example_inputs)
+        original = alone(show, "capture", lambda: capture_any(model, inputs, original_shapes(model), complete=inplace))
+        run = passes(original, verify=verify, progress=show)
+        timings = {}
+        if measure:
+            graphs = {"after": run.graph_module}
+            timings = alone(show, "timing the models", lambda: timed(model, original, graphs, compile, timer))
+        installed = install(original, run.graph_module, model, inplace=inplace, verify=verify)
+        report = report_on(model, original, run, installed, passes, compile, timings)
+    return Result(installed.model, report)
+
+
+def report_on(
+    model: nn.Module,
+    original: fx.GraphModule,
+    run: PipelineResult,
+    installed: Installed,
+    passes: Pipeline,
+    under_inductor: bool,
+    timings: Mapping[str, Timing],
+) -> Report:
+    """Return the report on what ``passes`` made of ``model``, whose graph is ``original``; `Report.of` has the rest."""
+    return Report.of(
         original,
         run,
         installed,
         model=type(model).__name__,
         device=device_of(model, captured_or_bare(original).inputs),
         pipeline=passes,
-        under_inductor=compile,
+        under_inductor=under_inductor,
         timings=timings,
         diff=diff(original, run.graph_module, report=run.ledger).to_dict(),
     )
-    return Result(installed.model, report)
 
 
-def _timed(
-    model: nn.Module, original: fx.GraphModule, gm: fx.GraphModule, under_inductor: bool, timer: Timer
+def timed(
+    model: nn.Module,
+    original: fx.GraphModule,
+    graphs: Mapping[str, fx.GraphModule],
+    under_inductor: bool,
+    timer: Timer,
 ) -> dict[str, Timing]:
-    """Time the model ``before`` and ``after``, side by side."""
+    """Time the model ``before``, and as each of ``graphs``, side by side."""
     capture = captured_or_bare(original)
     before = runnable(original) if under_inductor else structural_copy(capture.model or model)
-    models = {"before": before, "after": runnable(gm)}
-    inputs = capture.inputs
-    return time_models(models, inputs, under_inductor=under_inductor, seconds=4.0, timer=timer)
+    models = {"before": before, **{name: runnable(gm) for name, gm in graphs.items()}}
+    seconds = 2.0 * len(models)
+    return time_models(models, capture.inputs, under_inductor=under_inductor, seconds=seconds, timer=timer)

@@ -19,7 +19,7 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import annotate, fork
 from fxlrd.passes.contract import Pass, PassResult, Site, Skip
 from fxlrd.passes.driver import check_needs, label
-from fxlrd.progress import Progress, quiet
+from fxlrd.progress import Progress, quiet, steps_of
 from fxlrd.timing.clock import Timing
 from fxlrd.verification import Errors, Verification
 
@@ -134,6 +134,11 @@ class Pipeline:
     def reads(self, option: str) -> bool:
         """Whether any pass reads this option."""
         return any(option in spec.options(p) for p in self.passes)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of the passes' steps, in order, as progress shows them."""
+        return [step for p in self.passes for step in steps_of(label(p))]
 
     def __str__(self) -> str:
         return ",".join(spec.text(p) for p in self.passes)

@@ -22,7 +22,7 @@ from fxlrd.errors import CaptureError, FxlrdError, one_line
 from fxlrd.graph.inputs import Inputs
 from fxlrd.passes import Decompose, Snap
 from fxlrd.pipeline import Pipeline
-from fxlrd.progress import bar
+from fxlrd.progress import bar, one_bar
 from fxlrd.report.report import Report
 from fxlrd.request import pipeline_for
 from fxlrd.saving.save import save
@@ -140,7 +140,8 @@ def _diff_of_passes(arguments: argparse.Namespace) -> tuple[Diff, list[tuple[str
         compile=arguments.compile,
     )
     graphs = Steps()
-    run = pipeline(capture_any(model, Inputs.of(x)), callback=graphs, progress=bar)
+    with one_bar(pipeline.labels) as show:
+        run = pipeline(capture_any(model, Inputs.of(x)), callback=graphs, progress=show)
     values = not arguments.no_values
     steps = [(record.text, graphs.diff(i, i + 1, report=run, values=values)) for i, record in enumerate(run.ledger)]
     return graphs.diff(report=run, values=values), steps
