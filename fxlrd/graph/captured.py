@@ -29,8 +29,8 @@ from fxlrd.graph.reached import NOT_REACHED_VALUE
 from fxlrd.graph.regions import Slot, call_for, copies, install_layers, names_in, record
 from fxlrd.graph.run import counting, evaluating, isolated, run
 from fxlrd.graph.surgery import called, fork
-from fxlrd.layers.described import DescribedFactors
 from fxlrd.layers.padding import Padding
+from fxlrd.layers.readable import is_container
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -272,9 +272,7 @@ class Regions:
     def is_container_of_factors(self, name: str) -> bool:
         """Whether the module ``name`` of the user's model holds the factors of an earlier compression."""
         module = self.model.get_submodule(name)
-        return type(module) in (nn.Sequential, DescribedFactors) and {
-            part for part, _ in module.named_children()
-        } <= set(FACTORS)
+        return is_container(module) and {part for part, _ in module.named_children()} <= set(FACTORS)
 
     def fed_by_the_original(self, node: fx.Node | None) -> bool:
         """Whether the node is an argument of a region, which the original model computes."""

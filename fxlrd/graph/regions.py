@@ -26,6 +26,7 @@ from fxlrd.graph.run import run, set_mode
 from fxlrd.graph.surgery import called, chained
 from fxlrd.layers.described import DescribedFactors
 from fxlrd.layers.kinds import LAYERS, OPTIONS
+from fxlrd.layers.readable import ReadableFactors, weight_shape_of
 
 CALLS = 32
 """Calls of one module that are recorded in one run of the model, at most: a decoder makes one for each token."""
@@ -165,16 +166,17 @@ def set_modules(
 ) -> dict[str, nn.Module]:
     """Put modules into ``model`` under their names, and return the replaced ones. Aliases stay one module.
 
-    Factors of layers in ``described`` answer for the layer's weight, see `fxlrd.layers.described`. Fast paths around
-    the modules are turned off. An attention of torch's own whose projections are among them is opened; it is returned
-    in their place.
+    Factors of layers in ``described`` answer for the layer's weight, see `fxlrd.layers.described`; those of others
+    compose it, see `fxlrd.layers.readable`. Fast paths around the modules are turned off. An attention of torch's own
+    whose projections are among them is opened; it is returned in their place.
     """
     closed = open_for(model, new)
     modules = dict(model.named_modules(remove_duplicate=False))
     replaced = dict(closed)
     for name, module in new.items():
-        if name in described and type(module) is nn.Sequential:
-            module = DescribedFactors(OrderedDict(module.named_children()))
+        if type(module) is nn.Sequential:
+            kind = DescribedFactors if name in described else ReadableFactors
+            module = kind(OrderedDict(module.named_children()))
         for alias in [alias for alias, m in modules.items() if m is modules[name]]:
             if attention_of(alias) not in closed:
                 replaced[alias] = modules[alias]
@@ -201,6 +203,8 @@ def describe(new: nn.Module, old: nn.Module) -> None:
     if isinstance(new, DescribedFactors):
         own = {name: None if p is None else tuple(p.shape) for name, p in old._parameters.items()}
         new.described = old.described if isinstance(old, DescribedFactors) else own
+    elif isinstance(new, ReadableFactors):
+        new.weight_shape = weight_shape_of(old)
 
 
 def rewritten(gm: fx.GraphModule, captured_modules: Mapping[str, nn.Module]) -> set[str]:

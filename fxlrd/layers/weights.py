@@ -30,7 +30,7 @@ def resized(module: nn.Module, weight: Tensor, bias: Tensor | None, groups: int 
     if isinstance(like, nn.Linear):
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     else:
-        factor = _as_blocks(weight, groups or like.groups, like.transposed)
+        factor = as_blocks(weight, groups or like.groups, like.transposed)
         new = empty_conv(stock_type(like), factor, bias is not None, kernel_options(like))
     fill(new, weight, like)
     if bias is not None:
@@ -40,7 +40,7 @@ def resized(module: nn.Module, weight: Tensor, bias: Tensor | None, groups: int 
 
 def weight_blocks(module: nn.Module) -> Tensor:
     """Return the weight as (G, S/G, C/G, k…), also that of a transposed conv."""
-    return _as_blocks(as_layer(module).weight.detach(), channels_per_group(module)[2], isinstance(module, TRANSPOSED))
+    return as_blocks(as_layer(module).weight.detach(), channels_per_group(module)[2], isinstance(module, TRANSPOSED))
 
 
 def from_blocks(module: nn.Module, factor: Tensor) -> Tensor:
@@ -48,7 +48,8 @@ def from_blocks(module: nn.Module, factor: Tensor) -> Tensor:
     return (factor.transpose(1, 2) if isinstance(module, TRANSPOSED) else factor).flatten(0, 1)
 
 
-def _as_blocks(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+def as_blocks(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    """Return a weight (S, C/G, k…), or (C, S/G, k…) of a transposed conv, as (G, S/G, C/G, k…)."""
     parts = weight.unflatten(0, (groups, -1))
     return parts.transpose(1, 2) if transposed else parts  # (C, S/G, k…) is how a transposed conv keeps it
 

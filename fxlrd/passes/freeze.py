@@ -18,8 +18,8 @@ from torch import fx, nn
 from fxlrd.errors import Reason, unknown
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.layer import decomposed_layers
-from fxlrd.layers.described import DescribedFactors
 from fxlrd.layers.kinds import LAYERS, as_layer
+from fxlrd.layers.readable import is_container
 from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
@@ -101,7 +101,7 @@ def _decomposed_names(model: nn.Module) -> set[str] | None:
 def _is_form(module: nn.Module) -> bool:
     parts = list(module.children())
     return (
-        type(module) in (nn.Sequential, nn.Module, DescribedFactors)
+        (is_container(module) or type(module) is nn.Module)
         and tuple(name for name, _ in module.named_children()) in FORMS
         and all(isinstance(part, LAYERS) for part in parts)
         and all(part.bias is None for part in parts[:-1])

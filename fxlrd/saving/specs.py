@@ -10,9 +10,9 @@ from torch import nn
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.facts import FACTORS
 from fxlrd.graph.surgery import chained
-from fxlrd.layers.described import DescribedFactors
 from fxlrd.layers.kinds import OPTIONS, make, options
 from fxlrd.layers.narrow import channels_left, narrowed
+from fxlrd.layers.readable import is_container
 from fxlrd.saving.descriptions import description
 from fxlrd.saving.schema import KINDS, Factors, LayerSpec, ModuleDescription, Narrowed
 
@@ -27,7 +27,7 @@ def spec_of(name: str, module: nn.Module, was: ModuleDescription | None = None) 
         counts = channels_left(module, was.shapes)
         if counts is not None:
             return Narrowed(*counts)
-    if type(module) not in (nn.Sequential, DescribedFactors) or not set(module._modules) <= set(FACTORS):
+    if not is_container(module) or not set(module._modules) <= set(FACTORS):
         return _layer_spec(name, module)
     if extra := description(module).shapes:
         raise FxlrdError(f"save: {name}: {', '.join(extra)} beside its factors: load makes no layer with that")

@@ -10,6 +10,7 @@ from torch import nn
 
 import fxlrd
 from fxlrd.errors import FxlrdError
+from fxlrd.layers.readable import ReadableFactors
 from tests.support.clothes import TransposedLinear
 from tests.support.compression import FULL_RANK, assert_same_outputs, decisions, largest_error, quick
 
@@ -90,7 +91,7 @@ def test_in_place(branches):
 
 def test_only_a_layer_that_is_asked_has_a_description():
     compressed = quick(model_of("dtype", True), X, ratio=1.5).model
-    assert type(compressed.a) is nn.Sequential
+    assert type(compressed.a) is ReadableFactors
     weight = compressed.fc.weight
     assert isinstance(weight, torch.Tensor)
     assert (weight.dtype, weight.device, weight.shape) == (torch.float64, torch.device("cpu"), (8, 8))

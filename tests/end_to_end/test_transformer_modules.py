@@ -32,7 +32,7 @@ def test_the_linears_of_encoder_layers_are_decomposed():
         for i in range(2)
         for name in ("linear1", "linear2", *(f"self_attn.{role}" for role in PROJECTIONS))
     }
-    assert type(result.model.layers[0].linear1) is nn.Sequential
+    assert isinstance(result.model.layers[0].linear1, nn.Sequential)
     assert_same_outputs(result.model, model, X)
     assert_same_outputs(result.model, model, torch.randn(3, 7, 16, dtype=torch.float64))
 
