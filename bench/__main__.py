@@ -16,6 +16,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_":
 SECTIONS = {
     "import_time": [{}],
     "decomposition": [{}],
+    "memory": [{}],
     "search": [{}],
     "throughput": [{}, KEEP_MEMORY],
     "training": [{}, KEEP_MEMORY],

@@ -15,6 +15,7 @@ from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.inputs import Inputs
 from fxlrd.installation import Installed, install
+from fxlrd.passes import PASSES
 from fxlrd.passes.contract import Pass
 from fxlrd.pipeline import Pipeline, PipelineResult
 from fxlrd.progress import alone, one_bar
@@ -126,7 +127,8 @@ def compress(
         if measure:
             graphs = {"after": run.graph_module}
             timings = alone(show, "timing the models", lambda: timed(model, original, graphs, compile, timer))
-        installed = install(original, run.graph_module, model, inplace=inplace, verify=verify)
+        own = all(type(step) in PASSES.values() for step in passes.passes)  # others may hold on to what they made
+        installed = install(original, run.graph_module, model, inplace=inplace, verify=verify, own=own)
         report = report_on(model, original, run, installed, passes, compile, timings)
     return Result(installed.model, report)
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxlrd.calibration.holdout import let_go
 from fxlrd.errors import FxlrdError, VerificationError, one_line
@@ -24,6 +26,7 @@ from fxlrd.graph.fast_paths import restore, switches
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import undo
 from fxlrd.graph.run import counted
+from fxlrd.graph.writes import address
 from fxlrd.saving.architecture import origin_of, origin_of_graph, remember
 from fxlrd.saving.pretrained import save_all_of
 
@@ -57,18 +60,20 @@ class Installed:
 
 
 def install(
-    original: fx.GraphModule, gm: fx.GraphModule, model: nn.Module, *, inplace: bool, verify: bool
+    original: fx.GraphModule, gm: fx.GraphModule, model: nn.Module, *, inplace: bool, verify: bool, own: bool = False
 ) -> Installed:
     """Return what ``gm``, which passes made of ``original``, is as a model for the user of ``model``.
 
-    ``verify`` measures the error of a model that runs the user's forward. Raises VerificationError, and leaves
-    ``model`` as it was, if the user's forward does not use the layers as the graph does.
+    ``verify`` measures the error of a model that runs the user's forward. ``own`` says that nobody else holds the
+    tensors that passes made: the result then takes them, where a copy would take as much memory again. Raises
+    VerificationError, and leaves ``model`` as it was, if the user's forward does not use the layers as the graph does.
     """
     capture = captured_or_bare(original)
+    made = _made(gm, original, capture.model, model) if own else {}
     if inplace or capture.user_forward:
-        return _inside(capture, gm, model, inplace, verify)
+        return _inside(capture, gm, model, inplace, verify, made)
     gm = capture.as_users(gm)
-    result = _independent(gm, model)
+    result = _independent(gm, model, made)
     remember(result, origin_of_graph(capture.model or model, original, gm))
     return Installed(result, complete=False, warnings=lost_methods(model))
 
@@ -103,10 +108,20 @@ _NAMED = 4
 """How many methods a warning names."""
 
 
-def _independent(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
-    """Return a copy that shares no tensor with ``model`` and does not keep it alive."""
+def _made(gm: fx.GraphModule, *others: nn.Module | None) -> dict[int, Tensor]:
+    """Return by identity the tensors of ``gm`` that share no memory with any of the others'."""
+    taken = {address(t) for other in others if other is not None for t in _tensors(other)}
+    return {id(t): t for t in _tensors(gm) if address(t) not in taken}
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
+
+
+def _independent(gm: fx.GraphModule, model: nn.Module, made: Mapping[int, Tensor]) -> fx.GraphModule:
+    """Return a copy that shares no tensor with ``model``, has the ones ``made``, and does not keep ``model`` alive."""
     let_go(gm)
-    result = copy.deepcopy(gm)
+    result = copy.deepcopy(gm, dict(made))
     forget(result)  # neither the example inputs nor an executed plan belong in a saved model
     _restore_modes(result, model)
     return result
@@ -122,7 +137,9 @@ def _restore_modes(result: nn.Module, model: nn.Module) -> None:
         module.training = modes[container]
 
 
-def _inside(capture: Captured, gm: fx.GraphModule, model: nn.Module, inplace: bool, verify: bool) -> Installed:
+def _inside(
+    capture: Captured, gm: fx.GraphModule, model: nn.Module, inplace: bool, verify: bool, made: Mapping[int, Tensor]
+) -> Installed:
     captured_model = capture.model or model
     compared = capture.user_forward and verify
     reference = counted(structural_copy(captured_model), capture.inputs)[0] if compared else None
@@ -138,7 +155,7 @@ def _inside(capture: Captured, gm: fx.GraphModule, model: nn.Module, inplace: bo
             raise
         remedy = "name what reads them in skip=" if capture.user_forward else "use inplace=False"
         raise VerificationError(f"the model does not use its layers as its graph does ({error}); {remedy}") from error
-    result = target if inplace else independent_copy(target)
+    result = target if inplace else independent_copy(target, made)
     remember(result, origin_of(target, model, replaced))
     save_all_of(result)
     output_error = _output_error(outputs, reference) if compared else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,15 @@ def test_models_of_a_library_that_is_not_installed_are_left_out(monkeypatch, cap
         zoo.names("timm:*")
     (line,) = capsys.readouterr().out.splitlines()
     assert "timm is not installed" in line
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_small_model_is_measured_in_fresh_processes(tmp_path):
+    """Of a model so small, buffers of libraries are most of the peak: only what must be so is checked."""
+    from bench.memory import main
+
+    main(["linears_small", "--json", str(tmp_path / "rows.json")])
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["in"] == 16 * (512 * 512 + 512) * 4
+    assert row["out"] < 0.6 * row["in"]
+    assert row["peak"] > row["in"] + 0.9 * row["out"]

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torchvision.models import googlenet
 
 import fxlrd
 from fxlrd import Budget, FxlrdError, Pipeline
+from fxlrd.layers.build import decomposed
+from fxlrd.passes import Decompose
 from tests.support.compression import quick
 from tests.support.models import classifier
 from tests.support.tensors import images
@@ -43,6 +46,35 @@ def test_the_result_does_not_keep_the_model_alive():
     gc.collect()
     assert gone() is None
     assert result.model(image()).shape == (2, 20)
+
+
+def test_the_factors_are_not_copied_for_the_result(monkeypatch):
+    made = []
+
+    def noting(*arguments):
+        factors, error = decomposed(*arguments)
+        made.extend(factors.parameters())
+        return factors, error
+
+    monkeypatch.setattr("fxlrd.passes.decompose.decomposed", noting)
+    result = quick(classifier(), image(), ratio=2.0)
+    assert made
+    assert {id(p) for p in made} <= {id(p) for p in result.model.parameters()}
+
+
+def test_what_a_pass_of_the_users_holds_is_copied():
+    held = []
+
+    @dataclass(frozen=True)
+    class Holding:
+        def __call__(self, gm, progress=None):
+            result = Decompose(ratio=2)(gm)
+            held.append(result.graph_module)
+            return result
+
+    result = quick(classifier(), image(), pipeline=[Holding()])
+    mine = {t.data_ptr() for t in result.model.state_dict().values() if t.numel()}
+    assert not mine & {t.data_ptr() for t in held[0].state_dict().values()}
 
 
 def test_each_module_comes_back_in_its_own_mode():

@@ -15,13 +15,14 @@ from fxlrd.capturing.proof import Original, not_saving_for_backward, same
 from fxlrd.capturing.reads import Reads, noting_reads
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.captured import Unreached
-from fxlrd.graph.copies import independent_copy, structural_copy
+from fxlrd.graph.copies import independent_copy, private_copy, structural_copy
 from fxlrd.graph.fast_paths import TRANSFORMERS
 from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads, owners, pads_itself, shared_parameter
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import plain, set_modules
 from fxlrd.graph.run import called_on, counting, evaluating, isolated, set_mode
 from fxlrd.graph.surgery import is_reserved
+from fxlrd.graph.writes import guarding_weights
 from fxlrd.layers.folded import is_layer, layer_of
 from fxlrd.layers.kinds import LAYERS, op
 from fxlrd.layers.stand_ins import stand_in
@@ -107,13 +108,19 @@ def _run_noting_calls(
 def _reads_in_training(original: Original) -> Reads:
     """Return what a copy of the model reads in training mode, until it fails if it does: it may want labels.
 
-    The copy has weights of its own: in training mode a forward may write to them.
+    A forward that writes to weights in this mode is stopped, and runs again in a copy with weights of its own.
     """
-    reads = Reads()
     try:
-        model = independent_copy(original.model)
+        model = private_copy(original.model)
+        with guarding_weights(model) as guard:
+            reads = _reads_of(model, original)
+        return reads if guard.written is None else _reads_of(independent_copy(original.model), original)
     except FxlrdError:
-        return reads
+        return Reads()
+
+
+def _reads_of(model: nn.Module, original: Original) -> Reads:
+    reads = Reads()
     set_mode(model, True)
     noting = noting_reads(model, reads, ", in training mode")
     with isolated(model), torch.enable_grad(), not_saving_for_backward(), suppress(Exception), noting:

@@ -23,6 +23,9 @@ EXCESS = 1e-4
 _RANGE = 30
 """Tensors whose largest entry is within this power of two of 1 need no scaling."""
 
+_ENTRIES = 2**22
+"""Entries of a matrix that are converted at once."""
+
 _ROUNDING = 8.0
 """Measured ‖E‖ stays below this multiple of ε·σ₁² for the sizes of network layers (tests/factor)."""
 
@@ -81,15 +84,27 @@ def left_basis(matrix: Tensor, rank: int) -> Tensor:
         matrix = matrix / peak  # its squares stay within range
     # On an accelerator float32 products may run in TF32, which the bound above does not cover.
     exact_products = matrix.device.type == "cpu" or matrix.dtype == torch.float64
-    candidates = (matrix, matrix.double()) if exact_products and matrix.dtype != torch.float64 else ()
-    for operand in candidates or (matrix.double(),):
-        values, vectors = torch.linalg.eigh(operand @ operand.mT)
+    for dtype in dict.fromkeys((matrix.dtype, torch.float64) if exact_products else (torch.float64,)):
+        values, vectors = torch.linalg.eigh(_gram(matrix, dtype))
         if rank == m or _accurate(values, rank):
             return vectors[..., m - rank :].flip(-1).to(matrix.dtype)
     u: Tensor = torch.linalg.svd(matrix.double(), full_matrices=False)[0]
     if u.shape[-1] < rank:  # fewer columns than the requested rank: complete the basis
         u = torch.linalg.qr(u, mode="complete")[0]
     return u[..., :rank].to(matrix.dtype)
+
+
+def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return M·Mᵀ in ``dtype``, without a copy of M in it: some columns at a time."""
+    if matrix.dtype == dtype:
+        return matrix @ matrix.mT
+    columns = max(1, _ENTRIES // matrix[..., 0].numel())
+    gram: Tensor | None = None
+    for block in matrix.split(columns, -1):
+        wide = block.to(dtype)
+        gram = wide @ wide.mT if gram is None else gram + wide @ wide.mT
+    assert gram is not None
+    return gram
 
 
 def _accurate(values: Tensor, rank: int) -> bool:

@@ -42,20 +42,22 @@ def svd(weight: Tensor, rank: int) -> Pair:
         right = basis_of(w.mT, rank).mT
         left = w @ right.mT
         scale = left.norm(dim=-2, keepdim=True).mT
-    first, last = balance(left, right, scale, split_left=w.shape[-2] > w.shape[-1])
-    return Pair(first * peak**0.5, last * peak**0.5, product_error(w, last, first))
+    first, last = _balance(left, right, scale, split_left=w.shape[-2] > w.shape[-1])
+    error = product_error(w, last, first)
+    return Pair(first.mul_(peak**0.5), last.mul_(peak**0.5), error)
 
 
-def balance(left: Tensor, right: Tensor, scale: Tensor, split_left: bool) -> tuple[Tensor, Tensor]:
+def _balance(left: Tensor, right: Tensor, scale: Tensor, split_left: bool) -> tuple[Tensor, Tensor]:
     """Return (first, last), with √σ moved from the factor that carries σ (``left`` if split_left) to the other.
 
-    ``scale`` (…, R, 1) holds σ. Directions where σ is zero stay zero in the factor that carried it.
+    ``scale`` (…, R, 1) holds σ. Directions where σ is zero stay zero in the factor that carried it. In place: the
+    factors may be as large as the weight.
     """
     root = scale.sqrt()
     inverse = torch.where(root > 0, 1 / root, torch.zeros_like(root))
     if split_left:
-        return right * root, left * inverse.mT
-    return right * inverse, left * root.mT
+        return right.mul_(root), left.mul_(inverse.mT)
+    return right.mul_(inverse), left.mul_(root.mT)
 
 
 def product_error(reference: Tensor, last: Tensor, first: Tensor) -> float:

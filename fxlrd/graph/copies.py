@@ -44,9 +44,12 @@ def private_copy(model: nn.Module) -> nn.Module:
     return _copied(model, {id(t): t for t in model.parameters()})
 
 
-def independent_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the model that shares nothing with it. Raises FxlrdError where something cannot be copied."""
-    return _copied(model, {}, share=False)
+def independent_copy(model: nn.Module, moved: Mapping[int, Tensor] | None = None) -> nn.Module:
+    """Return a copy of the model that shares nothing with it but the tensors ``moved``, given by identity.
+
+    Raises FxlrdError where something cannot be copied.
+    """
+    return _copied(model, dict(moved or {}), share=False)
 
 
 def _copied(model: nn.Module, memo: dict[int, Any], share: bool = True) -> nn.Module:

@@ -55,8 +55,10 @@ def _decomposed(module: nn.Module, ranks: Ranks, sweeps: int, fit: Fit | None) -
         return _fitted(as_layer(module), ranks, fit)
     weight = weight_blocks(module)
     if form(module) == "svd":
-        pair = svd(weight.flatten(2), _svd_rank(ranks))
-        return _assemble(as_layer(module), ranks, [pair.first, pair.last]), pair.error
+        first, last, error = svd(weight.flatten(2), _svd_rank(ranks))
+        factors = [first, last]
+        del first, last
+        return _assemble(as_layer(module), ranks, factors), error
     r1, r2 = ranks
     triple = tucker2(weight, r1, r2, sweeps)
     return _assemble(as_layer(module), ranks, _factors(triple)), triple.error
@@ -128,15 +130,16 @@ def skeleton(module: nn.Module, ranks: Ranks) -> nn.Sequential:
 def _assemble(module: ConvOrLinear, ranks: Ranks, factors: list[Tensor], bias: Tensor | None = None) -> nn.Sequential:
     """Wrap factors, each (G, out, in[, k…]), into modules that do what the layer does.
 
-    ``bias`` takes the place of the layer's own.
+    ``bias`` takes the place of the layer's own. The list is emptied, so that no factor stays in memory beside its copy.
     """
     if bias is None and module.bias is not None:
         bias = module.bias.detach().clone()
     roles = _roles(module, ranks)
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    for role, factor in zip(roles, factors, strict=True):
-        part = _empty(module, role, factor, bias is not None and role == roles[-1])
-        fill(part, from_blocks(part, factor), like=module)
+    assert len(roles) == len(factors)
+    for role in roles:
+        part = _empty(module, role, factors[0], bias is not None and role == roles[-1])
+        fill(part, from_blocks(part, factors.pop(0)), like=module)
         parts[role] = part
     if bias is not None:
         like = module.weight if module.bias is None else module.bias
