@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fxlrd.layers.attention import ProjectedAttention
+from fxlrd.saving.runtime import runtime_buffers
 from fxlrd.saving.schema import ModuleDescription
 from fxlrd.saving.tensors import parents
 
@@ -22,13 +24,22 @@ _ABSENT = object()
 def description(module: nn.Module) -> ModuleDescription:
     """Return a module's class, the options that set what it computes, and the shapes of its own tensors.
 
-    The options are those that its class lists in ``__constants__``, as far as JSON has them.
+    The options are those that its class lists in ``__constants__``, as far as JSON has them. Buffers that its forward
+    assigns are left out.
     """
     listed = {name: getattr(module, name, _ABSENT) for name in getattr(module, "__constants__", ())}
     options = {name: _plain(value) for name, value in listed.items() if name not in _FREE and _is_plain(value)}
     tensors = {**module._parameters, **module._buffers}
-    shapes = {n: None if is_lazy(t) else tuple(t.shape) for n, t in tensors.items() if t is not None}
+    at_runtime = runtime_buffers(module)
+    shaped = {n: t for n, t in tensors.items() if t is not None and n not in at_runtime}
+    shapes = {n: None if is_lazy(t) else tuple(t.shape) for n, t in shaped.items()}
     return ModuleDescription(type(module).__name__, options, shapes)
+
+
+def is_as_described(module: nn.Module, was: ModuleDescription) -> bool:
+    """Whether the description of the module is this one. Buffers that its forward assigns do not count."""
+    at_runtime = runtime_buffers(module)
+    return description(module) == replace(was, shapes={n: s for n, s in was.shapes.items() if n not in at_runtime})
 
 
 def _is_plain(value: Any) -> bool:
@@ -74,6 +85,8 @@ def mismatch(wanted: Mapping[str, ModuleDescription], model: nn.Module) -> str |
     for name, was in wanted.items():
         if name not in modules:
             return f"the model has no module {name[:80]!r}"
+        if is_as_described(modules[name], was):
+            continue
         if (text := _difference(description(modules[name]), was, is_model=not name)) is not None:
             return f"{name or 'the model'}{text}"
     if (more := next((name for name in descriptions(model) if name not in wanted), None)) is not None:

@@ -30,9 +30,10 @@ from fxlrd.saving.descriptions import mismatch
 from fxlrd.saving.from_pretrained import load_pretrained
 from fxlrd.saving.geometry import check_padding
 from fxlrd.saving.padding import padding_of
-from fxlrd.saving.placement import Slots, place, put
+from fxlrd.saving.placement import Placement, Slots, place, put
 from fxlrd.saving.pretrained import read_pretrained, save_all_of
 from fxlrd.saving.replacing import REMEDY, put_layers
+from fxlrd.saving.runtime import runtime_tensors
 from fxlrd.saving.schema import Origin, Plan, TensorTable
 from fxlrd.saving.storage import PLAN, check_weights, read_plan
 from fxlrd.saving.tensors import attributes, joined, parents, registered
@@ -135,9 +136,13 @@ def _fill(file: Path, table: TensorTable, model: nn.Module, devices: Mapping[str
     with opened as stored:
         shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
         try:
-            placements = place(shapes, Slots(registered(model), dict(attributes(model)), devices), table)
+            slots = Slots(registered(model), dict(attributes(model)), runtime_tensors(model), devices)
+            placements = place(shapes, slots, table)
         except FxlrdError as error:
             raise FxlrdError(f"load: {file}: {error}") from error
+        filled = {name for placement in placements.values() for name in placement.names}
+        for name in slots.registered.keys() - filled:  # made by the architecture's forward, and shared with it
+            put(model, slots.registered[name], Placement((name,), slots.registered[name].device, None, None))
         for name, placement in placements.items():
             put(model, stored.get_tensor(name), placement)
 

@@ -22,12 +22,21 @@ class Slots:
     """Parameters and buffers: each must get a tensor."""
     attributes: Mapping[str, Tensor]
     """Tensors that are plain attributes of modules: each may get one."""
+    runtime: Mapping[str, bool]
+    """Those of both that forwards assign, of any shape: see `fxlrd.saving.runtime.runtime_tensors`."""
     devices: Mapping[str, torch.device]
     """Where tensors are to be: those of a module, or of one name. Elsewhere, on the device of what they replace."""
 
     def find(self, names: Sequence[str]) -> Tensor | None:
         """Return what a tensor with these names, the one it is stored under first, replaces."""
         return next((self.registered[n] for n in names if n in self.registered), self.attributes.get(names[0]))
+
+    def keeps(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether the model keeps what it has, since a stored tensor means nothing without state that is not stored."""
+        own = self.registered.get(name)
+        if not self.runtime.get(name) or (own is not None and own.is_meta):
+            return False
+        return own is None or list(own.shape) != list(shape)
 
     def device(self, name: str, default: torch.device) -> torch.device:
         """Return the device for a tensor: the CPU where that of the architecture is meta."""
@@ -52,7 +61,7 @@ def place(stored: Mapping[str, Sequence[int]], slots: Slots, table: TensorTable)
     """Return where tensors of these shapes go, by the names that they are stored under.
 
     Raises FxlrdError for a tensor without a place, a place without a tensor, and a shape that does not fit. A tensor
-    without a place that the architecture makes by itself when it runs is left out.
+    that the architecture makes by itself when it runs may have no place and no tensor, and is of any shape.
     """
     aliases: dict[str, list[str]] = {}
     for alias, name in table.same.items():
@@ -63,15 +72,16 @@ def place(stored: Mapping[str, Sequence[int]], slots: Slots, table: TensorTable)
     for name, shape in stored.items():
         names = [name, *aliases.get(name, ())]
         old = slots.find(names)
-        if old is None and name in optional:
+        if (old is None and name in optional) or slots.keeps(name, shape):
             continue
         if old is None:
             raise FxlrdError(f"the model has no place for {name[:80]!r}")
-        _check_shapes(name, shape, old, {n: slots.registered[n] for n in names if n in slots.registered})
+        if name not in slots.runtime:
+            _check_shapes(name, shape, old, {n: slots.registered[n] for n in names if n in slots.registered})
         _check_strides(name, shape, table.strides.get(name))
         targets[name] = [n for n in names if n in slots.registered or n in slots.attributes]
         replaced[name] = old
-    _add_tied(targets, slots.registered)
+    _add_tied(targets, {n: t for n, t in slots.registered.items() if n not in slots.runtime or t.is_meta})
     return {
         name: Placement(
             names=tuple(targets[name]),

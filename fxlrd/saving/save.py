@@ -21,7 +21,7 @@ from fxlrd.errors import FxlrdError, one_line
 from fxlrd.layers.attention import PROJECTIONS
 from fxlrd.layers.quantized import quantized_weight
 from fxlrd.saving.architecture import recall
-from fxlrd.saving.descriptions import description
+from fxlrd.saving.descriptions import is_as_described
 from fxlrd.saving.schema import ATTENTION, Architecture, Factors, LayerSpec, Narrowed, Plan, TensorTable, Weights
 from fxlrd.saving.specs import spec_of
 from fxlrd.saving.storage import write
@@ -99,7 +99,7 @@ def replacements(model: nn.Module, architecture: Architecture) -> dict[str, Laye
     specs |= {name: spec_of(name, modules[name]) for name in projections}
     for name, was in architecture.modules.items():
         module = modules.get(name)
-        if not name or module is None or name in specs or name in opened or description(module) == was:
+        if not name or module is None or name in specs or name in opened or is_as_described(module, was):
             continue
         # torch.fx makes bare modules: for containers, and for a module of which it reads only a tensor.
         if type(module) is nn.Module and (name in containers or not module._modules):

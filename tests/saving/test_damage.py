@@ -43,7 +43,7 @@ from tests.support.folding import CausalConv, SameConv
         (lambda: changed("block.bn1", nn.BatchNorm2d(24, eps=1e-3)), "block.bn1: eps is 0.001 and was '1e-05'"),
         (lambda: changed("stem", nn.LazyConv2d(32, 3, padding=1)), "stem is a LazyConv2d"),
         (lambda: changed("block.more", nn.Linear(2, 2)), "block.more is a Linear and was not there"),
-        (lambda: compressed(Net(), inplace=True).model, "is a Sequential in the model"),
+        (lambda: compressed(Net(), inplace=True).model, "is a ReadableFactors in the model"),
         (lambda: "net", "a str is not a torch.nn.Module"),
     ],
 )

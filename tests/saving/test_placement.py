@@ -25,7 +25,7 @@ class Small(nn.Module):
 
 
 def slots(model, devices=None):
-    return Slots(registered(model), dict(attributes(model)), devices or {})
+    return Slots(registered(model), dict(attributes(model)), {}, devices or {})
 
 
 def table(same=None, strides=None, frozen=(), optional=()):
@@ -71,7 +71,7 @@ def test_aliases_that_are_saved_and_ties_of_the_architecture_get_the_same_tensor
     ],
 )
 def test_the_device_is_that_of_the_name_or_of_the_nearest_module(name, devices, device):
-    assert Slots({}, {}, devices).device(name, META) == device
+    assert Slots({}, {}, {}, devices).device(name, META) == device
 
 
 @pytest.mark.parametrize(
