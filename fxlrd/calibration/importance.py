@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxlrd.calibration.batches import examples
+from fxlrd.errors import Reason
 from fxlrd.factor.basis import magnitude, working
+from fxlrd.factor.failures import memory_failure
 from fxlrd.graph.attentions import open_for
 from fxlrd.graph.captured import feed, runnable
 from fxlrd.graph.inputs import Inputs, tensors
@@ -40,6 +42,7 @@ PROBES = 2
 """Backward passes for a batch, each with new random signs, until there were `FEW` inputs: then one."""
 FEW = 64
 """Inputs from which on another one says more than further signs for the same."""
+NEEDS = "its calibration needs"
 POSITIONS = 256
 """Positions of one input that are sampled, evenly strided; the next inputs begin at others."""
 
@@ -79,11 +82,17 @@ class Samples:
 
 
 class Importance:
-    """Adds up Γ of every conv and linear call of a graph over batches."""
+    """Adds up Γ of every conv and linear call of a graph over batches.
+
+    Attributes:
+        sums: Γ so far, by call.
+        failed: why Γ of a call was given up.
+    """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.sums: dict[fx.Node, Samples] = {}
+        self.failed: dict[fx.Node, Reason] = {}
         self.probes = 0
         self.inputs = 0
         self.generator = torch.Generator().manual_seed(0)
@@ -104,10 +113,10 @@ class Importance:
         model = runnable(self.gm)
         with evaluating(model), unmoved(model), torch.enable_grad():
             if model is self.gm:
-                watch: _GraphWatch | _ModelWatch = _GraphWatch(self.gm, self.sums)
+                watch: _GraphWatch | _ModelWatch = _GraphWatch(self.gm, self)
                 results = tensors(watch.run(*feed(self.gm, inputs)))
             else:
-                watch = _ModelWatch(self.gm, model, self.sums)
+                watch = _ModelWatch(self.gm, model, self)
                 results = tensors(watch.run(inputs))
             outputs = [t for t in results if t.is_floating_point() and t.requires_grad and t.numel()]
             probes = PROBES if self.inputs < FEW else 1
@@ -142,9 +151,9 @@ class _GraphWatch(fx.Interpreter):
     not parameters require gradients, and reaches none of those.
     """
 
-    def __init__(self, gm: fx.GraphModule, sums: dict[fx.Node, Samples]) -> None:
+    def __init__(self, gm: fx.GraphModule, importance: Importance) -> None:
         super().__init__(gm)
-        self.sums = sums
+        self.importance = importance
         self.layers: Mapping[str, nn.Module] = layers(gm)
         self.zero = torch.zeros((), requires_grad=True)
 
@@ -153,7 +162,7 @@ class _GraphWatch(fx.Interpreter):
         module = self.layers.get(str(n.target)) if n.op == "call_module" else None
         if module is None or not isinstance(value, Tensor):
             return value
-        return _watched(n, module, value, self.zero, self.sums)
+        return _watched(n, module, value, self.zero, self.importance)
 
     def clear(self) -> None:
         """Let go of the values: with an output among them, the graph would hold itself alive through its hooks."""
@@ -166,8 +175,8 @@ class _ModelWatch:
     All calls of a layer add to the Γ of its first node.
     """
 
-    def __init__(self, gm: fx.GraphModule, model: nn.Module, sums: dict[fx.Node, Samples]) -> None:
-        self.gm, self.model, self.sums = gm, model, sums
+    def __init__(self, gm: fx.GraphModule, model: nn.Module, importance: Importance) -> None:
+        self.gm, self.model, self.importance = gm, model, importance
         self.zero = torch.zeros((), requires_grad=True)
 
     def run(self, inputs: Inputs) -> Any:
@@ -180,7 +189,9 @@ class _ModelWatch:
             _, c_out, groups = channels_per_group(module)
             weight = as_layer(module).weight
             for node in others:
-                self.sums[node] = Samples(weight.new_zeros(c_out * groups, c_out * groups, dtype=torch.float64))
+                self.importance.sums[node] = Samples(
+                    weight.new_zeros(c_out * groups, c_out * groups, dtype=torch.float64)
+                )
         try:
             own = inputs.fresh()
             return self.model(*own.args, **own.kwargs)
@@ -190,7 +201,7 @@ class _ModelWatch:
 
     def _hook(self, node: fx.Node, module: nn.Module) -> Any:
         def hook(_: nn.Module, args: Any, value: Tensor) -> Tensor:
-            return _watched(node, module, value, self.zero, self.sums)
+            return _watched(node, module, value, self.zero, self.importance)
 
         return hook
 
@@ -198,16 +209,27 @@ class _ModelWatch:
         """Do nothing: this run holds no values."""
 
 
-def _watched(node: fx.Node, module: nn.Module, value: Tensor, zero: Tensor, sums: dict[fx.Node, Samples]) -> Tensor:
-    """Return a layer's output plus ``zero``; a backward pass adds g·gᵀ of its channels to ``sums``."""
-    axis = channel_axis(module, value.dim())
+def _watched(node: fx.Node, module: nn.Module, value: Tensor, zero: Tensor, importance: Importance) -> Tensor:
+    """Return a layer's output plus ``zero``; a backward pass adds g·gᵀ of its channels to the importance.
+
+    Without memory for that of one layer, its Γ is given up.
+    """
+    axis, sums = channel_axis(module, value.dim()), importance.sums
 
     def add(gradient: Tensor) -> None:
+        if node in importance.failed:
+            return
         rows = gradient.detach().movedim(axis, -1)
         count = rows.shape[-1]
-        if node not in sums:
-            sums[node] = Samples(rows.new_zeros(count, count, dtype=torch.float64))
-        sums[node].add(rows.reshape(len(rows) if rows.dim() > 1 else 1, -1, count))
+        try:
+            if node not in sums:
+                sums[node] = Samples(rows.new_zeros(count, count, dtype=torch.float64))
+            sums[node].add(rows.reshape(len(rows) if rows.dim() > 1 else 1, -1, count))
+        except Exception as error:
+            if (reason := memory_failure(error, NEEDS)) is None:
+                raise
+            importance.failed[node] = reason
+            sums.pop(node, None)
 
     value = value + zero.to(value)
     value.register_hook(add)

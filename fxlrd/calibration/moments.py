@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxlrd.calibration.batches import NO_INPUTS, examples, failure
-from fxlrd.calibration.importance import Importance
+from fxlrd.calibration.importance import NEEDS, Importance
 from fxlrd.calibration.patches import patches
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, Reason
+from fxlrd.factor.failures import memory_failure
 from fxlrd.graph.captured import feed
 from fxlrd.graph.facts import output_moments, shape, statistics
 from fxlrd.graph.inputs import Inputs
@@ -88,6 +89,7 @@ class _Sweep(ReachingInterpreter):
         sums: the moments so far, by node, number of changes in place since its value was made, and axis.
         patches: the moments of patches so far, by conv.
         reached: the calls of layers that were run.
+        failed: why moments were given up, by key of `sums` and axis, or by conv for patches.
     """
 
     def __init__(self, gm: fx.GraphModule, outputs: bool, patches: int) -> None:
@@ -101,6 +103,7 @@ class _Sweep(ReachingInterpreter):
         self.patches: dict[fx.Node, Moments] = {}
         self.read_as: dict[fx.Node, tuple[fx.Node, int]] = {}
         self.reached: set[fx.Node] = set()
+        self.failed: dict[Any, Reason] = {}
         self._added: set[tuple[fx.Node, int, Axis]] = set()  # in this run
         self._versions: dict[fx.Node, int] = {}
         for node, module, read in _layer_calls(gm):
@@ -141,14 +144,36 @@ class _Sweep(ReachingInterpreter):
             return
         self._added.add((node, changes, (axis, block)))
         by_axis = self.sums.setdefault((node, changes), {})
-        if (axis, block) not in by_axis:
-            by_axis[axis, block] = Moments.empty(count, value.device)
-        by_axis[axis, block].add(value.movedim(axis, -1).unflatten(-1, (count, block)).mT.reshape(-1, count))
+
+        def add() -> None:
+            if (axis, block) not in by_axis:
+                by_axis[axis, block] = Moments.empty(count, value.device)
+            by_axis[axis, block].add(value.movedim(axis, -1).unflatten(-1, (count, block)).mT.reshape(-1, count))
+
+        self._unless_no_memory((node, changes, (axis, block)), by_axis, (axis, block), add)
 
     def _add_patches(self, node: fx.Node, conv: nn.Module, value: Tensor) -> None:
         assert isinstance(conv, Conv)
-        sums = self.patches.setdefault(node, Moments.empty(conv.weight[0].numel(), value.device))
-        sums.add(patches(conv, value, PATCHES * len(sums.total)))
+
+        def add() -> None:
+            if node not in self.patches:
+                self.patches[node] = Moments.empty(conv.weight[0].numel(), value.device)
+            sums = self.patches[node]
+            sums.add(patches(conv, value, PATCHES * len(sums.total)))
+
+        self._unless_no_memory(node, self.patches, node, add)
+
+    def _unless_no_memory(self, what: Any, sums: dict[Any, Moments], key: Any, add: Callable[[], None]) -> None:
+        """Add to moments that were not given up yet. Without memory for it they are given up, and what they hold."""
+        if what in self.failed:
+            return
+        try:
+            add()
+        except Exception as error:
+            if (reason := memory_failure(error, NEEDS)) is None:
+                raise
+            self.failed[what] = reason
+            sums.pop(key, None)
 
     def check(self) -> None:
         """Raise FxlrdError for moments that are not finite, or of no inputs."""
@@ -160,7 +185,7 @@ class _Sweep(ReachingInterpreter):
                     f"calibration: {node.target} gives NaN or Inf for these inputs; "
                     f"is their scale right, and does {str(dtype)[6:]} hold the activations?"
                 )
-        if self.layers and not any(each.count for _, each in tensors):
+        if self.layers and not self.failed and not any(each.count for _, each in tensors):
             raise FxlrdError(NO_INPUTS)
 
     def record(self, importance: Importance) -> None:
@@ -177,7 +202,17 @@ class _Sweep(ReachingInterpreter):
             one = reads[0] if len(reads) == 1 else None
             estimate = importance.estimate(node)
             importance.sums.pop(node, None)  # as large as all moments together
-            statistics.record(node, Statistics(one, self.patches.get(node), estimate, node in self.reached))
+            failure = self._failure(node, read, axis) or importance.failed.get(node)
+            called = node in self.reached
+            statistics.record(node, Statistics(one, self.patches.get(node), estimate, called, failure))
+
+    def _failure(self, node: fx.Node, read: fx.Node, axis: int | None) -> Reason | None:
+        """Return why what a layer reads, or its patches, could not be measured."""
+        if node in self.failed:
+            return self.failed[node]
+        tensor = self.read_as.get(node, (read, 0))
+        keys = [key for key in self.failed if isinstance(key, tuple) and key[:2] == tensor]
+        return next((self.failed[key] for key in keys if key[2][1] == 1 and axis in (None, key[2][0])), None)
 
 
 def _is_real(value: Any) -> bool:

@@ -69,8 +69,8 @@ def layers_of(gm: fx.GraphModule) -> list[Layer]:
         p = provenance(nodes[0])
         measured = statistics_of(nodes)
         left_alone = FACTOR if p is not None and p.role in FACTORS else reasons[name]
-        if left_alone is None and measured is not None and not measured.reached:
-            left_alone = NOT_REACHED
+        if left_alone is None and measured is not None:
+            left_alone = measured.failure or (None if measured.reached else NOT_REACHED)
         stem = is_stem(gm, name, module)
         found.append(Layer(name, module, tuple(nodes), origin(nodes[0]), p, measured, left_alone, stem))
     return found

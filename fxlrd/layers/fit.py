@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fxlrd.errors import Reason
 from fxlrd.factor.ridge import GRID, best_ridge, with_ridge
 from fxlrd.factor.whiten import Root, regularised, root
 from fxlrd.layers.kinds import channels_per_group, kernel_area
@@ -131,12 +132,14 @@ class Statistics:
         patch_moments: those of the patches that the kernel is applied to, where `Calibrate` was asked for them.
         importance: Γ, the importance of the directions of the output (fxlrd/calibration/importance.py).
         called: whether the layer was called at all.
+        failure: why something of it could not be measured.
     """
 
     input_moments: Moments | None = None
     patch_moments: Moments | None = None
     importance: Tensor | None = None
     called: bool = True
+    failure: Reason | None = None
 
     @property
     def reached(self) -> bool:
@@ -152,6 +155,7 @@ class Statistics:
             _sum(self.input_moments, other.input_moments),
             _sum(self.patch_moments, other.patch_moments),
             importances[0] + importances[1] if len(importances) == 2 else None,
+            failure=self.failure or other.failure,
         )
 
     def fit(self, module: nn.Module) -> Fit | None:

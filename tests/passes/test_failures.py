@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import fxlrd
+from fxlrd.calibration.importance import Samples
+from fxlrd.layers.fit import Moments
 from fxlrd.passes import Allocate, Branch, Calibrate, Decompose, Merge, Refit, Snap
 from tests.support.timers import FakeTimer
 
@@ -98,3 +100,35 @@ def test_factors_that_are_beyond_their_dtype_leave_the_layer_alone():
         model[0].weight.fill_(6e4)
     (skip,) = Decompose(ranks=4)(fxlrd.capture(model, torch.zeros(1, 16, 4, 4).half())).skipped
     assert (skip.name, skip.reason.code) == ("0", "not-finite-factors")
+
+
+def without_memory(monkeypatch, cls, size):
+    """Let ``add`` of moments raise where they are of ``size`` channels, from the second batch on."""
+    add, calls = cls.add, []
+
+    def fail(self, values):
+        if len(self.total) == size:
+            calls.append(1)
+            if len(calls) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        add(self, values)
+
+    monkeypatch.setattr(cls, "add", fail)
+
+
+@pytest.mark.parametrize(
+    ("cls", "size", "layers"),
+    [(Moments, 16, ["2"]), (Moments, 16 * 9, ["2"]), (Moments, 24 * 9, ["4"]), (Samples, 20, ["4"])],
+    ids=["input", "patches", "other patches", "effects"],
+)
+def test_a_layer_without_memory_for_its_calibration_is_left_alone(monkeypatch, cls, size, layers):
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 20, 3, padding=1)]
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), *convs, nn.Flatten(), nn.Linear(20 * 36, 12)).eval()
+    without_memory(monkeypatch, cls, size)
+    budget = fxlrd.Budget(params=0.7)
+    result = fxlrd.compress(model, x, budget=budget, calibration=[x[i : i + 8] for i in range(0, 40, 8)], measure=False)
+    left = [row["name"] for row in result.report.layers if "calibration needs more memory" in row["reason"]]
+    assert left == layers
+    assert result.report.after["params"] <= 0.7 * result.report.before["params"]
+    assert result.model(x).isfinite().all()
