@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from fxlrd.pipeline import Pipeline
     from fxlrd.saving.load import load
     from fxlrd.saving.save import save
+    from fxlrd.tradeoffs import Frontier, frontier
 
 __all__ = [
     "Budget",
     "CaptureError",
+    "Frontier",
     "FxlrdError",
     "Pipeline",
     "Result",
@@ -32,6 +34,7 @@ __all__ = [
     "compress",
     "diff",
     "finetune",
+    "frontier",
     "load",
     "ranks",
     "save",
@@ -41,6 +44,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Budget": "budget",
     "CaptureError": "errors",
+    "Frontier": "tradeoffs",
     "FxlrdError": "errors",
     "Pipeline": "pipeline",
     "Result": "compression",
@@ -49,6 +53,7 @@ _HOMES = {
     "compress": "compression",
     "diff": "differences.compare",
     "finetune": "finetuning",
+    "frontier": "tradeoffs",
     "load": "saving.load",
     "save": "saving.save",
 }

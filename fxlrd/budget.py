@@ -42,6 +42,10 @@ class Budget:
                 f"budget: {self.measure}={self.share!r} is not a fraction of the original between 0 and 1, such as 0.5"
             )
 
+    def __str__(self) -> str:
+        """Return the text form, such as latency=0.5."""
+        return f"{self.measure}={self.share:g}"
+
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Read the text form, such as latency=0.5."""

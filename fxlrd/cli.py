@@ -1,4 +1,4 @@
-"""The command line: fxlrd demo, compress, ranks, diff, profile. fxlrd/app/commands.py has what each command does."""
+"""The command line: demo, compress, frontier, ranks, diff, profile. fxlrd/app/commands.py has what each does."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     model, page = _model_options(), _page_option()
     _add_compress(subparsers, [model, page])
+    _add_frontier(subparsers, [model, page])
     _add_ranks(subparsers, [model, page])
     _add_diff(subparsers, [model, page])
     _add_profile(subparsers, [model])
@@ -110,6 +111,17 @@ def _add_compress(subparsers: Any, parents: list[_Parser]) -> None:
     parser.add_argument("--calibration", metavar="DATA", help=".npy or .pt file of inputs, or random (merge, auto)")
     parser.add_argument("--save", type=Path, metavar="DIR", help="save the result, to be a MODEL or for fxlrd.load")
     parser.set_defaults(run=commands.run_compress)
+
+
+def _add_frontier(subparsers: Any, parents: list[_Parser]) -> None:
+    text = "compress a model within several budgets: error and accuracy against latency"
+    parser = subparsers.add_parser("frontier", parents=parents, help=text)
+    parser.add_argument("--budgets", metavar="M=S,S,…", help="shares to try, such as latency=0.8,0.6,0.4 or params=0.5")
+    parser.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function; gives a model's accuracy")
+    parser.add_argument("--passes", metavar="SPEC", help="passes with one allocate (default: preset auto)")
+    parser.add_argument("--calibration", metavar="DATA", help=".npy or .pt file of inputs, or random")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="save the models, each in a folder of its budget")
+    parser.set_defaults(run=commands.run_frontier)
 
 
 def _add_ranks(subparsers: Any, parents: list[_Parser]) -> None:

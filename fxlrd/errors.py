@@ -25,6 +25,10 @@ class VerificationError(FxlrdError):
     """A pass changed what it promised to keep."""
 
 
+class BudgetError(FxlrdError):
+    """A budget that no form of the model's layers meets; the message says what is within reach."""
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why a layer or a group of channels is left alone.

@@ -75,7 +75,7 @@ def pipeline_for(
         _check_takes_ratio(passes, pipeline, budget)
         passes = passes.with_options(ratio=ratio)
     if budget is not None:
-        passes = _with_budget(passes, budget)
+        passes = with_budget(passes, budget)
     if skip:
         passes = passes.with_options(skip=(skip,) if isinstance(skip, str) else tuple(skip))
     if calibration is not None:
@@ -104,7 +104,8 @@ def _check_takes_ratio(passes: Pipeline, pipeline: Any, budget: Budget | None) -
         raise FxlrdError(f"ratio: {passes} sets every layer's ranks by a budget; give budget=, not ratio=")
 
 
-def _with_budget(passes: Pipeline, budget: Budget) -> Pipeline:
+def with_budget(passes: Pipeline, budget: Budget) -> Pipeline:
+    """Return the passes under a budget. Raises FxlrdError for what is no budget, and where no pass spends one."""
     if not isinstance(budget, Budget):
         raise FxlrdError(f"budget: give fxlrd.Budget(latency=0.5), or params, flops or layers, not {budget!r}")
     if not _allocates(passes):
@@ -118,6 +119,13 @@ def _allocates(passes: Pipeline) -> bool:
 
 def _with_calibration(passes: Pipeline, calibration: Any) -> Pipeline:
     readers = sum(hasattr(p, "calibration") for p in passes.passes)
-    if readers > 1 and not isinstance(calibration, (torch.Tensor, list, tuple, Mapping, Inputs)):
-        calibration = list(read(as_batches(calibration)))  # several passes read it: a generator ends, a loader shuffles
+    if readers > 1:
+        calibration = in_memory(calibration)
     return passes.with_options(calibration=calibration)
+
+
+def in_memory(calibration: Any) -> Any:
+    """Return calibration inputs that can be read several times: a generator ends, a loader shuffles."""
+    if isinstance(calibration, (torch.Tensor, list, tuple, Mapping, Inputs)):
+        return calibration
+    return list(read(as_batches(calibration)))

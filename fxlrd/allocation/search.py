@@ -16,7 +16,7 @@ from fxlrd.allocation.measures import Latency, Measure, Params
 from fxlrd.allocation.plan import Plan, sketch
 from fxlrd.allocation.problem import Problem
 from fxlrd.budget import Budget
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import BudgetError
 from fxlrd.progress import Progress
 
 WITHIN = 0.02
@@ -60,7 +60,7 @@ def best_plan(
 
     ``total`` is the model's cost. ``uncut`` says what stands in the way of a computed budget, to end an error with;
     ``attempts`` are those of other latency budgets, and those of this one are added.
-    Raises FxlrdError for a budget out of reach, saying what is within.
+    Raises BudgetError for a budget out of reach, saying what is within.
     """
     if not isinstance(measure, Latency):
         plan, share = plan_computed(problem, total, budget, uncut)
@@ -90,7 +90,7 @@ def plan_computed(problem: Problem, total: float, budget: Budget, uncut: str = "
     """Return the best plan for a budget of parameters or FLOPs, and the share of ``total``, the model's, that it costs.
 
     ``uncut`` says what stands in the way, to end an error with.
-    Raises FxlrdError for a budget out of reach, saying what is within.
+    Raises BudgetError for a budget out of reach, saying what is within.
     """
     outside = total - problem.original
     plan = problem.best(budget.share * total - outside)
@@ -98,8 +98,8 @@ def plan_computed(problem: Problem, total: float, budget: Budget, uncut: str = "
         return plan, (problem.cost(plan) + outside) / total
     least = (problem.least + outside) / total
     if least > _CERTAIN:
-        raise FxlrdError(f"{NOTHING}{uncut}")
-    raise FxlrdError(
+        raise BudgetError(f"{NOTHING}{uncut}")
+    raise BudgetError(
         f"allocate: {budget.measure}={budget.share:g} is out of reach: the cheapest forms leave {_up(least)} of it; "
         f"ask for that or more{uncut}"
     )
@@ -116,7 +116,7 @@ def plan_measured(
     """Return the best plan for a budget of latency, and the share of the original's that was measured under it.
 
     ``total`` is the latency of the model, ``share_under`` measures it under a plan, relative. ``attempts`` are those
-    made for other budgets; those made for this one are added. Raises FxlrdError for a budget out of reach, saying what
+    made for other budgets; those made for this one are added. Raises BudgetError for a budget out of reach, saying what
     is within.
     """
     total = max(total, problem.original)  # layers that are timed alone may add up to more
@@ -139,11 +139,11 @@ def plan_measured(
         return best.plan, best.share
     reached = min(attempt.share for attempt in attempts)
     if reached > _CERTAIN:
-        raise FxlrdError(
+        raise BudgetError(
             f"allocate: latency={share:g} is out of reach: no form of its layers is faster here; "
             "try a larger batch, or a budget of params or flops"
         )
-    raise FxlrdError(
+    raise BudgetError(
         f"allocate: latency={share:g} is out of reach: the fastest forms take {_up(reached)} of the original's "
         "time here; ask for that or more, or another batch size"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxlrd.app.models import DTYPES, calibration_for, example_for, load_model, source_of
+from fxlrd.app.models import DTYPES, calibration_for, evaluation_of, example_for, load_model, source_of
 from fxlrd.app.output import check_writable, colored, show, write_json, write_page
 from fxlrd.budget import Budget
 from fxlrd.capturing.model import capture_any
@@ -26,6 +26,7 @@ from fxlrd.progress import bar, one_bar
 from fxlrd.report.report import Report
 from fxlrd.request import pipeline_for
 from fxlrd.saving.save import save
+from fxlrd.tradeoffs import BUDGETS, frontier
 
 _RATIO = 2.0
 
@@ -47,8 +48,37 @@ def run_compress(arguments: argparse.Namespace) -> None:
     if arguments.save is not None and arguments.save.exists() and not arguments.save.is_dir():
         raise FxlrdError(f"--save {arguments.save}: that is a file; name a directory")
     options = {"preset": arguments.preset, "pipeline": arguments.passes, "budget": budget, "ratio": arguments.ratio}
-    report = _compressed(arguments, calibration=arguments.calibration, folder=arguments.save, **options)
+    report = _compressed(arguments, folder=arguments.save, **options)
     show(report.to_table())
+
+
+def run_frontier(arguments: argparse.Namespace) -> None:
+    """Compress a model within several budgets, write what was asked for, and print the table."""
+    if arguments.ratio is not None:
+        raise FxlrdError("--ratio: budgets set every layer's ranks by themselves")
+    if arguments.save is not None and arguments.save.exists() and not arguments.save.is_dir():
+        raise FxlrdError(f"--save {arguments.save}: that is a file; name a directory")
+    budgets = _budgets(arguments.budgets) if arguments.budgets is not None else BUDGETS
+    evaluate = None if arguments.evaluate is None else evaluation_of(arguments.evaluate)
+    model, x, calibration = _prepared(arguments)
+    result = frontier(
+        model,
+        x,
+        calibration=calibration,
+        budgets=budgets,
+        evaluate=evaluate,
+        pipeline=arguments.passes,
+        skip=arguments.skip,
+        compile=arguments.compile,
+        progress=True,
+    )
+    result = replace(result, model=arguments.model)
+    for point in result.points if arguments.save is not None else ():
+        source = source_of(arguments.model, arguments.weights)
+        save(point.result(), arguments.save / str(point.budget), source=source)
+    write_json(result.to_dict(), arguments.json)
+    write_page(result, arguments.html)
+    show(result.to_table())
 
 
 def run_ranks(arguments: argparse.Namespace) -> None:
@@ -92,19 +122,14 @@ def run_profile(arguments: argparse.Namespace) -> None:
     show(result.to_table())
 
 
-def _compressed(
-    arguments: argparse.Namespace, calibration: str | None = None, folder: Path | None = None, **options: Any
-) -> Report:
+def _compressed(arguments: argparse.Namespace, folder: Path | None = None, **options: Any) -> Report:
     """Compress the model, save it to ``folder``, write the report's files and return the report."""
-    _set_threads(arguments.threads)
-    check_writable("--json", arguments.json)
-    check_writable("--html", arguments.html)
-    model, x = _example(arguments, arguments.model)
+    model, x, calibration = _prepared(arguments)
     result = compress(
         model,
         x,
         skip=arguments.skip,
-        calibration=None if calibration is None else calibration_for(calibration, arguments.batch, x),
+        calibration=calibration,
         compile=arguments.compile,
         progress=True,
         **options,
@@ -115,6 +140,16 @@ def _compressed(
     write_json(report.to_dict(), arguments.json)
     write_page(report, arguments.html)
     return report
+
+
+def _prepared(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, list[Tensor] | None]:
+    """Return a model, an input for it and its calibration inputs, once the options have been checked."""
+    _set_threads(arguments.threads)
+    check_writable("--json", arguments.json)
+    check_writable("--html", arguments.html)
+    model, x = _example(arguments, arguments.model)
+    data = getattr(arguments, "calibration", None)
+    return model, x, None if data is None else calibration_for(data, arguments.batch, x)
 
 
 def _diff_of_models(arguments: argparse.Namespace) -> Diff:
@@ -169,6 +204,12 @@ def _example(arguments: argparse.Namespace, name: str) -> tuple[nn.Module, Tenso
         return model.to(arguments.device), x.to(arguments.device)
     except (RuntimeError, AssertionError) as error:
         raise FxlrdError(f"--device {arguments.device}: {one_line(error)}") from error
+
+
+def _budgets(text: str) -> list[Budget]:
+    """Read several shares of one measure, such as latency=0.8,0.6."""
+    measure, _, shares = text.partition("=")
+    return [_budget(f"{measure}={share}") for share in shares.split(",")]
 
 
 def _budget(text: str) -> Budget:

@@ -107,6 +107,12 @@ def _torchvision(name: str, weights: str | None) -> Callable[[], Any]:
 def _factory(package: str, attribute: str, weights: str | None) -> Callable[[], Any]:
     if weights is not None:
         raise FxlrdError("--weights is for torchvision models; a factory loads its own")
+    target = _imported("model", package, attribute)
+    return target if callable(target) and not isinstance(target, nn.Module) else lambda: target
+
+
+def _imported(what: str, package: str, attribute: str) -> Any:
+    """Import what the user names, from the working directory too. Raises FxlrdError where that fails."""
     folder = os.getcwd()
     if folder not in sys.path:  # as python -m does
         sys.path.insert(0, folder)
@@ -115,8 +121,19 @@ def _factory(package: str, attribute: str, weights: str | None) -> Callable[[], 
         for part in attribute.split("."):
             target = getattr(target, part)
     except (Exception, SystemExit) as error:  # importing a script may even end the process
-        raise FxlrdError(f"model {package}:{attribute} cannot be imported: {one_line(error)}") from error
-    return target if callable(target) and not isinstance(target, nn.Module) else lambda: target
+        raise FxlrdError(f"{what} {package}:{attribute} cannot be imported: {one_line(error)}") from error
+    return target
+
+
+def evaluation_of(text: str) -> Callable[[nn.Module], float]:
+    """Return the function ``package.module:function``, which measures a model."""
+    package, _, attribute = text.partition(":")
+    if not package or not attribute:
+        raise FxlrdError(f"--evaluate {text}: write package.module:function")
+    function: Callable[[nn.Module], float] = _imported("--evaluate", package, attribute)
+    if not callable(function):
+        raise FxlrdError(f"--evaluate {text}: that is a {type(function).__name__}, not a function of a model")
+    return function
 
 
 def calibration_for(text: str, batch: int, like: Tensor) -> list[Tensor]:

@@ -50,7 +50,7 @@ class Priced:
     def within(self, budget: Budget, progress: Progress = quiet) -> PassResult:
         """Return a copy of the graph with the best plan for this budget on it, and what `allocate` reports of it.
 
-        Raises FxlrdError for a budget out of reach, saying what is within.
+        Raises BudgetError for a budget out of reach, saying what is within.
         """
         problem, run = self.problem, self._fresh_run()
         plan, spent, warnings = best_plan(

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from fxlrd.report import points
 from fxlrd.report.cells import chart_row, facts, layer_row, moved, step, variant
 from fxlrd.report.numbers import count, giga
 from fxlrd.report.sides import arranged
@@ -70,6 +71,19 @@ def fragment(report: Mapping[str, Any]) -> str:
     layers = [layer_row(number, row) for number, row in enumerate(report["layers"], 1)]
     template = _environment().get_template("fragment.html")
     return template.render(report=report, lead=outcome(report), facts=facts(report), layers=layers)
+
+
+def frontier_page(frontier: Mapping[str, Any]) -> str:
+    """Return the page of a frontier (`Frontier.to_dict`): a chart of errors, one of accuracies if any, and a table."""
+    headings, rows = points.cells(frontier)
+    return _render_page(
+        "frontier.html",
+        {"variants": points.chart_points(frontier)},
+        frontier=frontier,
+        headings=headings,
+        rows=rows,
+        axes=points.axes(frontier),
+    )
 
 
 def _sentence(text: str) -> str:

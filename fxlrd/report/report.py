@@ -146,17 +146,7 @@ def _settings(
     timings: Mapping[str, Timing],
     installed: Installed,
 ) -> dict[str, Any]:
-    layout = "channels_last" if _channels_last(inputs) else "contiguous"
-    threads, version = torch.get_num_threads(), torch.__version__
-    settings: dict[str, Any] = {
-        "pipeline": str(pipeline),
-        "inputs": inputs.describe(),
-        "layout": layout,
-        "compile": under_inductor,
-        "threads": threads,
-        "torch": version,
-        "mode": f"{layout}, {'Inductor' if under_inductor else 'eager'}, {threads} threads, torch {version}",
-    }
+    settings = {"pipeline": str(pipeline), **setting(inputs, under_inductor)}
     if timings:
         ratio, spread = timings["after"].ratio, timings["after"].spread
         settings["speedup"] = 1 / ratio
@@ -164,6 +154,20 @@ def _settings(
     if installed.output_error is not None:
         settings["output_error"] = installed.output_error.relative
     return settings
+
+
+def setting(inputs: Inputs, under_inductor: bool) -> dict[str, Any]:
+    """Return what models are timed with: ``inputs``, ``layout``, ``compile``, ``threads``, ``torch``, ``mode``."""
+    layout = "channels_last" if _channels_last(inputs) else "contiguous"
+    threads, version = torch.get_num_threads(), torch.__version__
+    return {
+        "inputs": inputs.describe(),
+        "layout": layout,
+        "compile": under_inductor,
+        "threads": threads,
+        "torch": version,
+        "mode": f"{layout}, {'Inductor' if under_inductor else 'eager'}, {threads} threads, torch {version}",
+    }
 
 
 def _channels_last(inputs: Inputs) -> bool:

@@ -340,7 +340,7 @@
     return { draw, pick: (name) => { if (layers.some((l) => l.name === name)) { select.value = name; draw(); } } };
   };
 
-  // Chart: accuracy against speed or parameters.
+  // Chart: accuracy or error against speed or cost.
 
   const SHAPES = [
     (x, y) => `M${x - 6} ${y}a6 6 0 1 0 12 0a6 6 0 1 0 -12 0z`,
@@ -352,17 +352,20 @@
 
   const frontier = (root) => {
     const target = root.querySelector(".drawing");
+    const { y: key, title, label, percent } = root.dataset;
+    const value = (v) => (percent === undefined ? `${Number(v.toPrecision(3))}` : `${v.toFixed(1)} %`);
     const draw = () => {
       const axis = root.querySelector("input:checked").value;
       const speed = axis === "speed";
-      const points = data.variants.map((v, i) => ({
-        name: v.name, x: v[axis], y: 100 * v.recalibrated, spread: speed && i ? v.speed_spread : 0, shape: SHAPES[i % SHAPES.length], first: i === 0,
+      const text = (v) => (speed ? `${v.toFixed(2)} times` : axis === "latency_ms" ? `${v.toFixed(2)} ms` : grouped(v));
+      const points = data.variants.filter((v) => v[key] !== null).map((v, i) => ({
+        name: v.name, x: v[axis], y: percent === undefined ? v[key] : 100 * v[key], spread: speed && i ? v.speed_spread : 0, shape: SHAPES[i % SHAPES.length], first: i === 0,
       }));
       const width = Math.max(240, Math.min(target.clientWidth, 820)), height = 320;
       const left = 52, right = 28, top = 26, base = height - 48;
-      const name = speed ? "speed, times the original’s" : "parameters";
-      const node = drawing(width, height, `Accuracy against ${speed ? "speed" : "parameters"}`,
-        points.map((p) => `${p.name}: ${p.y.toFixed(1)} % at ${speed ? `${p.x.toFixed(2)} times` : grouped(p.x)}`).join("; "));
+      const name = { speed: "speed, times the original’s", latency_ms: "latency, ms", params: "parameters", flops: "FLOPs" }[axis];
+      const node = drawing(width, height, `${title} against ${name.split(",")[0]}`,
+        points.map((p) => `${p.name}: ${value(p.y)} at ${text(p.x)}`).join("; "));
       const span = (values, count) => ticks(Math.min(...values), Math.max(...values), count);
       const ys = span(points.map((p) => p.y), 4);
       const xs = span(points.flatMap((p) => [p.x - p.spread, p.x + p.spread]), width < 500 ? 3 : 6);
@@ -375,11 +378,11 @@
       node.append(svg("path", { class: "axis", d: `M${left} ${base}H${width - right}` }));
       for (const mark of xs) {
         node.append(svg("path", { class: "axis", d: `M${x(mark)} ${base}v5` }));
-        node.append(svg("text", { x: x(mark), y: base + 19, "text-anchor": "middle" }, speed ? `${mark}×` : short(mark)));
+        node.append(svg("text", { x: x(mark), y: base + 19, "text-anchor": "middle" }, speed ? `${mark}×` : axis === "latency_ms" ? `${mark}` : short(mark)));
       }
-      node.append(svg("text", { x: left, y: 12 }, "accuracy with BatchNorm re-estimated, %"));
+      node.append(svg("text", { x: left, y: 12 }, label));
       node.append(svg("text", { x: width - right, y: height - 8, "text-anchor": "end" }, name));
-      const better = (a, b) => (speed ? a.x >= b.x : a.x <= b.x) && a.y >= b.y && (a.x !== b.x || a.y !== b.y);
+      const better = (a, b) => (speed ? a.x >= b.x : a.x <= b.x) && (key === "error" ? a.y <= b.y : a.y >= b.y) && (a.x !== b.x || a.y !== b.y);
       const best = points.filter((p) => !points.some((q) => better(q, p))).sort((a, b) => a.x - b.x);
       node.append(svg("path", { class: "dash", d: best.map((p, i) => `${i ? "L" : "M"}${x(p.x)} ${y(p.y)}`).join("") }));
       const written = [];
@@ -450,7 +453,7 @@
 
   const redraw = [];
   const charts = (kind) => document.querySelector(`[data-chart=${kind}]`);
-  if (charts("frontier")) redraw.push(frontier(charts("frontier")));
+  for (const chart of document.querySelectorAll("[data-chart=frontier]")) redraw.push(frontier(chart));
   let pick = () => {};
   if (charts("curve")) {
     const made = curve(charts("curve"));
