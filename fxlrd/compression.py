@@ -13,6 +13,7 @@ from fxlrd.capturing.model import capture_any
 from fxlrd.differences.compare import diff
 from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.copies import structural_copy
+from fxlrd.graph.facts import job
 from fxlrd.graph.inputs import Inputs
 from fxlrd.installation import Installed, install
 from fxlrd.passes import PASSES
@@ -21,8 +22,9 @@ from fxlrd.pipeline import Pipeline, PipelineResult
 from fxlrd.progress import alone, one_bar
 from fxlrd.report.report import Report
 from fxlrd.report.table import summary
-from fxlrd.request import check_context, check_model, pipeline_for
+from fxlrd.request import all_inputs, check_agreed, check_context, check_model, pipeline_for
 from fxlrd.saving.architecture import original_shapes
+from fxlrd.sharing import FirstsTimer, Job, sharing
 from fxlrd.timing.clock import Timer, Timing, compare
 from fxlrd.timing.models import device_of, time_models
 
@@ -109,28 +111,41 @@ def compress(
     """
     check_context()
     check_model(model, inplace)
-    passes = pipeline_for(
-        ratio=ratio,
-        preset=preset,
-        pipeline=pipeline,
-        budget=budget,
-        skip=skip,
-        calibration=calibration,
-        compile=compile,
-        timer=timer,
-    )
-    with one_bar(["capture", *passes.labels, "timing the models"], shown=progress) as show:
-        inputs = Inputs.of(example_inputs)
-        original = alone(show, "capture", lambda: capture_any(model, inputs, original_shapes(model), complete=inplace))
-        run = passes(original, verify=verify, progress=show)
-        timings = {}
-        if measure:
-            graphs = {"after": run.graph_module}
-            timings = alone(show, "timing the models", lambda: timed(model, original, graphs, compile, timer))
-        own = all(type(step) in PASSES.values() for step in passes.passes)  # others may hold on to what they made
-        installed = install(original, run.graph_module, model, inplace=inplace, verify=verify, own=own)
-        report = report_on(model, original, run, installed, passes, compile, timings)
+    inputs = Inputs.of(example_inputs)
+    with sharing(model) as shared:
+        if shared is not None:
+            calibration = None if calibration is None else all_inputs(shared, calibration)
+            timer = FirstsTimer(shared, timer)
+        passes = pipeline_for(
+            ratio=ratio,
+            preset=preset,
+            pipeline=pipeline,
+            budget=budget,
+            skip=skip,
+            calibration=calibration,
+            compile=compile,
+            timer=timer,
+        )
+        if shared is not None:
+            check_agreed(shared, model, inputs, passes)
+        with one_bar(["capture", *passes.labels, "timing the models"], shown=progress) as show:
+            original = alone(show, "capture", lambda: _captured(model, inputs, inplace, shared))
+            run = passes(original, verify=verify, progress=show)
+            timings = {}
+            if measure:
+                graphs = {"after": run.graph_module}
+                timings = alone(show, "timing the models", lambda: timed(model, original, graphs, compile, timer))
+            own = all(type(step) in PASSES.values() for step in passes.passes)  # others may hold on to what they made
+            installed = install(original, run.graph_module, model, inplace=inplace, verify=verify, own=own)
+            report = report_on(model, original, run, installed, passes, compile, timings)
     return Result(installed.model, report)
+
+
+def _captured(model: nn.Module, inputs: Inputs, inplace: bool, shared: Job | None) -> fx.GraphModule:
+    original = capture_any(model, inputs, original_shapes(model), complete=inplace)
+    if shared is not None:
+        job.record(original, shared)
+    return original
 
 
 def report_on(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import fx, nn
 from fxlrd.budget import Budget
 from fxlrd.calibration.batches import as_batches, read
 from fxlrd.errors import FxlrdError
-from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.layers.kinds import LAYERS
 from fxlrd.passes import Allocate
 from fxlrd.passes.contract import Pass
 from fxlrd.pipeline import Pipeline
+from fxlrd.sharing import Job
 from fxlrd.timing.clock import Timer, compare
 
 DEFAULT_PRESET = "lrd"
@@ -129,3 +131,43 @@ def in_memory(calibration: Any) -> Any:
     if isinstance(calibration, (torch.Tensor, list, tuple, Mapping, Inputs)):
         return calibration
     return list(read(as_batches(calibration)))
+
+
+def check_agreed(job: Job, model: nn.Module, inputs: Inputs, passes: Pipeline) -> None:
+    """Raise FxlrdError unless all processes were asked to do the same to the same model."""
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    job.check_agreed(
+        {
+            "models": [(name, t.shape, t.dtype) for name, t in weights.items()],
+            "weights": [_sample(t) for t in weights.values()],
+            "example inputs": [(t.shape, t.dtype) for t in tensors((inputs.args, inputs.kwargs))],
+            "passes": str(passes),
+        }
+    )
+
+
+def _sample(tensor: torch.Tensor) -> bytes:
+    """Return some evenly spaced entries, as bytes."""
+    values = tensor.detach().flatten()
+    values = values[:: max(1, len(values) // _SAMPLED)].cpu().contiguous()
+    return bytes(values.view(torch.uint8).numpy()) if len(values) else b""
+
+
+_SAMPLED = 50
+"""Entries of a tensor by which two processes tell whether they have the same, at least, of those that have so many."""
+
+
+def all_inputs(job: Job, calibration: Any) -> list[Any]:
+    """Return the calibration inputs of all processes: theirs in turn or, where all have the same, those."""
+    own = list(read(as_batches(calibration)))
+    of_each = job.gathered([_fingerprint(batch) for batch in own])
+    if all(other == of_each[0] for other in of_each):
+        return own
+    absent = object()
+    in_turn = chain.from_iterable(zip_longest(*job.gathered(own), fillvalue=absent))
+    return [batch for batch in in_turn if batch is not absent]
+
+
+def _fingerprint(batch: Any) -> list[Any]:
+    values = (batch.args, batch.kwargs) if isinstance(batch, Inputs) else batch
+    return [(t.shape, t.dtype, _sample(t)) for t in tensors(values)]

@@ -30,6 +30,7 @@ FLOORS = (
     ("graph",),
     ("layers",),
     ("factor", "ranks", "budget"),
+    ("sharing",),
     ("errors", "files", "progress"),
     ("escaping",),
 )

@@ -33,10 +33,12 @@ from fxlrd.factor.basis import magnitude, working
 from fxlrd.factor.failures import memory_failure
 from fxlrd.graph.attentions import open_for
 from fxlrd.graph.captured import feed, runnable
+from fxlrd.graph.facts import job
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, unmoved
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.kinds import as_layer, channel_axis, channels_per_group
+from fxlrd.sharing import Job
 
 PROBES = 2
 """Backward passes for a batch, each with new random signs, until there were `FEW` inputs: then one."""
@@ -81,6 +83,20 @@ class Samples:
         return (1 - rho) * self.total + rho * mean * identity
 
 
+class _Elsewhere(Samples):
+    """Those of a call that another process adds up."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.zeros(()))
+
+    def add(self, rows: Tensor) -> None:
+        """Do nothing."""
+
+
+def _calls(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for name in layers(gm) for node in calls(gm, name)]
+
+
 class Importance:
     """Adds up Γ of every conv and linear call of a graph over batches.
 
@@ -96,6 +112,8 @@ class Importance:
         self.probes = 0
         self.inputs = 0
         self.generator = torch.Generator().manual_seed(0)
+        if (shared := job(gm)) is not None:
+            self.sums.update({node: _Elsewhere() for i, node in enumerate(_calls(gm)) if not shared.owns(i)})
 
     def add(self, inputs: Inputs) -> bool:
         """Run the graph forward and backward, and return whether that worked. No gradient reaches a parameter.
@@ -131,6 +149,16 @@ class Importance:
         """Return random signs v / ‖output‖ to start a backward pass with."""
         v = torch.randint(0, 2, output.shape, generator=self.generator).to(output) * 2 - 1
         return v / output.detach().double().norm().clamp_min(1e-30).to(output.dtype)
+
+    def exchange(self, shared: Job) -> None:
+        """Give all processes that share a compression the samples of all calls."""
+        for i, node in enumerate(_calls(self.gm)):
+            samples, reason = shared.owners((self.sums.pop(node, None), self.failed.get(node)), i)
+            if samples is not None:
+                self.sums[node] = samples
+            if reason is not None:
+                self.failed[node] = reason
+        self.probes = min(shared.gathered(self.probes))  # none where one of them has no memory for a backward pass
 
     def gamma(self, node: fx.Node) -> Tensor | None:
         """Return the mean Γ (S×S, float64) of a layer's call, or None where no finite gradient reached it."""

@@ -14,7 +14,7 @@ from fxlrd.calibration.patches import patches
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.failures import memory_failure
 from fxlrd.graph.captured import feed
-from fxlrd.graph.facts import output_moments, shape, statistics
+from fxlrd.graph.facts import job, output_moments, shape, statistics
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.operations import features_per_channel
 from fxlrd.graph.reached import ReachingInterpreter, reached
@@ -22,6 +22,7 @@ from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import layers, source
 from fxlrd.layers.fit import Moments, Statistics
 from fxlrd.layers.kinds import CONVS, Conv, channel_axis, channels_per_group, kernel_area
+from fxlrd.sharing import Job
 
 LARGEST = 8192
 """Tensors with more channels than this have no moments: each would take half a gigabyte."""
@@ -42,7 +43,9 @@ def sweep(
     """Run the graph on each batch in eval mode and record moments and statistics on its nodes.
 
     A tensor that several layers read has its moments once. One that was flattened on its way into a linear layer also
-    has those of the channels that it had before. Memory does not grow with the number of batches.
+    has those of the channels that it had before. Memory does not grow with the number of batches. Processes that share
+    the compression run all batches, and each adds up the moments of its share of the tensors: no sum depends on how
+    many there are.
 
     Args:
         gm: the graph module, whose nodes are written to when all batches are read.
@@ -54,6 +57,7 @@ def sweep(
     Raises:
         FxlrdError: for batches that are empty, do not fit the model or are not finite.
     """
+    shared = job(gm)
     measured = _Sweep(gm, outputs, patches)
     importance, remaining = Importance(gm), effects
     for i, inputs in enumerate(batches):
@@ -64,6 +68,9 @@ def sweep(
                 remaining = remaining - examples(inputs) if importance.add(inputs) else 0
         except Exception as error:
             raise failure(i, inputs, error) from error
+    if shared is not None:
+        measured.exchange(shared)
+        importance.exchange(shared)
     measured.check()
     measured.record(importance)
 
@@ -90,6 +97,7 @@ class _Sweep(ReachingInterpreter):
         patches: the moments of patches so far, by conv.
         reached: the calls of layers that were run.
         failed: why moments were given up, by key of `sums` and axis, or by conv for patches.
+        job: the processes that share the sums.
     """
 
     def __init__(self, gm: fx.GraphModule, outputs: bool, patches: int) -> None:
@@ -104,6 +112,8 @@ class _Sweep(ReachingInterpreter):
         self.read_as: dict[fx.Node, tuple[fx.Node, int]] = {}
         self.reached: set[fx.Node] = set()
         self.failed: dict[Any, Reason] = {}
+        self.job = job(gm)
+        self._numbers: dict[Any, int] = {}
         self._added: set[tuple[fx.Node, int, Axis]] = set()  # in this run
         self._versions: dict[fx.Node, int] = {}
         for node, module, read in _layer_calls(gm):
@@ -164,7 +174,14 @@ class _Sweep(ReachingInterpreter):
         self._unless_no_memory(node, self.patches, node, add)
 
     def _unless_no_memory(self, what: Any, sums: dict[Any, Moments], key: Any, add: Callable[[], None]) -> None:
-        """Add to moments that were not given up yet. Without memory for it they are given up, and what they hold."""
+        """Add to moments that were not given up yet. Without memory for it they are given up, and what they hold.
+
+        Those that another process adds up have none here.
+        """
+        number = self._numbers.setdefault(what, len(self._numbers))
+        if self.job is not None and not self.job.owns(number):
+            sums.setdefault(key, Moments.empty(1, torch.device("cpu")))
+            return
         if what in self.failed:
             return
         try:
@@ -174,6 +191,20 @@ class _Sweep(ReachingInterpreter):
                 raise
             self.failed[what] = reason
             sums.pop(key, None)
+
+    def exchange(self, shared: Job) -> None:
+        """Give all processes the moments of all tensors, or why they were given up."""
+        for what, number in self._numbers.items():
+            sums: dict[Any, Moments] = self.patches
+            key: Any = what
+            if isinstance(what, tuple):
+                node, changes, key = what
+                sums = self.sums[node, changes]
+            moments, reason = shared.owners((sums.pop(key, None), self.failed.get(what)), number)
+            if moments is not None:
+                sums[key] = moments
+            if reason is not None:
+                self.failed[what] = reason
 
     def check(self) -> None:
         """Raise FxlrdError for moments that are not finite, or of no inputs."""

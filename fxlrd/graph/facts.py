@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.layers.fit import Moments, Statistics
+from fxlrd.sharing import Job
 
 T = TypeVar("T")
 _PREFIX = "fxlrd."
@@ -89,6 +90,8 @@ retained_channels = Fact("retained_channels", Tensor)
 """The indices of the original layer's output channels that a merged layer still makes."""
 described_layers: Fact[frozenset[str]] = Fact("described", frozenset)
 """The layers that a trace asked for the dtype, device or shape of their weight: on its graph module."""
+job: Fact[Job] = Fact("job", Job)
+"""The processes that share the work of a compression: on its graph module."""
 _times = Fact("times", int)
 
 

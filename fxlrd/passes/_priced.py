@@ -16,6 +16,7 @@ from fxlrd.allocation.problem import Problem
 from fxlrd.allocation.search import Attempt, best_plan
 from fxlrd.budget import Budget
 from fxlrd.errors import Reason
+from fxlrd.graph.facts import job
 from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls, fork
 from fxlrd.passes.contract import PassResult, Skip
@@ -66,7 +67,10 @@ class Priced:
         predicted = math.sqrt(problem.error(plan))
         channels = {name: problem.groups[name].retained(count) for name, count in plan.retained.items()}
         known = predicted if _effects_measured(run.gm, problem.items) else None
-        planned.record(run.gm, replace(plan, predicted=known, channels=channels))
+        plan = replace(plan, predicted=known, channels=channels)
+        if (shared := job(run.gm)) is not None:
+            plan = shared.firsts(plan)
+        planned.record(run.gm, plan)
         run.warnings += [*warnings, *doubts(run.gm, problem, plan, budget)]
         reported = {skip.name for skip in run.skipped}
         cut = problem.cut(plan.retained)

@@ -18,11 +18,12 @@ names, and layers that must not be replaced or have no form with fewer parameter
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, NamedTuple
 
-from torch import fx
+from torch import fx, nn
 
 from fxlrd.allocation.plan import planned
 from fxlrd.errors import FxlrdError, Reason
@@ -33,12 +34,21 @@ from fxlrd.layers.build import decomposed
 from fxlrd.layers.channels import channel_error
 from fxlrd.layers.forms import Ranks, explicit_ranks, form, ranks_by_ratio, ranks_text
 from fxlrd.passes.contract import UNNAMED, PassResult, Site, Skip, names
-from fxlrd.passes.driver import start
+from fxlrd.passes.driver import in_turns, start
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
 
 MERGED = Reason("merged", "it is merged already")
 UNPLANNED = Reason("original-planned", "allocate keeps it as it is")
+
+
+class Form(NamedTuple):
+    """A layer's factors, their relative error and that of the worst output channel, and whether they fit data."""
+
+    factors: nn.Sequential
+    error: float
+    channel_error: float
+    fitted: bool
 
 
 @dataclass(frozen=True)
@@ -85,21 +95,28 @@ class Decompose:
         """
         by_name = self.ranks if isinstance(self.ranks, Mapping) else ()
         run = start(self, gm, progress, [*self.skip, *by_name])
-        run.each(layers_of(run.gm), lambda layer: self._decompose(run.gm, layer))
+        layers = [(layer, self._ranks(run.gm, layer)) for layer in layers_of(run.gm)]
+        works = [partial(self._form, layer, ranks) for layer, ranks in layers if not isinstance(ranks, Reason)]
+        forms = in_turns(run.gm, works)
+        run.each(layers, lambda each: self._decompose(run.gm, *each, forms))
         if self.ranks is None:
             _check_reach(run.sites, run.skipped)
         return run.result()
 
-    def _decompose(self, gm: fx.GraphModule, layer: Layer) -> Site | Skip:
-        ranks = self._ranks(gm, layer)
+    def _decompose(
+        self, gm: fx.GraphModule, layer: Layer, ranks: Ranks | Reason, forms: Iterator[Callable[[], Form]]
+    ) -> Site | Skip:
         if isinstance(ranks, Reason):
             return Skip(layer.origin, ranks)
+        factors, error, worst, fitted = next(forms)()
+        replace(gm, layer.name, factors, ranks, error=error, channel_error=worst, fitted=fitted)
+        note = f"{form(layer.module)} at rank {ranks_text(ranks)}"
+        return Site(layer.origin, False, f"{note}, fitted to data" if fitted else note, ranks=ranks)
+
+    def _form(self, layer: Layer, ranks: Ranks) -> Form:
         fit = layer.statistics.fit(layer.module) if self.fit and layer.statistics is not None else None
         factors, error = decomposed(layer.module, ranks, self.sweeps, fit)
-        worst = channel_error(layer.module, factors, fit)
-        replace(gm, layer.name, factors, ranks, error=error, channel_error=worst, fitted=fit is not None)
-        note = f"{form(layer.module)} at rank {ranks_text(ranks)}"
-        return Site(layer.origin, False, f"{note}, fitted to data" if fit is not None else note, ranks=ranks)
+        return Form(factors, error, channel_error(layer.module, factors, fit), fit is not None)
 
     def _ranks(self, gm: fx.GraphModule, layer: Layer) -> Ranks | Reason:
         """Return the layer's ranks, or why it is left alone. A plan and a name in ``ranks`` overrule the stem's reason.

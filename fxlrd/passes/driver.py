@@ -14,7 +14,7 @@ that of all passes before the first one runs, `start` of a pass that is called a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from torch import fx
 from fxlrd.calibration.holdout import reference
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.failures import failure
+from fxlrd.graph.facts import job
 from fxlrd.graph.guards import check_names
 from fxlrd.graph.layer import Layer, origin
 from fxlrd.graph.surgery import annotate, calls, fork
@@ -140,3 +141,9 @@ def start(step: Pass, gm: fx.GraphModule, progress: Progress[Any] = quiet, named
     annotate(copy)
     check_names(copy, named)
     return Run(label(step), gm, copy, progress)
+
+
+def in_turns(gm: fx.GraphModule, works: Sequence[Callable[[], T]]) -> Iterator[Callable[[], T]]:
+    """Yield the pieces of work in order; if processes share the compression, calls for what one of them has made."""
+    shared = job(gm)
+    return iter(works) if shared is None else shared.in_turns(works)

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from fxlrd.graph.inputs import Inputs
+from fxlrd.sharing import FirstsTimer
 from fxlrd.timing.cache import Cache, Entry, Ratio, Setting
 from fxlrd.timing.clock import Timer, Timing, compare, once
 from fxlrd.timing.models import device_of
@@ -42,7 +43,8 @@ class Stopwatch:
     Attributes:
         under_inductor: times under Inductor with frozen weights.
         seconds: bounds the timing of the variants of one signature.
-        cached: whether timings on disk are read and written.
+        cached: whether timings on disk are read and written; those of processes that share a timer are not, since what
+            one of them finds there, and does not time, others may not.
         timer: what measures.
         rough: what says roughly how long something takes.
         drift: the largest factor, at least 1, by which the reference kernel was faster or slower beside a timing that
@@ -60,6 +62,9 @@ class Stopwatch:
     load: float = field(default=1.0, init=False)
     _entries: dict[tuple[torch.device, str], Entry] = field(default_factory=dict, init=False, repr=False)
     _kernel_seconds: dict[torch.device, float] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.cached = self.cached and not isinstance(self.timer, FirstsTimer)
 
     def times(
         self, signature: str, device: torch.device, variants: Mapping[str, Callable[[], Workload]]

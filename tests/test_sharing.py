@@ -1,0 +1,72 @@
+"""Two processes that share a compression end with what one alone has; one that dies ends the other with one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import job
+
+pytestmark = pytest.mark.slow
+
+
+def start(case: str, folder: Path, size: int = 2) -> list[subprocess.Popen[str]]:
+    """Start the processes of a case of tests/support/job.py, as torchrun would."""
+    here = {**os.environ, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.support.job", case, str(folder)],
+            env={**here, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Return the status and the last line of standard error of each process."""
+    texts = [p.communicate(timeout=120)[1] for p in processes]
+    return [(p.returncode, (text.strip().splitlines() or [""])[-1]) for p, text in zip(processes, texts, strict=True)]
+
+
+@pytest.mark.parametrize("case", ["ratio", "auto", "inplace", "own_batches"])
+def test_two_processes_equal_one(case, tmp_path):
+    ends = finish(start(case, tmp_path))
+    assert [status for status, _ in ends] == [0, 0], ends
+    alone = job.outcome(case)
+    for rank in range(2):
+        shared = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert shared["plan"] == alone["plan"]
+        assert shared["worked"] < alone["worked"] or case == "auto"  # which merges
+        assert shared["weights"].keys() == alone["weights"].keys()
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(shared["weights"][name], weight, rtol=1e-6, atol=1e-6)
+
+
+def test_processes_decide_by_the_timings_of_the_first(tmp_path):
+    assert [status for status, _ in finish(start("timed", tmp_path))] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    assert first["plan"] == second["plan"]
+    assert all(torch.equal(weight, second["weights"][name]) for name, weight in first["weights"].items())
+
+
+@pytest.mark.parametrize(
+    ("case", "words"), [("dies", "has ended or does not answer"), ("absent", "call compress() in every process")]
+)
+def test_a_process_that_ends_or_does_not_come_ends_the_others(case, words, tmp_path):
+    (survivor, text), _ = finish(start(case, tmp_path))
+    assert survivor == 2
+    assert words in text
+
+
+@pytest.mark.parametrize(("case", "subject"), [("other_weights", "weights"), ("other_options", "passes")])
+def test_processes_that_ask_for_different_things_are_refused(case, subject, tmp_path):
+    for status, text in finish(start(case, tmp_path)):
+        assert status == 2
+        assert f"have different {subject}" in text
