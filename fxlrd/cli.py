@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fxlrd: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fxlrd: interrupted; nothing was written, except that timings stay in the cache", file=sys.stderr)
+        print("fxlrd: interrupted; no file is half-written, and timings stay in the cache", file=sys.stderr)
         return 130
     except Exception:  # a defect; Python's own exit status, 1, would read as "different"
         traceback.print_exc()

@@ -44,7 +44,6 @@ PROBES = 2
 """Backward passes for a batch, each with new random signs, until there were `FEW` inputs: then one."""
 FEW = 64
 """Inputs from which on another one says more than further signs for the same."""
-NEEDS = "its calibration needs"
 POSITIONS = 256
 """Positions of one input that are sampled, evenly strided; the next inputs begin at others."""
 
@@ -254,7 +253,7 @@ def _watched(node: fx.Node, module: nn.Module, value: Tensor, zero: Tensor, impo
                 sums[node] = Samples(rows.new_zeros(count, count, dtype=torch.float64))
             sums[node].add(rows.reshape(len(rows) if rows.dim() > 1 else 1, -1, count))
         except Exception as error:
-            if (reason := memory_failure(error, NEEDS)) is None:
+            if (reason := memory_failure(error, "calibration")) is None:
                 raise
             importance.failed[node] = reason
             sums.pop(node, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxlrd.calibration.batches import NO_INPUTS, examples, failure
-from fxlrd.calibration.importance import NEEDS, Importance
+from fxlrd.calibration.importance import Importance
 from fxlrd.calibration.patches import patches
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.failures import memory_failure
@@ -187,7 +187,7 @@ class _Sweep(ReachingInterpreter):
         try:
             add()
         except Exception as error:
-            if (reason := memory_failure(error, NEEDS)) is None:
+            if (reason := memory_failure(error, "calibration")) is None:
                 raise
             self.failed[what] = reason
             sums.pop(key, None)

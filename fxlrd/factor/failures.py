@@ -30,21 +30,20 @@ def failure(error: BaseException) -> Reason | None:
     """Return the reason to leave a layer alone whose algebra raised ``error``; None for any other exception."""
     if isinstance(error, NotFiniteError):
         return Reason("not-finite-factors", f"its factorisation gives {error}")
-    if (reason := memory_failure(error, "its factorisation needs")) is not None:
+    if (reason := memory_failure(error, "factorisation")) is not None:
         return reason
     if isinstance(error, torch.linalg.LinAlgError) or _says(error, _ALGEBRA):
         return Reason("factorisation-failed", f"its factorisation failed ({_quoted(error)})")
     return None
 
 
-def memory_failure(error: BaseException, needs: str) -> Reason | None:
-    """Return the reason to leave a layer alone for want of memory; None for any other exception.
-
-    ``needs`` is the subject of the reason and its verb, such as "its factorisation needs".
-    """
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _says(error, _MEMORY):
-        return Reason("no-memory", f"{needs} more memory than there is ({_quoted(error)})", "free some, or skip it")
-    return None
+def memory_failure(error: BaseException, step: str) -> Reason | None:
+    """Return the reason to leave a layer alone for want of memory in a ``step``; None for any other exception."""
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _says(error, _MEMORY):
+        return None
+    return Reason(
+        "no-memory", f"its {step} needs more memory than there is ({_quoted(error)})", "free some, or skip it"
+    )
 
 
 def _quoted(error: BaseException) -> str:
