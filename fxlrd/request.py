@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, zip_longest
@@ -45,8 +46,36 @@ def check_model(model: Any, inplace: bool) -> None:
         raise FxlrdError("model: a ScriptModule has no Python code to trace; compress the model it was made from")
     if _exported(model):
         raise FxlrdError("model: it was exported and has operators for layers; compress first, then export the result")
+    _check_weights(model)
     if inplace and isinstance(model, LAYERS):
         raise FxlrdError("inplace: a bare layer cannot replace itself; wrap it in nn.Sequential first")
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raise FxlrdError where this process has only a part of the weights, or none."""
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise FxlrdError(f"model: FullyShardedDataParallel has flattened its parameters; {_WHOLE}")
+    if any(getattr(hook, "offload", False) for m in model.modules() for hook in _hooks_of_accelerate(m)):
+        raise FxlrdError(
+            "model: accelerate has offloaded its weights; load it without offloading, or bring them back by "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
+    for name, parameter in model.named_parameters():
+        if _is_dtensor(parameter) or hasattr(parameter, "ds_id"):  # the latter: DeepSpeed's ZeRO
+            raise FxlrdError(f"model: {name} is sharded over processes; {_WHOLE}")
+
+
+def _hooks_of_accelerate(module: nn.Module) -> Sequence[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))
+
+
+_WHOLE = "compress the whole model before it is sharded, on every process, and shard the result"
+
+
+def _is_dtensor(tensor: torch.Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # imported by whatever made one
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _exported(model: nn.Module) -> bool:

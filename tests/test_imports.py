@@ -31,7 +31,7 @@ FLOORS = (
     ("layers",),
     ("factor", "ranks", "budget"),
     ("sharing",),
-    ("errors", "files", "progress"),
+    ("errors", "files", "freed", "progress"),
     ("escaping",),
 )
 """From the top down; what stands on one floor may import from its own package and from any floor below."""

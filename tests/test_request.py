@@ -83,6 +83,22 @@ def test_wrapped_models_are_refused_with_the_remedy():
             quick(wrapped, image())
 
 
+def test_weights_that_accelerate_has_offloaded_are_refused_and_the_remedy_brings_them_back():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = pytest.importorskip("accelerate").cpu_offload(classifier(), torch.device("cpu"))
+    with pytest.raises(FxlrdError, match="remove_hook_from_module"):
+        quick(model, image())
+    assert quick(hooks.remove_hook_from_module(model, recurse=True), image()).report.layers
+
+
+def test_a_model_of_fsdp_is_refused():
+    class FullyShardedDataParallel(nn.Sequential):
+        """Stands for torch's, which takes several processes."""
+
+    with pytest.raises(FxlrdError, match="before it is sharded"):
+        quick(nn.Sequential(FullyShardedDataParallel(nn.Linear(64, 64))), torch.randn(2, 64))
+
+
 def test_pipeline_as_object_and_as_text():
     x = image()
     torch.manual_seed(0)

@@ -65,6 +65,12 @@ def test_a_process_that_ends_or_does_not_come_ends_the_others(case, words, tmp_p
     assert words in text
 
 
+def test_a_model_sharded_by_fsdp2_is_refused(tmp_path):
+    for status, text in finish(start("sharded", tmp_path)):
+        assert status == 2
+        assert "is sharded over processes; compress the whole model before" in text
+
+
 @pytest.mark.parametrize(("case", "subject"), [("other_weights", "weights"), ("other_options", "passes")])
 def test_processes_that_ask_for_different_things_are_refused(case, subject, tmp_path):
     for status, text in finish(start(case, tmp_path)):

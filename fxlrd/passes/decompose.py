@@ -27,6 +27,7 @@ from torch import fx, nn
 
 from fxlrd.allocation.plan import planned
 from fxlrd.errors import FxlrdError, Reason
+from fxlrd.freed import give_back_freed
 from fxlrd.graph.guards import FACTOR, matches
 from fxlrd.graph.layer import Layer, layers_of
 from fxlrd.graph.surgery import replace
@@ -110,6 +111,8 @@ class Decompose:
             return Skip(layer.origin, ranks)
         factors, error, worst, fitted = next(forms)()
         replace(gm, layer.name, factors, ranks, error=error, channel_error=worst, fitted=fitted)
+        if sum(p.nbytes for p in layer.module.parameters()) >= _LARGE:
+            give_back_freed()
         note = f"{form(layer.module)} at rank {ranks_text(ranks)}"
         return Site(layer.origin, False, f"{note}, fitted to data" if fitted else note, ranks=ranks)
 
@@ -147,6 +150,10 @@ class Decompose:
         if isinstance(ranks, Reason) and ranks.code == "ratio-too-large":
             raise FxlrdError(f"{layer.name}: {ranks}")
         return ranks
+
+
+_LARGE = 2**20
+"""Bytes of a layer whose decomposition leaves memory behind that is worth giving back."""
 
 
 def _check_reach(sites: list[Site], skipped: list[Skip]) -> None:

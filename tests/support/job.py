@@ -13,6 +13,8 @@ from unittest import mock
 
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import fxlrd
 from fxlrd import sharing
@@ -63,6 +65,8 @@ def outcome(case: str, rank: int = 0, size: int = 1) -> dict[str, Any]:
     if case == "other_options" and rank:
         options["ratio"] = 3.0
     original = model(rank if case == "other_weights" else 0)
+    if case == "sharded":
+        fully_shard(original, mesh=init_device_mesh("cpu", (size,)))
     dies = case == "dies" and rank
     worked = 0
 
