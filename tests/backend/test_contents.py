@@ -8,24 +8,26 @@ import torch
 from torch import nn
 
 from fxlrd.backend import contents
-from fxlrd.backend.contents import ENTRIES, FEWEST, Contents, _sample, _strided
+from fxlrd.backend.contents import ENTRIES, FEWEST, TURNS, Contents, _sample, _strided
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (1024, 1024), (2048, 512, 1, 1), (512, 128, 3, 3)])
+@pytest.mark.parametrize("shape", [(256, 64), (1024, 1024), (2048, 512, 1, 1), (512, 128, 3, 3)])
 def test_one_weight_is_seen_in_every_row_and_column(shape):
-    chosen = _sample(shape, ENTRIES)
+    turns = [_sample(shape, ENTRIES, turn) for turn in range(TURNS)]
+    assert {*map(len, turns)} == {ENTRIES}
+    chosen = numpy.concatenate(turns)
     rows, columns = numpy.divmod(chosen, int(numpy.prod(shape[1:])))
     assert {*rows} == {*range(shape[0])}
     assert {*columns} == {*range(int(numpy.prod(shape[1:])))}
-    assert len(chosen) == ENTRIES
+    assert len({*chosen}) == ENTRIES * TURNS
 
 
 @pytest.mark.parametrize("count", [FEWEST, 40])
 def test_the_first_and_the_last_entry_are_seen(count):
-    chosen = _sample((300, 70), count)
-    assert chosen[0] == 0
-    assert chosen[-1] == 300 * 70 - 1
-    assert len({*chosen}) == count
+    turns = [_sample((300, 70), count, turn) for turn in range(TURNS)]
+    assert (turns[0][0], turns[-1][-1]) == (0, 300 * 70 - 1)
+    chosen = numpy.concatenate(turns)
+    assert len({*chosen}) == count * TURNS
     assert ((chosen >= 0) & (chosen < 300 * 70)).all()
 
 
@@ -77,9 +79,19 @@ def test_on_other_devices_a_view_of_each_weight_is_compared(shape, monkeypatch):
     monkeypatch.setattr(contents, "_on_cpu", lambda weight: False)
     weights = [nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(3, 5).mT.bfloat16())]
     sampled = Contents(weights)
-    assert sampled.memory is None
+    assert next(sampled.memories) is None
     assert sampled.same(weights)
     weights[0].data += 1e-3
     assert not sampled.same(weights)
     (same,) = _strided([weights[0]], 8)
     assert same.numel() in (1, 8, 9)
+
+
+def test_a_row_of_a_large_weight_is_seen_within_the_turns_and_a_whole_weight_at_once():
+    weights = [torch.randn(512, 512) for _ in range(40)]
+    sampled = Contents(weights)
+    weights[3].data[0] += 1  # the first turn has its first entry
+    assert not sampled.same(weights)
+    assert all(sampled.same(weights) for _ in range(TURNS - 1))
+    weights[5].data += 1e-3
+    assert not any(sampled.same(weights) for _ in range(TURNS))
