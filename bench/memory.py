@@ -2,7 +2,8 @@
 
 Each figure is taken in a process of its own, and the peak counts from before the model is built: the model itself, the
 result and everything between. Target: at most 1.3 times (model in + model out), plus the workspace of one layer: what
-decomposing the largest layer alone takes beside that layer and its factors.
+decomposing the largest layer alone takes beside that layer and its factors. In place weights go as their layers are
+decomposed, and the limit is 1.3 times the model in, plus the same.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def measured(name: str) -> dict[str, Any]:
         "peak": result["peak"],
         "ratio": (result["peak"] - workspace) / (result["in"] + result["out"]),
         "peak_inplace": inplace["peak"],
-        "ratio_inplace": (inplace["peak"] - workspace) / (inplace["in"] + inplace["out"]),
+        "ratio_inplace": (inplace["peak"] - workspace) / inplace["in"],
     }
 
 
@@ -157,7 +158,7 @@ def report(rows: list[dict[str, Any]], path: Path | None) -> int:
         for row in rows
     ]
     print(tabulate(table, headers=HEADERS))
-    above = [row["model"] for row in rows if row["ratio"] > LIMIT]
+    above = [row["model"] for row in rows if max(row["ratio"], row["ratio_inplace"]) > LIMIT]
     print(f"limit {LIMIT}: {'held' if not above else 'exceeded by ' + ', '.join(above)}")
     if path is not None:
         path.write_text(json.dumps(rows, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,9 @@ from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.facts import job
 from fxlrd.graph.inputs import Inputs
-from fxlrd.installation import Installed, install
-from fxlrd.passes import PASSES
+from fxlrd.graph.originals import letting_go
+from fxlrd.installation import Installed, install, users_outputs
+from fxlrd.passes import PASSES, Decompose
 from fxlrd.passes.contract import Pass
 from fxlrd.pipeline import Pipeline, PipelineResult
 from fxlrd.progress import alone, one_bar
@@ -99,7 +101,8 @@ def compress(
         measure: time the whole model before and after, side by side.
         verify: compare the outputs after each pass with those before.
         inplace: put the new layers into ``model`` itself and return it. Otherwise the result shares nothing with
-            ``model``, which stays as it is.
+            ``model``, which stays as it is. With ``measure=False`` and decompose alone, each original weight leaves the
+            memory as its layer is decomposed, for a temporary file, from which all come back if something fails.
         progress: show a progress bar, with the time left, on a terminal (standard error) or in a notebook.
         timer: what times layers and models: a stand-in for `fxlrd.timing.clock.compare`, for tests.
 
@@ -130,15 +133,26 @@ def compress(
             check_agreed(shared, model, inputs, passes)
         with one_bar(["capture", *passes.labels, "timing the models"], shown=progress) as show:
             original = alone(show, "capture", lambda: _captured(model, inputs, inplace, shared))
-            run = passes(original, verify=verify, progress=show)
-            timings = {}
-            if measure:
-                graphs = {"after": run.graph_module}
-                timings = alone(show, "timing the models", lambda: timed(model, original, graphs, compile, timer))
-            own = all(type(step) in PASSES.values() for step in passes.passes)  # others may hold on to what they made
-            installed = install(original, run.graph_module, model, inplace=inplace, verify=verify, own=own)
-            report = report_on(model, original, run, installed, passes, compile, timings)
+            reference = users_outputs(original) if verify else None
+            with (
+                letting_go(original, model)
+                if inplace and not measure and _needs_no_originals(passes)
+                else nullcontext()
+            ):
+                run = passes(original, verify=verify, progress=show)
+                timings = {}
+                if measure:
+                    graphs = {"after": run.graph_module}
+                    timings = alone(show, "timing the models", lambda: timed(model, original, graphs, compile, timer))
+                own = all(type(step) in PASSES.values() for step in passes.passes)  # others may hold what they made
+                installed = install(original, run.graph_module, model, inplace=inplace, reference=reference, own=own)
+                report = report_on(model, original, run, installed, passes, compile, timings)
     return Result(installed.model, report)
+
+
+def _needs_no_originals(passes: Pipeline) -> bool:
+    """Whether each layer's weight is read once only, by the pass that replaces it."""
+    return [type(step) for step in passes.passes] == [Decompose]
 
 
 def _captured(model: nn.Module, inputs: Inputs, inplace: bool, shared: Job | None) -> fx.GraphModule:

@@ -60,22 +60,37 @@ class Installed:
 
 
 def install(
-    original: fx.GraphModule, gm: fx.GraphModule, model: nn.Module, *, inplace: bool, verify: bool, own: bool = False
+    original: fx.GraphModule,
+    gm: fx.GraphModule,
+    model: nn.Module,
+    *,
+    inplace: bool,
+    reference: Any = None,
+    own: bool = False,
 ) -> Installed:
     """Return what ``gm``, which passes made of ``original``, is as a model for the user of ``model``.
 
-    ``verify`` measures the error of a model that runs the user's forward. ``own`` says that nobody else holds the
-    tensors that passes made: the result then takes them, where a copy would take as much memory again. Raises
-    VerificationError, and leaves ``model`` as it was, if the user's forward does not use the layers as the graph does.
+    The error of a model that runs the user's forward is measured against ``reference`` (`users_outputs`). ``own`` says
+    that nobody else holds the tensors that passes made: the result then takes them, where a copy would take as much
+    memory again. Raises VerificationError, and leaves ``model`` as it was, if the user's forward does not use the
+    layers as the graph does.
     """
     capture = captured_or_bare(original)
     made = _made(gm, original, capture.model, model) if own else {}
     if inplace or capture.user_forward:
-        return _inside(capture, gm, model, inplace, verify, made)
+        return _inside(capture, gm, model, inplace, reference, made)
     gm = capture.as_users(gm)
     result = _independent(gm, model, made)
     remember(result, origin_of_graph(capture.model or model, original, gm))
     return Installed(result, complete=False, warnings=lost_methods(model))
+
+
+def users_outputs(original: fx.GraphModule) -> Any:
+    """Return the outputs of a model whose forward the result will run; None for a graph, which passes verify."""
+    capture = captured_or_bare(original)
+    if not capture.user_forward or capture.model is None:
+        return None
+    return counted(structural_copy(capture.model), capture.inputs)[0]
 
 
 def lost_methods(model: nn.Module) -> tuple[str, ...]:
@@ -138,11 +153,9 @@ def _restore_modes(result: nn.Module, model: nn.Module) -> None:
 
 
 def _inside(
-    capture: Captured, gm: fx.GraphModule, model: nn.Module, inplace: bool, verify: bool, made: Mapping[int, Tensor]
+    capture: Captured, gm: fx.GraphModule, model: nn.Module, inplace: bool, reference: Any, made: Mapping[int, Tensor]
 ) -> Installed:
     captured_model = capture.model or model
-    compared = capture.user_forward and verify
-    reference = counted(structural_copy(captured_model), capture.inputs)[0] if compared else None
     target = model if inplace else structural_copy(captured_model)
     fast_paths = switches(target)
     replaced = capture.install(gm, target)
@@ -158,7 +171,7 @@ def _inside(
     result = target if inplace else independent_copy(target, made)
     remember(result, origin_of(target, model, replaced))
     save_all_of(result)
-    output_error = _output_error(outputs, reference) if compared else None
+    output_error = None if reference is None else _output_error(outputs, reference)
     return Installed(result, True, capture.outside, flops, output_error)
 
 

@@ -19,7 +19,7 @@ from fxlrd.files import write_out
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.copies import independent_copy, structural_copy
 from fxlrd.graph.inputs import Inputs
-from fxlrd.installation import install
+from fxlrd.installation import install, users_outputs
 from fxlrd.passes.contract import Pass
 from fxlrd.pipeline import Pipeline
 from fxlrd.progress import Progress, alone, one_bar
@@ -247,11 +247,12 @@ def _points(
     def make(gm: fx.GraphModule) -> nn.Module:
         if _versions(model) != versions:
             raise FxlrdError("frontier: the original's weights have changed since; call it again")
-        return install(original, gm, model, inplace=False, verify=False).model
+        return install(original, gm, model, inplace=False).model
 
     for budget, run in show(list(runs.items()), "evaluate"):
         gm = run.result.graph_module
-        installed = install(original, gm, model, inplace=False, verify=verify)
+        reference = users_outputs(original) if verify else None
+        installed = install(original, gm, model, inplace=False, reference=reference)
         own = {"before": timings["before"], "after": timings[str(budget)]} if timings else {}
         report = report_on(model, original, run.result, installed, run.passes, compile, own)
         accuracy = None if evaluate is None else _evaluated(evaluate, installed.model, str(budget))

@@ -30,6 +30,7 @@ from fxlrd.errors import FxlrdError, Reason
 from fxlrd.freed import give_back_freed
 from fxlrd.graph.guards import FACTOR, matches
 from fxlrd.graph.layer import Layer, layers_of
+from fxlrd.graph.originals import originals
 from fxlrd.graph.surgery import replace
 from fxlrd.layers.build import decomposed
 from fxlrd.layers.channels import channel_error
@@ -111,6 +112,8 @@ class Decompose:
             return Skip(layer.origin, ranks)
         factors, error, worst, fitted = next(forms)()
         replace(gm, layer.name, factors, ranks, error=error, channel_error=worst, fitted=fitted)
+        if (held := originals(gm)) is not None:
+            held.let_go(layer.module)
         if sum(p.nbytes for p in layer.module.parameters()) >= _LARGE:
             give_back_freed()
         note = f"{form(layer.module)} at rank {ranks_text(ranks)}"
