@@ -76,3 +76,35 @@ def test_the_peak_of_a_small_model_is_measured_in_fresh_processes(tmp_path):
     assert row["in"] == 16 * (512 * 512 + 512) * 4
     assert row["out"] < 0.6 * row["in"]
     assert row["peak"] > row["in"] + 0.9 * row["out"]
+
+
+def test_the_gpu_benchmark_says_why_it_is_skipped(monkeypatch, capsys, tmp_path):
+    from bench.cuda import main
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    main(["--json", str(tmp_path / "rows.json")])
+    assert capsys.readouterr().out.startswith("bench.cuda: skipped: torch sees no CUDA device")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_a_cpu_and_goes_on_where_it_stopped(monkeypatch, capsys, tmp_path):
+    from bench import cuda, cuda_jobs
+
+    path = tmp_path / "rows.json"
+    command = ["--device", "cpu", "--quick", "--json", str(path)]
+    cuda.main([*command, "--only", "staircase"])
+    assert list(json.loads(path.read_text())["rows"]) == ["staircase float32"]
+    cuda.main([*command, "--seconds", "0"])  # one job starts
+    rows = json.loads(path.read_text())["rows"]
+    assert list(rows) == ["staircase float32", "compress tiny"]
+    assert list(rows["compress tiny"]) == ["lrd", "ranks", "merge", "auto"]
+    monkeypatch.setattr(cuda_jobs, "_staircase", dict)  # which would fail: it is not measured again
+    cuda.main(command)
+    rows = json.loads(path.read_text())["rows"]
+    assert list(rows["vision tiny float32 2 CUDA graphs"]) == ["original", "lrd", "ranks", "merge", "auto"]
+    assert not [name for name, row in rows.items() if "failed" in row]
+    assert "9 of 9 jobs are in" in capsys.readouterr().out
+    path.write_text(path.read_text().replace('"quick": true', '"quick": false'))
+    with pytest.raises(SystemExit, match="is of another setting"):
+        cuda.main(command)
