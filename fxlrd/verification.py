@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from fxlrd.errors import VerificationError
 from fxlrd.graph.captured import propagate
-from fxlrd.graph.compare import difference, rounding
+from fxlrd.graph.compare import difference, rounding_of_kernels
 from fxlrd.graph.inputs import Inputs
 from fxlrd.passes.contract import Pass, PassResult
 from fxlrd.passes.driver import label
@@ -57,7 +57,7 @@ class Verification:
     def _compared(self, step: Pass, result: PassResult, outputs: list[Tensor]) -> Errors:
         moved = difference(outputs, self.outputs, label(step))
         total = difference(outputs, self.reference, label(step))
-        allowed = rounding([*outputs, *result.graph_module.parameters()])
+        allowed = rounding_of_kernels([*outputs, *result.graph_module.parameters()])
         if result.exact and moved.relative > allowed:
             raise VerificationError(
                 f"{label(step)}: said to be exact, but the outputs moved by {moved.relative:.2g} relative "

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from fxlrd.errors import FxlrdError, VerificationError, one_line
 from fxlrd.graph.captured import captured_or_bare
-from fxlrd.graph.compare import difference, rounding
+from fxlrd.graph.compare import difference, rounding_of_kernels
 from fxlrd.graph.inputs import Inputs, tensors
 
 HOLDOUT_PERIOD = 5
@@ -143,7 +143,7 @@ def _are_rows(all_outputs: list[Tensor], first_outputs: list[Tensor], count: int
         moved = difference(first_outputs, [a[: len(b)] for a, b in pairs], "first rows")
     except VerificationError:
         return False
-    return moved.relative <= rounding(all_outputs)
+    return moved.relative <= rounding_of_kernels(all_outputs)
 
 
 def to_fit(

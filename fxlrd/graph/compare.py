@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxlrd.errors import VerificationError
+from fxlrd.graph.precision import TF32_EPS, uses_tf32
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,15 @@ def difference(outputs: list[Tensor], reference: list[Tensor], where: str) -> Di
 
 
 def rounding(values: Sequence[Tensor]) -> float:
-    """Return the relative difference of such tensors that rounding explains."""
+    """Return the relative difference of such tensors that rounding explains, where the same kernels made both."""
     eps = max((torch.finfo(t.dtype).eps for t in values if t.is_floating_point() or t.is_complex()), default=0.0)
     return min(1e3 * eps, 0.1)  # a thousand roundings of bfloat16 would explain anything
+
+
+def rounding_of_kernels(values: Sequence[Tensor]) -> float:
+    """Return the relative difference that rounding explains where other kernels, or other shapes, made the values.
+
+    On a GPU that is TF32's where it is on, as it is for convs by default.
+    """
+    tf32 = any(t.dtype in (torch.float32, torch.complex64) and uses_tf32(t.device) for t in values)
+    return max(rounding(values), min(1e3 * TF32_EPS, 0.1) if tf32 else 0.0)

@@ -25,6 +25,7 @@ from torch import nn
 from fxlrd.errors import one_line
 from fxlrd.escaping import visible
 from fxlrd.files import read_regular, write_atomically
+from fxlrd.graph.precision import uses_tf32
 
 
 class Setting(NamedTuple):
@@ -37,8 +38,11 @@ class Setting(NamedTuple):
 
     @classmethod
     def current(cls, device: torch.device, compiled: bool) -> Setting:
-        """Return the setting of this process on ``device``."""
-        return cls(_device_name(device.type, device.index), torch.__version__, torch.get_num_threads(), compiled)
+        """Return the setting of this process on ``device``; whether a GPU uses TF32 is part of its name."""
+        name = _device_name(device.type, device.index)
+        if used := uses_tf32(device):
+            name = f"{name}, TF32 for {' and '.join(used)}"
+        return cls(name, torch.__version__, torch.get_num_threads(), compiled)
 
 
 @lru_cache
