@@ -1,11 +1,8 @@
 """The error of the model's output with a few layers replaced: measured, on inputs that no fit has seen.
 
-With the outputs z of the model and z' of the changed one, for a batch of inputs,
-
-    error = Σ ‖z' − z‖² / ‖z‖²   over the output tensors,
-
-which is what fxlrd/calibration/importance.py predicts. Only what follows the first changed layer runs: of a graph the
-nodes after it, of a user's model whose regions were captured the blocks from its own on (fxlrd/graph/resuming.py).
+The error is that of fxlrd/calibration/metric.py, which fxlrd/calibration/importance.py predicts. Only what follows the
+first changed layer runs: of a graph the nodes after it, of a user's model whose regions were captured the blocks from
+its own on (fxlrd/graph/resuming.py).
 """
 
 from __future__ import annotations
@@ -18,9 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxlrd.calibration.holdout import outputs
+from fxlrd.calibration.metric import logits_among, squared_error
 from fxlrd.calibration.stepper import Stepper
 from fxlrd.errors import FxlrdError
-from fxlrd.factor.basis import working
 from fxlrd.factor.failures import failure
 from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.inputs import Inputs, tensors
@@ -55,12 +52,12 @@ def measure(
     gm: fx.GraphModule, batches: Sequence[Inputs], trials: Sequence[Trial], progress: Progress[Trial]
 ) -> list[list[float]]:
     """Return the errors of each trial's changes: the mean over the batches; infinite for one that cannot be made."""
-    model, shown = runnable(gm), "allocate: measuring"
+    model, shown, logits = runnable(gm), "allocate: measuring", logits_among(gm) or ()
     if model is not gm:
         names = {name for trial in trials for name in trial.layers}
         resumable, described = Resumable(model, batches, names), captured_or_bare(gm).described
         return [
-            [_made(change, lambda made: _within(resumable, made, described)) for change in trial.changes]
+            [_made(change, lambda made: _within(resumable, made, described, logits)) for change in trial.changes]
             for trial in progress(trials, shown)
         ]
     original = [outputs(gm, batch) for batch in batches]
@@ -72,7 +69,7 @@ def measure(
         for trial in progress(sorted(trials, key=lambda trial: order[first[id(trial)]]), shown):
             stepper.before(first[id(trial)])
             errors[id(trial)] = [
-                _made(change, lambda made: _mean(map(tensors, stepper.rest(made)), original))
+                _made(change, lambda made: _mean(map(tensors, stepper.rest(made)), original, logits))
                 for change in trial.changes
             ]
     return [errors[id(trial)] for trial in trials]
@@ -88,38 +85,16 @@ def _made(change: Callable[[], Modules], error_of: Callable[[Modules], float]) -
         return math.inf
 
 
-def _within(resumable: Resumable, modules: Modules, described: Collection[str]) -> float:
+def _within(resumable: Resumable, modules: Modules, described: Collection[str], logits: Sequence[bool]) -> float:
     """Return the error with ``modules`` in the model, which has its own ones again afterwards."""
     replaced = set_modules(resumable.model, modules, described)
     try:
-        return _mean(resumable.results(modules), resumable.original)
+        return _mean(resumable.results(modules), resumable.original, logits)
     except FxlrdError:  # the model's own code fails on what it gets
         return math.inf
     finally:
         undo(resumable.model, replaced)
 
 
-def _mean(changed: Iterable[Sequence[Tensor]], original: Sequence[Sequence[Tensor]]) -> float:
-    return sum(squared_error(a, b) for a, b in zip(changed, original, strict=True)) / len(original)
-
-
-def squared_error(changed: Sequence[Tensor], original: Sequence[Tensor]) -> float:
-    """Return Σ ‖z' − z‖² / ‖z‖² over the output tensors of floating-point numbers; infinite values do not count.
-
-    It is infinite where there are others, as where a detector finds other boxes.
-    """
-    if [t.shape for t in changed] != [t.shape for t in original]:
-        return math.inf
-    pairs = zip(changed, original, strict=True)
-    return sum(_relative(a.detach(), b.detach()) for a, b in pairs if b.is_floating_point())
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    """Return ‖a − b‖² / ‖b‖²: in the precision of the tensors, unless their squares are beyond it."""
-    norm = torch.linalg.vector_norm
-    size, gap = norm(working(b)).item() ** 2, norm(working(a) - working(b)).item() ** 2
-    if not math.isfinite(size + gap):
-        a, b = a.double(), b.double()
-        size = norm(torch.where(b.isfinite(), b, 0.0)).item() ** 2
-        gap = norm(torch.where(b.isfinite(), a - b, 0.0)).item() ** 2
-    return gap / size if size else 0.0
+def _mean(changed: Iterable[Sequence[Tensor]], original: Sequence[Sequence[Tensor]], logits: Sequence[bool]) -> float:
+    return sum(squared_error(a, b, logits) for a, b in zip(changed, original, strict=True)) / len(original)

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxlrd.calibration.batches import HOLDOUT_PERIOD, examples, first_rows, rows_are_examples
-from fxlrd.errors import Reason, VerificationError
+from fxlrd.calibration.metric import logits_among, squared_error
+from fxlrd.errors import Reason
 from fxlrd.graph.captured import captured_or_bare
-from fxlrd.graph.compare import difference
 from fxlrd.graph.facts import Fact
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import fork
@@ -20,25 +20,24 @@ from fxlrd.graph.surgery import fork
 
 @dataclass(frozen=True)
 class Holdout:
-    """Inputs that are in no fit, with the outputs of the original model for them."""
+    """Inputs that are in no fit, with the outputs of the original model for them, and which of those are logits."""
 
     inputs: tuple[Inputs, ...]
     outputs: tuple[list[Tensor], ...]
+    logits: tuple[bool, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Holdout:
         return self
 
     def error(self, gm: fx.GraphModule) -> float:
-        """Return ‖outputs − original outputs‖ / ‖original outputs‖ of a graph over all held-out inputs.
+        """Return the root of the squared error (fxlrd/calibration/metric.py) of a graph: the mean over the batches.
 
-        Outputs of whole numbers, such as classes, do not count. Infinite where outputs are no longer finite.
+        Infinite where outputs are no longer finite.
         """
-        now = _real(t for inputs in self.inputs for t in outputs(gm, inputs))
-        original = _real(t for each in self.outputs for t in each)
-        try:
-            return difference(now, original, "held-out calibration inputs").relative
-        except VerificationError:  # NaN or Inf where the original's are finite
-            return math.inf
+        pairs = zip(self.inputs, self.outputs, strict=True)
+        errors = [squared_error(outputs(gm, inputs), original, self.logits) for inputs, original in pairs]
+        error = math.sqrt(sum(errors) / len(errors))
+        return error if math.isfinite(error) else math.inf
 
 
 TOO_FEW = Reason(
@@ -86,7 +85,9 @@ def keep_if_better(held_out: HeldOut, before: fx.GraphModule, after: fx.GraphMod
 def held_out_of(gm: fx.GraphModule, inputs: Iterable[Inputs]) -> Holdout | TooFew:
     """Return inputs held out of a fit with the graph's outputs for them; `TooFew` if there are none."""
     inputs = tuple(inputs)
-    return Holdout(inputs, tuple(outputs(gm, each) for each in inputs)) if inputs else TooFew()
+    if not inputs:
+        return TooFew()
+    return Holdout(inputs, tuple(outputs(gm, each) for each in inputs), logits_among(gm) or ())
 
 
 def first_held_out(gm: fx.GraphModule, held: Holdout, count: int) -> list[Inputs]:
@@ -106,10 +107,6 @@ def first_held_out(gm: fx.GraphModule, held: Holdout, count: int) -> list[Inputs
 def outputs(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
     """Return the output tensors in eval mode, without gradients: of the model, also where the graph is of regions."""
     return captured_or_bare(gm).outputs(gm, inputs)
-
-
-def _real(values: Iterable[Tensor]) -> list[Tensor]:
-    return [t for t in values if t.is_floating_point() or t.is_complex()]
 
 
 def record_calibrated(gm: fx.GraphModule, held_out: HeldOut) -> None:

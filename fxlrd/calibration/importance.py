@@ -1,9 +1,9 @@
 """How much each layer's output matters to the model's output.
 
-For a small change δ of a layer's output, the model's outputs z move by J·δ. With random signs v and one backward
-pass, g = Jᵀ·v / ‖z‖ has
+For a small change δ of a layer's output, the model's outputs z move by J·δ. With a random v of E[v·vᵀ] = M / zᵀ·M·z
+(fxlrd/calibration/metric.py: signs / ‖z‖, where M = I) and one backward pass, g = Jᵀ·v has
 
-    E_v[(gᵀ·δ)²] = ‖J·δ‖² / ‖z‖²,   Γ = Σ g·gᵀ over the positions of a batch,   error² ≈ tr(Γ·E[δ·δᵀ])
+    E_v[(gᵀ·δ)²] = ‖J·δ‖² / ‖z‖² by M,   Γ = Σ g·gᵀ over the positions of a batch,   error² ≈ tr(Γ·E[δ·δᵀ])
 
 so that tr(Γ·ΔW·G·ΔWᵀ), with G the second moments of the layer's input, predicts the relative squared error of the
 model's output that a changed weight causes, in one unit for all layers. Errors at different positions and in different
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxlrd.calibration.batches import examples
+from fxlrd.calibration.metric import drawn, logits_of
 from fxlrd.errors import Reason
 from fxlrd.factor.basis import magnitude, working
 from fxlrd.factor.failures import memory_failure
@@ -41,11 +41,13 @@ from fxlrd.layers.kinds import as_layer, channel_axis, channels_per_group
 from fxlrd.sharing import Job
 
 PROBES = 2
-"""Backward passes for a batch, each with new random signs, until there were `FEW` inputs: then one."""
+"""Backward passes for a batch, each with new random signs, until there were `FEW` rows of outputs: then one."""
 FEW = 64
-"""Inputs from which on another one says more than further signs for the same."""
+"""Rows of outputs (classes of an image, of a token) from which on others say more than further signs for the same."""
 POSITIONS = 256
 """Positions of one input that are sampled, evenly strided; the next inputs begin at others."""
+WIDE = 1024
+"""Layers with more outputs than this are sampled at a quarter of the positions, at the cost of others."""
 
 
 @dataclass
@@ -61,7 +63,8 @@ class Samples:
 
         On a CPU their products are in float32, which is exact enough for what is an estimate, and half the work.
         """
-        stride = math.ceil(rows.shape[1] / POSITIONS)
+        most = POSITIONS if len(self.total) <= WIDE else POSITIONS // 4
+        stride = math.ceil(rows.shape[1] / most)
         first = self.count % stride
         positions, rows = rows.shape[1], rows[:, first::stride]
         peak = magnitude(rows) if rows.numel() else 1.0  # squares of small gradients stay within range
@@ -99,17 +102,22 @@ def _calls(gm: fx.GraphModule) -> list[fx.Node]:
 class Importance:
     """Adds up Γ of every conv and linear call of a graph over batches.
 
+    ``softmax`` says whether the outputs are logits; None where they tell.
+
     Attributes:
+        logits: which outputs are logits, once there was a batch.
         sums: Γ so far, by call.
         failed: why Γ of a call was given up.
     """
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, softmax: bool | None = None) -> None:
         self.gm = gm
+        self.softmax = softmax
+        self.logits: tuple[bool, ...] = ()
         self.sums: dict[fx.Node, Samples] = {}
         self.failed: dict[fx.Node, Reason] = {}
         self.probes = 0
-        self.inputs = 0
+        self.rows = 0
         self.generator = torch.Generator().manual_seed(0)
         if (shared := job(gm)) is not None:
             self.sums.update({node: _Elsewhere() for i, node in enumerate(_calls(gm)) if not shared.owns(i)})
@@ -131,23 +139,27 @@ class Importance:
         with evaluating(model), unmoved(model), torch.enable_grad():
             if model is self.gm:
                 watch: _GraphWatch | _ModelWatch = _GraphWatch(self.gm, self)
-                results = tensors(watch.run(*feed(self.gm, inputs)))
+                value = watch.run(*feed(self.gm, inputs))
             else:
                 watch = _ModelWatch(self.gm, model, self)
-                results = tensors(watch.run(inputs))
-            outputs = [t for t in results if t.is_floating_point() and t.requires_grad and t.numel()]
-            probes = PROBES if self.inputs < FEW else 1
+                value = watch.run(inputs)
+            found = tensors(value)
+            if len(self.logits) != len(found):  # by the first batch
+                self.logits = logits_of(value, self.softmax)
+            pairs = zip(found, self.logits, strict=True)
+            outputs = [(t, each) for t, each in pairs if t.is_floating_point() and t.requires_grad and t.numel()]
+            probes = PROBES if self.rows < FEW else 1
             for i in range(probes if outputs else 0):
-                signs = [self.start(t) for t in outputs]
-                torch.autograd.grad(outputs, watch.zero, signs, retain_graph=i + 1 < probes, allow_unused=True)
+                starts = [self.start(t, each) for t, each in outputs]
+                graph = i + 1 < probes
+                torch.autograd.grad([t for t, _ in outputs], watch.zero, starts, retain_graph=graph, allow_unused=True)
                 self.probes += 1
-            self.inputs += examples(inputs)
+            self.rows += sum(t.numel() // (t.shape[-1] if t.dim() else 1) for t, _ in outputs)
             watch.clear()
 
-    def start(self, output: Tensor) -> Tensor:
-        """Return random signs v / ‖output‖ to start a backward pass with."""
-        v = torch.randint(0, 2, output.shape, generator=self.generator).to(output) * 2 - 1
-        return v / output.detach().double().norm().clamp_min(1e-30).to(output.dtype)
+    def start(self, output: Tensor, logits: bool) -> Tensor:
+        """Return v to start a backward pass with."""
+        return drawn(output, logits, self.generator)
 
     def exchange(self, shared: Job) -> None:
         """Give all processes that share a compression the samples of all calls."""

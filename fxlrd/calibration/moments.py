@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxlrd.calibration.batches import NO_INPUTS, examples, failure
 from fxlrd.calibration.importance import Importance
+from fxlrd.calibration.metric import logits_among
 from fxlrd.calibration.patches import patches
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.failures import memory_failure
@@ -38,7 +39,12 @@ def moments(node: fx.Node, axis: int, block: int = 1) -> Moments | None:
 
 
 def sweep(
-    gm: fx.GraphModule, batches: Iterable[Inputs], outputs: bool = True, patches: int = 0, effects: int = 0
+    gm: fx.GraphModule,
+    batches: Iterable[Inputs],
+    outputs: bool = True,
+    patches: int = 0,
+    effects: int = 0,
+    softmax: bool | None = None,
 ) -> None:
     """Run the graph on each batch in eval mode and record moments and statistics on its nodes.
 
@@ -53,13 +59,14 @@ def sweep(
         outputs: measure what layers make, besides what they read.
         patches: measure patches too where a conv's kernel reads at most so many numbers.
         effects: the number of inputs on which the importance of the layers' outputs is measured.
+        softmax: whether the model's outputs are logits, for that; None where their names tell.
 
     Raises:
         FxlrdError: for batches that are empty, do not fit the model or are not finite.
     """
     shared = job(gm)
     measured = _Sweep(gm, outputs, patches)
-    importance, remaining = Importance(gm), effects
+    importance, remaining = Importance(gm, softmax), effects
     for i, inputs in enumerate(batches):
         try:
             with evaluating(gm), torch.no_grad():
@@ -73,6 +80,7 @@ def sweep(
         importance.exchange(shared)
     measured.check()
     measured.record(importance)
+    logits_among.record(gm, importance.logits)
 
 
 def forget_statistics(gm: fx.GraphModule) -> None:

@@ -21,11 +21,14 @@ from fxlrd.calibration.batches import Count, Variety, as_batches, as_inputs, row
 from fxlrd.calibration.holdout import Disabled, TooFew, held_out_of, record_calibrated
 from fxlrd.calibration.moments import forget_statistics, sweep
 from fxlrd.calibration.scarcity import scarcity
-from fxlrd.errors import Reason
+from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph.inputs import Inputs
 from fxlrd.passes.contract import PassResult
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
+
+METRICS = {"": None, "squared": False, "softmax": True}
+"""Whether outputs are logits, by ``metric``."""
 
 ALIKE = Reason("inputs-alike", "all calibration inputs are alike", "give inputs that differ as the real ones do")
 
@@ -38,9 +41,12 @@ class Calibrate:
     tuples of positional arguments, or dicts. It is read once. ``outputs=False`` leaves out what layers make.
     ``patches`` is the largest number of inputs to a kernel (channels × positions) for which moments of patches are
     measured. ``effects`` is the number of inputs on which the layers' effects on the model's output are measured, by
-    two backward passes. ``holdout`` holds every fifth batch out of the fit, with the model's outputs for it, so that
-    later passes can check what they do. To inputs that are all alike nothing is fitted, with a warning. Raises
-    FxlrdError for data that is empty, does not fit the model or is not finite.
+    two backward passes. ``metric`` is the unit of these effects: "squared", the relative squared error of outputs, or
+    "softmax", the change of the probabilities that softmax makes of them; without it, that for what the model names
+    logits, or gives as a classifier does (fxlrd/calibration/metric.py). ``holdout`` holds every fifth batch out of the
+    fit, with the model's outputs for it, so that later passes can check what they do. To inputs that are all alike
+    nothing is fitted, with a warning. Raises FxlrdError for data that is empty, does not fit the model or is not
+    finite.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("calibration",)
@@ -50,7 +56,12 @@ class Calibrate:
     outputs: bool = True
     patches: int = 0
     effects: int = 0
+    metric: str = ""
     holdout: bool = False
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise FxlrdError(f"calibrate: metric={self.metric}: give squared or softmax, or none for what names tell")
 
     def __call__(self, gm: fx.GraphModule, progress: Progress = quiet) -> PassResult:
         """Return a copy of ``gm`` with moments on its nodes."""
@@ -63,6 +74,7 @@ class Calibrate:
             self.outputs,
             self.patches,
             self.effects,
+            METRICS[self.metric],
         )
         if variety.none:
             forget_statistics(run.gm)

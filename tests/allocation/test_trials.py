@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fxlrd.allocation.trials import Trial, measure, squared_error
+from fxlrd.allocation.trials import Trial, measure
+from fxlrd.calibration.metric import squared_error
 from fxlrd.capturing.model import capture_any
 from fxlrd.graph.captured import runnable
 from fxlrd.graph.inputs import Inputs, tensors

@@ -39,15 +39,16 @@ class Exhaustive(Importance):
         super().__init__(gm)
         self.stream = itertools.cycle(hadamard(size).flatten().tolist())
 
-    def start(self, output):
+    def start(self, output, logits):
         mine = torch.tensor([next(self.stream) for _ in range(output.numel())]).view(output.shape)
-        return super().start(output).abs() * mine
+        return super().start(output, logits).abs() * mine
 
 
 def exact(gm, x, size):
     """Return the Γ by node that all probes together give."""
     importance = Exhaustive(gm, size)
     for _ in range(size // PROBES):
+        importance.rows = 0
         importance.add(Inputs((x,)))
     return importance.gamma
 
@@ -139,7 +140,7 @@ def test_the_prediction_is_near_the_error_that_a_conv_net_makes(name):
 def test_signs_are_fair_and_the_same_each_time():
     gm = capture(nn.Sequential(nn.Linear(3, 2)), torch.randn(4, 3))
     output = randn(64, 64)
-    first, again = (Importance(gm).start(output) for _ in "ab")
+    first, again = (Importance(gm).start(output, False) for _ in "ab")
     assert torch.equal(first, again)
     signs = first * output.norm()
     torch.testing.assert_close(signs.abs(), torch.ones(64, 64).double(), rtol=1e-12, atol=0)
@@ -355,7 +356,7 @@ def test_gradients_of_any_size_are_squared_in_float32(size):
     assert samples.squares / size**4 == pytest.approx(squares, rel=1e-5)
 
 
-def test_further_signs_are_drawn_while_inputs_are_few():
+def test_further_signs_are_drawn_while_rows_of_outputs_are_few():
     gm = capture(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3))
     importance, probes = Importance(gm), []
     for _ in range(FEW // 32 + 1):
