@@ -35,6 +35,7 @@ from fxlrd.saving.pretrained import read_pretrained, save_all_of
 from fxlrd.saving.replacing import REMEDY, put_layers
 from fxlrd.saving.runtime import runtime_tensors
 from fxlrd.saving.schema import Origin, Plan, TensorTable
+from fxlrd.saving.sentences import holds_sentences, load_sentences, makes_sentences
 from fxlrd.saving.storage import PLAN, check_weights, read_plan
 from fxlrd.saving.tensors import attributes, joined, parents, registered
 
@@ -55,11 +56,13 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     >>> folder.cleanup()
 
     Args:
-        path: a directory that `save` wrote, or ``save_pretrained`` of a compressed model of transformers.
+        path: a directory that `save` wrote, or ``save_pretrained`` of a compressed model of transformers or of
+            sentence-transformers.
         model: the architecture that was compressed, with any weights or, made under ``torch.device("meta")``, with
             none. It is not changed, and its weights are not copied. A model that was compressed as a graph which the
             user's class does not compute (it freezes arguments of forward, or drops layers) comes back as a graph.
-            What ``save_pretrained`` wrote needs none: transformers makes its class from the config in the directory.
+            What ``save_pretrained`` wrote needs none: transformers, or sentence-transformers, makes its class from
+            the config in the directory.
 
     Returns:
         The model in the modes (train or eval) that it was saved in, each tensor on the device of the architecture's,
@@ -74,6 +77,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         folder = Path(path)
     except TypeError as error:
         raise FxlrdError(f"load: {path!r} is no path: {one_line(error)}") from error
+    if not (folder / PLAN).exists() and (makes_sentences(type(model)) if model else holds_sentences(folder)):
+        return load_sentences(folder, None if model is None else type(model))
     if (model is None or not (folder / PLAN).exists()) and (pretrained := read_pretrained(folder)) is not None:
         return load_pretrained(folder, pretrained, None if model is None else type(model))
     if model is None:

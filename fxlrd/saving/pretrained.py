@@ -54,7 +54,8 @@ class PretrainedPlan(Record):
 def save_all_of(model: nn.Module) -> None:
     """Let ``save_pretrained`` of a compressed model, and of the models that it holds, write all that they are.
 
-    A model of sentence-transformers holds one of transformers.
+    A model of sentence-transformers holds one of transformers. A class with another ``save_pretrained`` (diffusers')
+    would make new layers where it reads factors: it raises, unless all factors are inside of models of transformers.
     """
     origin = recall(model)
     if (
@@ -64,12 +65,24 @@ def save_all_of(model: nn.Module) -> None:
         or isinstance(model, fx.GraphModule)
     ):
         return
-    for name, module in model.named_modules():
-        if not _saves_itself(module):
-            continue
+    saving = {name: module for name, module in model.named_modules() if _saves_itself(module)}
+    for name, module in saving.items():
         if name:
             remember(module, _inside(origin, name))
         module.save_pretrained = functools.partial(save_pretrained, module)
+    if "" not in saving and hasattr(type(model), "save_pretrained"):
+        inside = tuple(f"{name}." for name in saving)
+        changed = sorted(replacements(model, origin.architecture))
+        outside = [name for name in changed if not name.startswith(inside)]
+        if outside:
+            model.save_pretrained = functools.partial(_refuse, outside[0])  # type: ignore[assignment]
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> None:
+    """Raise FxlrdError: what ``save_pretrained`` would write cannot be read again."""
+    raise FxlrdError(
+        f"save_pretrained: {name} is compressed, and from_pretrained would make it anew: use fxlrd.save and fxlrd.load"
+    )
 
 
 def _saves_itself(module: nn.Module) -> bool:
