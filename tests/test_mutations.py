@@ -28,6 +28,7 @@ def test_each_mutant_is_another_program_that_parses():
 @pytest.mark.slow
 def test_a_mutant_survives_the_tests_that_do_not_see_it(tmp_path):
     (tmp_path / "fxlrd").mkdir()
+    (tmp_path / "fxlrd" / "__init__.py").touch()
     (tmp_path / "fxlrd" / "area.py").write_text(SOURCE)
     (tmp_path / "test_area.py").write_text("from fxlrd.area import area\n\ndef test():\n    assert area(2, 3) == 6\n")
     survivors = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxlrd.factor import basis
-from fxlrd.factor.basis import EXCESS, left_basis
+from fxlrd.factor.basis import EXCESS, _accurate, left_basis
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -137,3 +137,11 @@ def test_no_gradient_is_recorded():
     assert not basis.working(torch.randn(3, 3, requires_grad=True)).requires_grad
     assert basis.working(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.float32
     assert basis.working(torch.ones(1, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("rank", [1, 10])
+def test_a_truncation_counts_as_accurate_down_to_the_tail_that_rounding_leaves(rank):
+    limit = rank * 8 * torch.finfo(torch.float32).eps / 1e-4
+    for tail, accurate in [(1.01 * limit, True), (0.99 * limit, False)]:
+        values = torch.tensor([0.3 * tail, 0.7 * tail, *[1.0] * rank])
+        assert _accurate(values, rank) == accurate

@@ -28,6 +28,11 @@ def test_failures_of_a_layers_algebra(error, code):
     assert "\n" not in str(reason)
 
 
+def test_a_reason_quotes_the_message():
+    assert "failed to converge" in str(failure(torch.linalg.LinAlgError("failed to converge")))
+    assert len(str(failure(torch.linalg.LinAlgError("long " * 100)))) < 200
+
+
 @pytest.mark.parametrize(
     "error", [raised(lambda: torch.ones(2) @ torch.ones(3)), ValueError("out of memory"), KeyboardInterrupt()]
 )

@@ -61,3 +61,10 @@ def test_a_ridge_is_that_much_more_of_each_variance():
     torch.testing.assert_close(shrunk[others], expected[others], rtol=1e-9, atol=1e-12)
     assert residual(g, retained, plain, torch.eye(24)) < residual(g, retained, shrunk, torch.eye(24))
     assert torch.equal(shrunk[retained], torch.eye(8).double())
+
+
+def test_retained_channels_that_depend_on_each_other_rebuild_what_they_can():
+    x = mixed(400, 3, 8)
+    retained = torch.arange(5)  # of which any three carry all there is
+    matrix = least_squares(second_moments(x), retained)
+    torch.testing.assert_close(x[:, retained] @ matrix.mT, x, rtol=0, atol=1e-6)

@@ -407,3 +407,13 @@ def test_moments_that_rounding_left_indefinite_have_a_root_too():
     roots = root(negative)
     torch.testing.assert_close(roots.root @ roots.inverse, torch.eye(3).double(), rtol=0, atol=1e-12)
     assert (roots.root @ roots.root.mT)[2, 2] == pytest.approx(RIDGE * negative.diagonal().mean().item(), rel=1e-4)
+
+
+def test_a_regression_on_channels_of_which_one_is_always_zero_is_that_on_the_others():
+    x, target = torch.randn(100, 8).double(), torch.randn(5, 8).double()
+    x[:, 3] = 0
+    moments = second_moments(1e-3 * x)
+    core, last = whiten._regressed(target, None, moments, 8, None)
+    assert last is None
+    alive = [0, 1, 2, 4, 5, 6, 7]
+    torch.testing.assert_close(core[:, alive], target[:, alive], rtol=1e-6, atol=1e-6)
