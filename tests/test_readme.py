@@ -17,3 +17,10 @@ def code_blocks(language: str) -> list[str]:
 def test_the_command_for_the_tests_is_the_one_that_ci_runs():
     (command,) = (block for block in code_blocks("bash") if "pytest" in block)
     assert command == (ROOT / ".ci" / "test-commands").read_text()
+
+
+def test_the_tests_that_hold_its_promises_exist():
+    readme = (ROOT / "README.md").read_text()
+    named = re.findall(r"^\|.*\| `([\w/]+\.py)::(\w+)` \|$", readme, re.MULTILINE)
+    assert len(named) > 10
+    assert not [(path, name) for path, name in named if f"def {name}(" not in (ROOT / "tests" / path).read_text()]
