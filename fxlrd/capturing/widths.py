@@ -16,12 +16,13 @@ from torch import Tensor, fx, nn
 
 from fxlrd.capturing.proof import Original, same
 from fxlrd.graph.channels import Group, group_of
-from fxlrd.graph.copies import independent_copy, structural_copy
+from fxlrd.graph.copies import aliasing_copy, independent_copy, structural_copy
 from fxlrd.graph.guards import why_not_replaceable
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import set_modules
 from fxlrd.graph.run import called_on, isolated, run, set_mode
 from fxlrd.graph.surgery import calls, layers
+from fxlrd.graph.writes import guarding_weights
 from fxlrd.layers.compose import keep_channels, keep_inputs, keep_outputs
 from fxlrd.layers.kinds import as_layer
 from fxlrd.layers.weights import resized
@@ -74,27 +75,39 @@ def _failing(original: Original, gm: fx.GraphModule, groups: Sequence[Group]) ->
 
 def _narrows(original: Original, gm: fx.GraphModule, groups: Sequence[Group]) -> bool:
     """Whether the model does with narrower layers what it does with zeros in their place."""
-    zeroed, narrow = _Changes(gm), _Changes(gm)
-    for i, group in enumerate(groups):
-        order = torch.randperm(group.channels, generator=torch.Generator().manual_seed(i))
-        retained = order[: (group.channels + 1) // 2].sort().values
-        zeroed.zero(group, retained)
-        narrow.cut(group, retained)
+    halves = [(group, _half(group, seed=i)) for i, group in enumerate(groups)]
     sizes = original.inputs.first_rows(), original.inputs.repeated(_TIMES)
     ways: list[Way] = [_as_called, *(partial(_on, inputs=each) for each in sizes if each is not None), _in_training]
-    return all(_alike(way, original, zeroed.modules, narrow.modules) for way in ways)
+    changes = _Changes(gm)
+    for group, retained in halves:
+        changes.zero(group, retained)
+    expected = [_outcome(way, original, changes.modules) for way in ways]
+    changes = _Changes(gm)  # in the place of the others: each have up to half of all weights
+    for group, retained in halves:
+        changes.cut(group, retained)
+    return all(_alike(*each, original, changes.modules) for each in zip(ways, expected, strict=True))
 
 
-def _alike(way: Way, original: Original, zeroed: Mapping[str, nn.Module], narrow: Mapping[str, nn.Module]) -> bool:
-    """Whether the model with either modules gives the same in a way of calling it that it can be called in."""
+def _half(group: Group, seed: int) -> Tensor:
+    """Return half of the group's channels (ascending), at random."""
+    order = torch.randperm(group.channels, generator=torch.Generator().manual_seed(seed))
+    return order[: (group.channels + 1) // 2].sort().values
+
+
+def _outcome(way: Way, original: Original, modules: Mapping[str, nn.Module]) -> list[Tensor] | None:
+    """Return what the model makes with other modules; None if it does not run in this way."""
     try:
-        expected = way(original, zeroed)
-    except Exception:  # the model itself does not run so
+        return way(original, modules)
+    except Exception:
+        return None
+
+
+def _alike(way: Way, expected: list[Tensor] | None, original: Original, narrow: Mapping[str, nn.Module]) -> bool:
+    """Whether the model with narrow modules gives what is expected in a way of calling it that it can be called in."""
+    if expected is None:
         return way is not _as_called
-    try:
-        return same(way(original, narrow), expected)
-    except Exception:  # whatever the model's code says of fewer channels
-        return False
+    outputs = _outcome(way, original, narrow)  # None: whatever the model's code says of fewer channels
+    return outputs is not None and same(outputs, expected)
 
 
 def _as_called(original: Original, modules: Mapping[str, nn.Module]) -> list[Tensor]:
@@ -107,14 +120,31 @@ def _on(original: Original, modules: Mapping[str, nn.Module], inputs: Inputs) ->
 
 def _in_training(original: Original, modules: Mapping[str, nn.Module]) -> list[Tensor]:
     """Return the shapes of the outputs in training mode, after a backward pass: values depend on what dropout draws."""
-    model = _with(independent_copy(original.model), modules)
+    model = _with(aliasing_copy(original.model), modules)
+    try:
+        with guarding_weights(model) as guard:
+            return _trained(model, original.inputs)
+    except Exception:
+        if guard.written is None:
+            raise
+    return _trained(_with(independent_copy(original.model), modules), original.inputs)
+
+
+def _trained(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_leaf:
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # together they are as large as the model
     set_mode(model, True)
     with isolated(model), torch.enable_grad():
-        outputs = tensors(called_on(model, original.inputs))
+        outputs = tensors(called_on(model, inputs))
         sums = [t.sum() for t in outputs if t.requires_grad]
         if sums:
             torch.autograd.backward(sums)
     return [torch.tensor(t.shape) for t in outputs]
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _with(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:

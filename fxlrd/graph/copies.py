@@ -44,6 +44,15 @@ def private_copy(model: nn.Module) -> nn.Module:
     return _copied(model, {id(t): t for t in model.parameters()})
 
 
+def aliasing_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of the model with buffers and parameters of its own, of which the latter have the same memory.
+
+    Gradients of theirs do not reach the model's parameters; what is written into them does.
+    """
+    plain = [p for p in model.parameters() if type(p) is nn.Parameter]
+    return _copied(model, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in plain}, share=False)
+
+
 def independent_copy(model: nn.Module, moved: Mapping[int, Tensor] | None = None) -> nn.Module:
     """Return a copy of the model that shares nothing with it but the tensors ``moved``, given by identity.
 

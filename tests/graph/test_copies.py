@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fxlrd.errors import FxlrdError
-from fxlrd.graph.copies import independent_copy, private_copy, structural_copy
+from fxlrd.graph.copies import aliasing_copy, independent_copy, private_copy, structural_copy
 from tests.support.models import Function
 
 X = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(4, 8)
@@ -152,3 +152,16 @@ def test_an_iterator_cannot_be_shared():
     model.lines = (i for i in range(3))
     with pytest.raises(FxlrdError, match="Net cannot be copied"):
         structural_copy(model)
+
+
+def test_an_aliasing_copy_has_the_memory_of_the_parameters_and_none_of_their_gradients():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[0].bias.requires_grad_(False)
+    twin = aliasing_copy(model)
+    assert twin[0].weight is not model[0].weight
+    assert twin[0].weight.data_ptr() == model[0].weight.data_ptr()
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in model.parameters()]
+    twin(torch.randn(3, 4)).sum().backward()
+    assert twin[0].weight.grad is not None
+    assert all(p.grad is None for p in model.parameters())
+    assert not model[1].num_batches_tracked
