@@ -199,3 +199,27 @@ def test_nothing_is_changed_and_dtype_stays():
     assert all(m.weight.dtype == m.bias.dtype == torch.bfloat16 for m in new)
     assert torch.equal(conv.weight, before)
     assert all(m.training for m in new)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        (nn.Linear(4, 4), nn.Linear(4, 4), None),
+        (nn.Conv2d(4, 4, 1), nn.Linear(4, 4), "conv-linear"),
+        (nn.Linear(4, 4), nn.Conv2d(4, 4, 1), "conv-linear"),
+        (nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2), "grouped"),
+        (nn.Conv2d(4, 4, 3, padding="same"), nn.Conv2d(4, 4, 1), None),
+        (nn.Conv2d(4, 4, 3, padding="same"), nn.Conv2d(4, 4, 1, stride=2), "same-padding"),
+        (nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1, stride=2), None),
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1, padding=1), "own-padding"),
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), "larger-kernel"),
+        (nn.Conv2d(4, 4, 1, stride=2), nn.Conv2d(4, 4, 3), "own-stride"),
+        (nn.Conv2d(4, 4, 1, padding=1), nn.Conv2d(4, 4, 3), "own-stride"),
+        (nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1), "border"),
+        (nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), None),
+        (nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3), None),
+    ],
+)
+def test_which_layers_are_one(first, second, code):
+    reason = why_not_composable(first, second, shift=True)
+    assert (reason and reason.code) == code

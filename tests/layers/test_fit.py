@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from fxlrd.calibration.patches import patches
+from fxlrd.factor.ridge import GRID, best_ridge
 from fxlrd.factor.whiten import RIDGE
 from fxlrd.layers.build import decomposed
-from fxlrd.layers.fit import IMPORTANCE_RIDGE, Moments, Statistics, roots
+from fxlrd.layers.fit import IMPORTANCE_RIDGE, Moments, Statistics, metrics, roots
 from fxlrd.layers.forms import full_ranks
 from fxlrd.layers.kinds import CONVS, Conv, channel_axis, channels_per_group, kernel_area, spatial_dims
 from tests.support.layers import assert_same_outputs, described, rebuilt
@@ -296,3 +298,78 @@ def test_factors_that_are_fitted_share_their_size():
     for part, axis in ((form.first, 0), (form.last, 1)):
         flat = part.weight.detach()[..., 0, 0].movedim(axis, 0)
         torch.testing.assert_close(flat @ flat.mT, torch.eye(len(flat)).double(), rtol=0, atol=1e-12)
+
+
+def test_moments_of_two_calls_are_those_of_all_positions():
+    x = torch.randn(60, 12).double()
+    a, b = (Moments.empty(12, x.device) for _ in range(2))
+    a.add(x[:30])
+    b.add(x[30:])
+    both = a + b
+    torch.testing.assert_close(both.second, x.mT @ x / 60)
+    torch.testing.assert_close(both.mean, x.mean(0))
+    rows = torch.cat([x[30 - a.held_out.count : 30], x[60 - b.held_out.count :]])
+    assert both.held_out.count == len(rows) > 0
+    torch.testing.assert_close(both.held_out.total, rows.sum(0))
+    torch.testing.assert_close(both.held_out.products, (rows.mT @ rows).float())
+
+
+def test_none_are_held_out_of_moments_of_which_some_are_of_enough_positions():
+    few, many = (Moments.empty(3, torch.device("cpu")) for _ in range(2))
+    few.add(torch.randn(10, 3))
+    many.add(torch.randn(16 * 3, 3))
+    assert few.held_out is not None
+    assert (few + many).held_out is (many + few).held_out is many.held_out is None
+    assert many.ridge == 0
+
+
+def test_the_ridge_is_that_which_predicts_the_rows_held_out_about_the_mean_of_the_others():
+    x = torch.randn(24, 12).double() @ torch.randn(12, 12).double() + torch.linspace(5, 9, 12)
+    moments = Moments.empty(12, x.device)
+    moments.add(x)
+    held = moments.held_out.count
+    fitted, others = x[:-held], x[-held:]
+    about = others - fitted.mean(0)
+    expected = best_ridge(fitted.mT.cov(correction=0), about.mT @ about / held)
+    with mock.patch("fxlrd.layers.fit.best_ridge", side_effect=best_ridge) as called:
+        assert moments.ridge == expected
+    covariance, products = called.call_args.args
+    torch.testing.assert_close(covariance, fitted.mT.cov(correction=0), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(products, about.mT @ about / held, rtol=1e-4, atol=1e-3)
+
+
+def test_one_position_says_least():
+    x = torch.randn(1, 5).double()
+    moments = Moments.empty(5, x.device)
+    moments.add(x)
+    assert moments.ridge == GRID[-1]
+    torch.testing.assert_close(moments.second, x.mT @ x)
+    torch.testing.assert_close(moments.mean, x[0])
+
+
+def test_statistics_of_two_calls_drop_what_one_of_them_has_not():
+    x, importance = torch.randn(10, 3).double(), torch.eye(4).double()
+    moments = Moments.empty(3, x.device)
+    moments.add(x)
+    full, uncalled = Statistics(moments, moments, importance), Statistics(called=False)
+    assert full + uncalled is full
+    assert uncalled + full is full
+    assert not (uncalled + uncalled).called
+    twice = full + Statistics(moments, None, 2 * importance)
+    assert twice.input_moments is moments  # of one tensor, which both calls read
+    assert twice.patch_moments is None
+    assert torch.equal(twice.importance, 3 * importance)
+    assert (full + Statistics(moments)).importance is None
+    other = Moments.empty(3, x.device)
+    other.add(2 * x)
+    assert (full + Statistics(other)).input_moments.count == 20
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_metrics_are_what_roots_are_the_roots_of(weighted):
+    conv = nn.Conv2d(6, 4, 1, groups=2).double()
+    fit = fitted_to(conv, data(conv), torch.randn(4, 40).double().cov() if weighted else None)
+    for metric, factor in zip(metrics(conv, fit), roots(conv, fit), strict=True):
+        assert (metric is None) == (factor is None)
+        if metric is not None:
+            torch.testing.assert_close(factor.root @ factor.root.mT, metric, rtol=1e-10, atol=1e-10)
