@@ -20,6 +20,7 @@ from fxlrd.capturing.proof import Original, same
 from fxlrd.capturing.substitution import fold_layers, put_stand_ins, why_not_alike
 from fxlrd.capturing.tracing import constants, trace, train_path_differs
 from fxlrd.errors import CaptureError, FxlrdError, Reason
+from fxlrd.factor.failures import holds_everywhere
 from fxlrd.graph.captured import Unreached, Whole, captured, feed, propagate_once
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.facts import described_layers
@@ -157,7 +158,8 @@ def check_weights(model: nn.Module) -> None:
 
 def _all(holds: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:
     values = stored(tensor)[0].detach()
-    return bool(holds(values.float() if values.element_size() == 1 else values).all())  # float8 has no isfinite
+    float8 = values.element_size() == 1  # which has no isfinite
+    return holds_everywhere((lambda part: holds(part.float())) if float8 else holds, values)
 
 
 def _is_number(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -57,6 +58,18 @@ def _says(error: BaseException, words: re.Pattern[str]) -> bool:
 def check_finite(*tensors: Tensor) -> None:
     """Raise NotFiniteError unless all numbers are finite."""
     for tensor in tensors:
-        if not bool(tensor.isfinite().all()):
+        if not holds_everywhere(torch.isfinite, tensor):
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise NotFiniteError(f"NaN or Inf in {dtype}")
+
+
+_ENTRIES = 2**22
+"""Entries that are looked at together: what torch makes to tell whether they are finite is larger than they are."""
+
+
+def holds_everywhere(predicate: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:
+    """Whether the predicate, which gives a bool for each entry, holds for all entries."""
+    if not tensor.numel():
+        return True
+    rows = max(1, _ENTRIES * len(tensor) // tensor.numel()) if tensor.dim() else 1
+    return all(bool(predicate(part).all()) for part in (tensor.split(rows) if tensor.dim() else (tensor,)))

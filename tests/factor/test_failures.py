@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fxlrd.factor.failures import NotFiniteError, check_finite, failure
+from fxlrd.factor.failures import NotFiniteError, check_finite, failure, holds_everywhere
 
 
 def raised(function):
@@ -44,3 +44,14 @@ def test_numbers_that_are_not_finite():
     check_finite(torch.ones(2), torch.zeros(0))
     with pytest.raises(NotFiniteError, match="NaN or Inf in float16"):
         check_finite(torch.ones(2), torch.full((2,), torch.inf).half())
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 0), (5, 2, 2)])
+def test_entries_are_looked_at_some_at_a_time(shape, monkeypatch):
+    monkeypatch.setattr("fxlrd.factor.failures._ENTRIES", 6)
+    tensor = torch.ones(shape)
+    assert holds_everywhere(torch.isfinite, tensor)
+    for i in range(tensor.numel()):
+        broken = tensor.clone()
+        broken.view(-1)[i] = torch.nan
+        assert not holds_everywhere(torch.isfinite, broken)
