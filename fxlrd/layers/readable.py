@@ -168,7 +168,7 @@ def composed_weight(parts: Sequence[nn.Module], groups: int, shape: tuple[int, .
     """Return the weight of the stock layer that computes what ``parts`` do one after another, or None.
 
     ``shape`` and ``groups`` are those of the layer. It is differentiable with respect to the weights of the parts.
-    Computed in float64 on the CPU, and in the dtype of the parts elsewhere.
+    Computed in float64, which Apple's GPUs lack, so that neither TF32 nor autocast rounds it.
     """
     if not all(type(part) in OPTIONS and isinstance(part, LAYERS) for part in parts):
         return None
@@ -193,7 +193,7 @@ def _dense(part: nn.Module) -> Tensor:
     """Return the weight of a layer as (S, C, k…), with zeros between its groups."""
     groups = channels_per_group(part)[2]
     weight = as_layer(part).weight
-    blocks = as_blocks(weight.double() if weight.device.type == "cpu" else weight, groups, isinstance(part, TRANSPOSED))
+    blocks = as_blocks(weight if weight.device.type == "mps" else weight.double(), groups, isinstance(part, TRANSPOSED))
     if groups == 1:
         return blocks[0]
     eye = torch.eye(groups, dtype=blocks.dtype, device=blocks.device)
