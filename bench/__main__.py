@@ -25,6 +25,7 @@ SECTIONS = {
     "trained": [{}],
     "frontier": [{}],
     "zoo": [{}],
+    "int8": [{}],
     "cuda": [{}],
 }
 

@@ -87,7 +87,9 @@ def _model_options() -> _Parser:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu", help="where to run and time (default: cpu)")
     parser.add_argument("--channels-last", action="store_true", help="channels_last memory format")
-    parser.add_argument("--compile", action="store_true", help="time under Inductor with frozen weights")
+    timed = parser.add_mutually_exclusive_group()
+    timed.add_argument("--compile", action="store_true", help="time under Inductor with frozen weights")
+    timed.add_argument("--int8", action="store_const", const="int8", dest="compile", help="time under Inductor in int8")
     _add_threads(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     return parser

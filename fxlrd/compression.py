@@ -28,6 +28,7 @@ from fxlrd.request import all_inputs, check_agreed, check_context, check_model, 
 from fxlrd.saving.architecture import original_shapes
 from fxlrd.sharing import FirstsTimer, Job, sharing
 from fxlrd.timing.clock import Timer, Timing, compare
+from fxlrd.timing.inductor import Compile
 from fxlrd.timing.models import device_of, time_models
 
 
@@ -56,7 +57,7 @@ def compress(
     budget: Budget | None = None,
     skip: str | Sequence[str] = (),
     calibration: Any = None,
-    compile: bool = False,
+    compile: Compile = False,
     measure: bool = True,
     verify: bool = True,
     inplace: bool = False,
@@ -97,7 +98,8 @@ def compress(
         calibration: inputs like the real ones for the passes that fit to data (merge, auto): a tensor, or an
             iterable of batches, such as a DataLoader. No labels are needed; of (x, y) pairs x is used. If several
             passes read them (auto), all are held in memory; otherwise one batch at a time.
-        compile: time layers and model under Inductor with frozen weights, instead of eagerly.
+        compile: time layers and model under Inductor with frozen weights, instead of eagerly; "int8": also quantised
+            for CPUs by torchao, so that forms are chosen that are fast in int8. The result has the model's own dtype.
         measure: time the whole model before and after, side by side.
         verify: compare the outputs after each pass with those before.
         inplace: put the new layers into ``model`` itself and return it. Otherwise the result shares nothing with
@@ -168,7 +170,7 @@ def report_on(
     run: PipelineResult,
     installed: Installed,
     passes: Pipeline,
-    under_inductor: bool,
+    under_inductor: Compile,
     timings: Mapping[str, Timing],
 ) -> Report:
     """Return the report on what ``passes`` made of ``model``, whose graph is ``original``; `Report.of` has the rest."""
@@ -189,7 +191,7 @@ def timed(
     model: nn.Module,
     original: fx.GraphModule,
     graphs: Mapping[str, fx.GraphModule],
-    under_inductor: bool,
+    under_inductor: Compile,
     timer: Timer,
 ) -> dict[str, Timing]:
     """Time the model ``before``, and as each of ``graphs``, side by side."""

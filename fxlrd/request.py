@@ -21,6 +21,7 @@ from fxlrd.passes.contract import Pass
 from fxlrd.pipeline import Pipeline
 from fxlrd.sharing import Job
 from fxlrd.timing.clock import Timer, compare
+from fxlrd.timing.inductor import Compile, check
 
 DEFAULT_PRESET = "lrd"
 BUDGET_PRESET = "auto"
@@ -94,13 +95,14 @@ def pipeline_for(
     budget: Budget | None = None,
     skip: str | Sequence[str] = (),
     calibration: Any = None,
-    compile: bool = False,
+    compile: Compile = False,
     timer: Timer = compare,
 ) -> Pipeline:
     """Return the passes that these options of `fxlrd.compress` ask for.
 
     Raises FxlrdError for options that exclude each other, or that no pass of the pipeline has.
     """
+    check(compile)
     passes = _chosen(preset, pipeline, budget)
     if ratio is not None:
         _check_takes_ratio(passes, pipeline, budget)
@@ -112,7 +114,7 @@ def pipeline_for(
     if calibration is not None:
         passes = _with_calibration(passes, calibration)
     if compile and passes.reads("compile"):
-        passes = passes.with_options(compile=True)
+        passes = passes.with_options(compile=compile)
     if timer is not compare and passes.reads("timer"):
         passes = passes.with_options(timer=timer)
     return passes

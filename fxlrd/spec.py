@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 from fxlrd.errors import FxlrdError, unknown
 from fxlrd.passes import PASSES
 from fxlrd.passes.contract import Pass
+from fxlrd.timing.inductor import Compile
 
 
 def options(step: Pass) -> dict[str, Any]:
@@ -104,6 +105,7 @@ def _ranks(text: str) -> int | tuple[int | None, ...]:
 
 _READERS: Mapping[Any, Callable[[str], Any]] = {
     bool: lambda text: {"true": True, "false": False}[text.lower()],
+    Compile: lambda text: {"true": True, "false": False, "int8": "int8"}[text.lower()],
     int: int,
     float: float,
     float | None: float,

@@ -28,6 +28,7 @@ from fxlrd.report.report import Report, setting
 from fxlrd.request import check_context, check_model, in_memory, pipeline_for
 from fxlrd.saving.architecture import original_shapes
 from fxlrd.timing.clock import Timer, Timing, compare
+from fxlrd.timing.inductor import Compile
 
 BUDGETS = (0.85, 0.7, 0.55, 0.4)
 """The shares of the original's latency that are tried where no budgets are given."""
@@ -149,7 +150,7 @@ def frontier(
     evaluate: Evaluate | None = None,
     pipeline: Pipeline | Sequence[Pass] | str | None = None,
     skip: str | Sequence[str] = (),
-    compile: bool = False,
+    compile: Compile = False,
     measure: bool = True,
     verify: bool = True,
     progress: bool = False,
@@ -182,7 +183,7 @@ def frontier(
             gets models of its own, the original's first, each in the modes (train or eval) of the original.
         pipeline: passes to run instead of the preset auto. One of them, and one only, is `allocate`.
         skip: names or globs of layers to leave alone.
-        compile: time layers and models under Inductor with frozen weights, instead of eagerly.
+        compile: time layers and models under Inductor, instead of eagerly, or in int8, as in `fxlrd.compress`.
         measure: time all models side by side.
         verify: compare the outputs after each pass with those before.
         progress: show a progress bar, with the time left, on a terminal (standard error) or in a notebook.
@@ -236,7 +237,7 @@ def _points(
     original: fx.GraphModule,
     runs: Mapping[Budget, Run],
     timings: Mapping[str, Timing],
-    compile: bool,
+    compile: Compile,
     verify: bool,
     evaluate: Evaluate | None,
     show: Progress[Any],

@@ -108,3 +108,18 @@ def test_the_gpu_benchmark_runs_on_a_cpu_and_goes_on_where_it_stopped(monkeypatc
     path.write_text(path.read_text().replace('"quick": true', '"quick": false'))
     with pytest.raises(SystemExit, match="is of another setting"):
         cuda.main(command)
+
+
+@pytest.mark.slow
+def test_the_int8_benchmark_runs_or_says_what_it_needs(capsys, tmp_path):
+    from bench.int8 import main
+
+    path = tmp_path / "rows.json"
+    main(["--quick", "--json", str(path)])
+    if not path.exists():
+        assert capsys.readouterr().out == "bench.int8: skipped: it needs torchao (pip install torchao)\n"
+        return
+    rows = {row["fashion"]: row for row in json.loads(path.read_text())}
+    assert list(rows) == ["original, fp32", "original, int8", "lrd, fp32", "lrd, int8"]
+    assert rows["original, fp32"]["accuracy"] == pytest.approx(0.9495, abs=0.002)
+    assert rows["original, int8"]["accuracy"] > 0.93

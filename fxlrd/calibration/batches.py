@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from fxlrd.errors import FxlrdError, VerificationError, one_line
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.compare import difference, rounding_of_kernels
-from fxlrd.graph.inputs import Inputs, tensors
+from fxlrd.graph.inputs import Inputs, map_tensors, tensors
 
 HOLDOUT_PERIOD = 5
 """Of so many batches, one is held out of a fit, to judge it by."""
@@ -36,7 +36,7 @@ def as_batches(data: Any) -> Iterable[Any]:
 
 
 def as_inputs(gm: fx.GraphModule, batches: Iterable[Any]) -> Iterator[Inputs]:
-    """Yield each batch as inputs of the model, given to it as the example inputs were.
+    """Yield each batch as inputs of the model, given to it as the example inputs were, and on their device.
 
     Raises FxlrdError for a batch that holds NaN or +Inf, no tensors, or nothing that the example inputs have.
     """
@@ -52,7 +52,16 @@ def as_inputs(gm: fx.GraphModule, batches: Iterable[Any]) -> Iterator[Inputs]:
         for t in tensors((inputs.args, inputs.kwargs)):
             if t.is_floating_point() and not t.is_meta and _is_invalid(t):
                 raise FxlrdError(f"calibration: batch {i} holds NaN or Inf")
-        yield inputs
+        yield _beside(example, inputs)
+
+
+def _beside(example: Inputs, inputs: Inputs) -> Inputs:
+    """Return inputs on the device of the example's, where that is one: loaders give what is on the CPU."""
+    devices = {t.device for t in tensors((example.args, example.kwargs))}
+    if len(devices) != 1 or {t.device for t in tensors((inputs.args, inputs.kwargs))} <= devices:
+        return inputs
+    (device,) = devices
+    return Inputs(*map_tensors(lambda t: t.to(device), (inputs.args, inputs.kwargs)))
 
 
 def read(batches: Iterable[Any]) -> Iterator[Any]:

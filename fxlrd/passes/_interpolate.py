@@ -43,6 +43,7 @@ from fxlrd.passes.driver import Run
 from fxlrd.ranks import tucker2_rank
 from fxlrd.timing.clock import Timer
 from fxlrd.timing.groups import time_group
+from fxlrd.timing.inductor import Compile
 from fxlrd.timing.search import best_share, grid
 from fxlrd.timing.stopwatch import Stopwatch
 
@@ -69,7 +70,7 @@ class Interpolate(Targets):
 
     snap: bool
     floor: float
-    compile: bool
+    compile: Compile
     seconds: float
     timer: Timer = field(repr=False)
 

@@ -39,6 +39,7 @@ from fxlrd.passes.contract import PassResult, Skip, names
 from fxlrd.passes.driver import Run, start
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.clock import Timer, compare
+from fxlrd.timing.inductor import Compile
 from fxlrd.timing.stopwatch import Stopwatch
 
 
@@ -63,7 +64,7 @@ class Allocate:
     layers: float | None = None
     skip: tuple[str, ...] = ()
     merge: bool = True
-    compile: bool = False
+    compile: Compile = False
     measured: int = 0
     seconds: float = 1.0
     cache: bool = True

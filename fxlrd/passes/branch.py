@@ -35,6 +35,7 @@ from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.branches import time_branches
 from fxlrd.timing.clock import Timer, compare
+from fxlrd.timing.inductor import Compile
 from fxlrd.timing.stopwatch import Stopwatch
 
 GROUPS = (1, 2, 4, 8, 16)
@@ -64,7 +65,7 @@ class Branch:
     rotate: bool = True
     skip: tuple[str, ...] = ()
     steps: int = STEPS
-    compile: bool = False
+    compile: Compile = False
     timer: Timer = field(default=compare, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
 from fxlrd.timing.clock import Timer, compare
+from fxlrd.timing.inductor import Compile
 
 Rewrite = Interpolate | Compose | Relocate
 MODES: dict[str, type[Rewrite]] = {"interpolative": Interpolate, "exact": Compose, "relocate": Relocate}
@@ -65,7 +66,7 @@ class Merge:
     norms: bool = False
     snap: bool = False
     floor: float = 0.75
-    compile: bool = False
+    compile: Compile = False
     seconds: float = 1.5
     timer: Timer = field(default=compare, compare=False, repr=False)
 

@@ -34,6 +34,7 @@ from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 from fxlrd.timing.clock import Timer, Timing, compare
+from fxlrd.timing.inductor import Compile
 from fxlrd.timing.layers import ORIGINAL, Place, placed, time_ranks
 from fxlrd.timing.search import best_share, grid, largest_drop, scan
 from fxlrd.timing.stopwatch import Stopwatch
@@ -57,7 +58,7 @@ class Snap:
     search: str = "grid"
     floor: float = 0.75
     trade: float = 0.5
-    compile: bool = False
+    compile: Compile = False
     seconds: float = 1.5
     cache: bool = True
     timer: Timer = field(default=compare, compare=False, repr=False)

@@ -42,6 +42,7 @@ from fxlrd.ranks import check_ratio
 from fxlrd.report.profile_table import profile_text
 from fxlrd.timing.cache import Setting
 from fxlrd.timing.clock import Timer, Timing, compare
+from fxlrd.timing.inductor import Compile
 from fxlrd.timing.layers import ORIGINAL, placed, time_ranks
 from fxlrd.timing.models import device_of
 from fxlrd.timing.peak import peak_rate
@@ -146,7 +147,7 @@ def profile(
     *,
     ratio: float = 2.0,
     skip: Sequence[str] = (),
-    compile: bool = False,
+    compile: Compile = False,
     seconds: float = 1.0,
     cache: bool = True,
     progress: Progress = quiet,

@@ -22,7 +22,9 @@ from fxlrd.report.advice import advice
 from fxlrd.report.rows import PassRow, layer_rows
 from fxlrd.timing.cache import Setting
 from fxlrd.timing.clock import Timing
+from fxlrd.timing.inductor import Compile
 
+_MODES = {False: "eager", True: "Inductor", "int8": "Inductor in int8"}
 _MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -67,7 +69,7 @@ class Report:
         model: str,
         device: torch.device,
         pipeline: Pipeline,
-        under_inductor: bool,
+        under_inductor: Compile,
         timings: Mapping[str, Timing],
         diff: dict[str, Any],
     ) -> Report:
@@ -142,7 +144,7 @@ def _figures(
 def _settings(
     pipeline: Pipeline,
     inputs: Inputs,
-    under_inductor: bool,
+    under_inductor: Compile,
     timings: Mapping[str, Timing],
     installed: Installed,
 ) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def _settings(
     return settings
 
 
-def setting(inputs: Inputs, under_inductor: bool) -> dict[str, Any]:
+def setting(inputs: Inputs, under_inductor: Compile) -> dict[str, Any]:
     """Return what models are timed with: ``inputs``, ``layout``, ``compile``, ``threads``, ``torch``, ``mode``."""
     layout = "channels_last" if _channels_last(inputs) else "contiguous"
     threads, version = torch.get_num_threads(), torch.__version__
@@ -166,7 +168,7 @@ def setting(inputs: Inputs, under_inductor: bool) -> dict[str, Any]:
         "compile": under_inductor,
         "threads": threads,
         "torch": version,
-        "mode": f"{layout}, {'Inductor' if under_inductor else 'eager'}, {threads} threads, torch {version}",
+        "mode": f"{layout}, {_MODES[under_inductor]}, {threads} threads, torch {version}",
     }
 
 

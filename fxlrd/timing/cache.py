@@ -26,6 +26,7 @@ from fxlrd.errors import one_line
 from fxlrd.escaping import visible
 from fxlrd.files import read_regular, write_atomically
 from fxlrd.graph.precision import uses_tf32
+from fxlrd.timing.inductor import Compile
 
 
 class Setting(NamedTuple):
@@ -34,10 +35,10 @@ class Setting(NamedTuple):
     device: str
     torch_version: str
     threads: int
-    compiled: bool
+    compiled: Compile
 
     @classmethod
-    def current(cls, device: torch.device, compiled: bool) -> Setting:
+    def current(cls, device: torch.device, compiled: Compile) -> Setting:
         """Return the setting of this process on ``device``; whether a GPU uses TF32 is part of its name."""
         name = _device_name(device.type, device.index)
         if used := uses_tf32(device):

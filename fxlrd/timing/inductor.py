@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
+from fxlrd.errors import FxlrdError
 from fxlrd.layers.kinds import LAYERS
+from fxlrd.timing.int8 import quantized
+
+Compile = bool | Literal["int8"]
+"""How modules are timed: eagerly, under Inductor with frozen weights, or under Inductor in int8."""
 
 
-def served(module: nn.Module, under_inductor: bool) -> Callable[..., Any]:
-    """Return what is called to run the module: itself, or the module `compiled`."""
+def check(compile: Compile) -> None:
+    """Raise FxlrdError for what does not say how to compile."""
+    if not isinstance(compile, bool) and compile != "int8":
+        raise FxlrdError(f'compile={compile!r}: give True, False or "int8"')
+
+
+def served(module: nn.Module, under_inductor: Compile) -> Callable[..., Any]:
+    """Return what is called to run the module: itself, or the module `compiled`, also quantised."""
+    if under_inductor == "int8":
+        return compiled_in_int8(module)
     return compiled(module) if under_inductor else module
+
+
+def compiled_in_int8(module: nn.Module) -> Callable[..., Any]:
+    """Return the module `quantized`, under Inductor; it is made at its first call."""
+    made: list[Callable[..., Any]] = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not made:
+            made.append(compiled(quantized(module, args, kwargs, lambda prepared: prepared(*args, **kwargs))))
+        return made[0](*args, **kwargs)
+
+    return call
 
 
 def compiled(module: nn.Module) -> Callable[..., Any]:

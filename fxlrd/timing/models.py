@@ -9,6 +9,7 @@ from torch import nn
 
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.timing.clock import Timer, Timing, compare
+from fxlrd.timing.inductor import Compile
 from fxlrd.timing.workload import Workload, time_workloads
 
 
@@ -16,7 +17,7 @@ def time_models(
     models: Mapping[str, nn.Module],
     inputs: Inputs,
     *,
-    under_inductor: bool = False,
+    under_inductor: Compile = False,
     seconds: float = 4.0,
     timer: Timer = compare,
 ) -> dict[str, Timing]:

@@ -25,6 +25,7 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.sharing import FirstsTimer
 from fxlrd.timing.cache import Cache, Entry, Ratio, Setting
 from fxlrd.timing.clock import Timer, Timing, compare, once
+from fxlrd.timing.inductor import Compile, check
 from fxlrd.timing.models import device_of
 from fxlrd.timing.multiply import reference_kernel
 from fxlrd.timing.workload import Workload, time_workloads
@@ -41,7 +42,7 @@ class Stopwatch:
     """Times for one run of a pass or report; what memory or the cache on disk holds is not timed again.
 
     Attributes:
-        under_inductor: times under Inductor with frozen weights.
+        under_inductor: times under Inductor with frozen weights, or in int8.
         seconds: bounds the timing of the variants of one signature.
         cached: whether timings on disk are read and written; those of processes that share a timer are not, since what
             one of them finds there, and does not time, others may not.
@@ -53,7 +54,7 @@ class Stopwatch:
             timed: above 1 there is other load on the machine.
     """
 
-    under_inductor: bool = False
+    under_inductor: Compile = False
     seconds: float = 1.5
     cached: bool = True
     timer: Timer = compare
@@ -64,6 +65,7 @@ class Stopwatch:
     _kernel_seconds: dict[torch.device, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check(self.under_inductor)
         self.cached = self.cached and not isinstance(self.timer, FirstsTimer)
 
     def times(

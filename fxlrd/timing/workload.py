@@ -13,7 +13,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import evaluating, unmoved
 from fxlrd.timing.clock import Timer, Timing, compare
-from fxlrd.timing.inductor import served
+from fxlrd.timing.inductor import Compile, served
 
 
 class Workload:
@@ -23,7 +23,7 @@ class Workload:
     weights.
     """
 
-    def __init__(self, parts: Sequence[tuple[nn.Module, Inputs]], under_inductor: bool = False) -> None:
+    def __init__(self, parts: Sequence[tuple[nn.Module, Inputs]], under_inductor: Compile = False) -> None:
         self.modules = [module for module, _ in parts]
         self.parts = list(parts)
         self.under_inductor = under_inductor

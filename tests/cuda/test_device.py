@@ -89,6 +89,16 @@ def test_an_attention_gives_what_it_gives_on_the_cpu(device):
         assert difference(outputs, [made["cpu"](x)], "output").relative < rounding_of_kernels(outputs)
 
 
+def test_calibration_inputs_come_to_the_device_of_the_example_inputs(device):
+    net, x = model().to(device), batches()[0].to(device)
+    options = {"budget": Budget(params=0.6), "measure": False}
+    there, here = (
+        fxlrd.compress(net, x, calibration=data, **options).model
+        for data in (batches(), [b.to(device) for b in batches()])
+    )
+    assert torch.equal(there(x), here(x))
+
+
 def test_a_frontier_runs_where_the_model_is(device):
     data = [x.to(device) for x in batches()]
     budgets = ["params=0.8", "params=0.6"]

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fxlrd
+from fxlrd import FxlrdError
+from fxlrd.passes import Allocate, Snap
+from fxlrd.timing.cache import Setting
+from fxlrd.timing.inductor import served
+from tests.support.timers import WeightTimer
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("step", [Snap(compile="int8"), Allocate(latency=0.5, compile="int8"), Snap(compile=True)])
+def test_the_text_form_says_how_layers_are_timed(step):
+    text = str(fxlrd.Pipeline([step]))
+    assert "compile=" in text
+    assert fxlrd.Pipeline.parse(text).passes == (step,)
+
+
+def test_timings_in_int8_are_kept_apart():
+    settings = {Setting.current(CPU, compile) for compile in (False, True, "int8")}
+    assert len(settings) == 3
+
+
+def test_another_way_to_compile_is_refused():
+    with pytest.raises(FxlrdError, match="compile='int4': give True, False or \"int8\""):
+        fxlrd.compress(nn.Linear(32, 32), torch.zeros(2, 32), compile="int4")
+    with pytest.raises(FxlrdError, match="CPUs only"):
+        served(nn.Linear(4, 4), "int8")(torch.zeros(2, 4, device="meta"))
+
+
+def test_without_torchao_the_error_says_what_to_install(monkeypatch):
+    for name in ("torchao", "torchao.quantization.pt2e.quantize_pt2e"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+    with pytest.raises(FxlrdError, match="pip install torchao"):
+        served(nn.Linear(4, 4), "int8")(torch.zeros(2, 4))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_layers_and_models_are_timed_as_torchao_quantises_them():
+    pytest.importorskip("torchao", reason="no torchao: pip install torchao")
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.Flatten(), nn.Linear(4096, 8)
+    )
+    net, x = net.eval(), torch.randn(4, 32, 8, 8)
+    call = served(net, "int8")
+    error = (call(x) - net(x)).norm() / net(x).norm()
+    assert 1e-4 < error < 0.1, "in int8 it is not exact, and not wrong"
+    timer = WeightTimer(lambda name, weights: 1e-3 * weights)
+    result = fxlrd.compress(net, x, pipeline="decompose{ratio=2},snap", compile="int8", timer=timer)
+    assert result.report.settings["compile"] == "int8"
+    assert "Inductor in int8" in result.report.settings["mode"]
+    assert result.model(x).dtype == torch.float32
