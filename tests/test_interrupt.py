@@ -63,6 +63,7 @@ def test_a_command_that_is_interrupted(module, name, tmp_path, monkeypatch, caps
     assert not (tmp_path / "report.html").exists()
     assert fxlrd.load(tmp_path / "saved", network())(torch.zeros(1, 3, 6, 6)).isfinite().all()
     assert not [path.name for path in tmp_path.rglob(".*")]
+    assert len([*(tmp_path / "saved").iterdir()]) == 2  # a plan and its weights
 
 
 IMPORTING = """

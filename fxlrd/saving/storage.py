@@ -91,15 +91,29 @@ def write(
             disk.sync(file)
             weights = Weights(*hashed(file))
             text = _plan_text(folder, plan_for(weights))
-            disk.rename(file, weights_file(folder, weights))
-            disk.sync(folder)
-            disk.write_text(folder / PLAN, text)
+            with _unless_planned(folder, weights_file(folder, weights), text, disk):
+                disk.rename(file, weights_file(folder, weights))
+                disk.sync(folder)
+                disk.write_text(folder / PLAN, text)
             disk.sync(folder)
         finally:
             _discard(scratch, disk)
         for path in folder.iterdir():  # files of the checkpoint before, or of a save that was killed
             if _OURS.fullmatch(path.name) and path != weights_file(folder, weights):
                 _discard(path, disk)
+
+
+@contextmanager
+def _unless_planned(folder: Path, file: Path, text: str, disk: Disk) -> Iterator[None]:
+    """Remove a file of weights that was not there before if anything fails, Ctrl-C too, before the plan names it."""
+    was_there = file.exists()
+    try:
+        yield
+    except BaseException:
+        plan = folder / PLAN
+        if not was_there and not (plan.is_file() and plan.read_text(encoding="utf-8") == text):
+            _discard(file, disk)
+        raise
 
 
 def _plan_text(folder: Path, plan: Plan) -> str:
