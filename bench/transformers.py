@@ -29,13 +29,16 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bench import generation, pretrained
-from fxlrd import Budget, compress
-from fxlrd.errors import FxlrdError
+from fxlrd import Budget, frontier
+from fxlrd.capturing.model import capture_any
 from fxlrd.files import write_out
+from fxlrd.graph.captured import runnable
 from fxlrd.graph.inputs import Inputs
+from fxlrd.passes import Allocate, Calibrate, Decompose
+from fxlrd.progress import bar
 from fxlrd.timing.clock import Timing
 from fxlrd.timing.models import time_models
 
@@ -43,18 +46,6 @@ ROWS = 4
 """Sequences in a batch of calibration."""
 BATCHES = (1, 8)
 JOINT = "units and matrices"
-METHODS: dict[str, Callable[[float, int], dict[str, Any]]] = {
-    "plain SVD, uniform": lambda share, _: {"pipeline": f"decompose{{ratio={1 / share}}}"},
-    "whitened SVD, uniform": lambda share, _: {
-        "pipeline": f"calibrate{{outputs=false}},decompose{{ratio={1 / share}}}"
-    },
-    "single matrices": lambda share, effects: {
-        "pipeline": f"calibrate{{outputs=false,effects={effects},holdout=true}},"
-        f"allocate{{layers={share},merge=false}},decompose"
-    },
-    JOINT: lambda share, _: {"budget": Budget(layers=share)},
-}
-"""What `fxlrd.compress` is asked for, by the share of the layers' parameters and the number of inputs for effects."""
 
 
 class Smollm2:
@@ -132,6 +123,53 @@ def _batches(encoded: dict[str, Tensor], rows: int) -> list[dict[str, Tensor]]:
 MODELS = {model.name: model for model in (Smollm2, Minilm)}
 
 
+def _plain(subject: Smollm2 | Minilm, shares: list[float]) -> dict[float, nn.Module]:
+    return _decomposed(subject, capture_any(subject.model, Inputs.of(subject.calibration[0])), shares)
+
+
+def _whitened(subject: Smollm2 | Minilm, shares: list[float]) -> dict[float, nn.Module]:
+    gm = capture_any(subject.model, Inputs.of(subject.calibration[0]))
+    return _decomposed(subject, Calibrate(subject.calibration, outputs=False)(gm, bar).graph_module, shares)
+
+
+def _decomposed(subject: Smollm2 | Minilm, gm: fx.GraphModule, shares: list[float]) -> dict[float, nn.Module]:
+    passes = {share: Decompose(ratio=1 / share, skip=subject.skip) for share in shares}
+    return {share: runnable(each(gm, bar).graph_module) for share, each in passes.items()}
+
+
+def _single(subject: Smollm2 | Minilm, shares: list[float]) -> dict[float, nn.Module]:
+    calibrate = Calibrate(outputs=False, effects=256, holdout=True)
+    return _allocated(subject, shares, [calibrate, Allocate(layers=shares[0], merge=False), Decompose()])
+
+
+def _joint(subject: Smollm2 | Minilm, shares: list[float]) -> dict[float, nn.Module]:
+    return _allocated(subject, shares, None)
+
+
+def _allocated(subject: Smollm2 | Minilm, shares: list[float], passes: Any) -> dict[float, nn.Module]:
+    """Return the models within budgets of the layers' parameters, from one calibration."""
+    tried = frontier(
+        subject.model,
+        subject.calibration[0],
+        calibration=subject.calibration,
+        budgets=[Budget(layers=share) for share in shares],
+        pipeline=passes,
+        skip=subject.skip,
+        measure=False,
+        progress=True,
+    )
+    return {point.budget.share: point.result().model for point in tried.points}
+
+
+METHODS: dict[str, Callable[[Any, list[float]], dict[float, nn.Module]]] = {
+    "plain SVD, uniform": _plain,
+    "whitened SVD, uniform": _whitened,
+    "single matrices": _single,
+    JOINT: _joint,
+}
+"""What makes the models, by the share of the layers' parameters that they retain."""
+
+
 class Results:
     """What was measured, by cell, in a JSON file if there is one. Raises SystemExit for one of other settings."""
 
@@ -148,10 +186,7 @@ class Results:
         """Return a cell, measured now if it was not before."""
         if key not in self.cells:
             start = time.perf_counter()
-            try:
-                self.cells[key] = measure()
-            except FxlrdError as error:
-                self.cells[key] = {"error": str(error)}
+            self.cells[key] = measure()
             print(f"{key}: {self.cells[key]} ({time.perf_counter() - start:.0f} s)", flush=True)
             if self.path is not None:
                 write_out(self.path, json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")
@@ -165,34 +200,24 @@ class Bench:
         self.subject, self.shares, self.results, self.seconds = subject, shares, results, seconds
         self.joint: dict[float, nn.Module] = {}
 
-    def compressed(self, method: str, share: float) -> nn.Module:
-        subject = self.subject
-        effects = sum(len(batch["input_ids"]) for batch in subject.calibration)
-        options = METHODS[method](share, effects)
-        example = subject.calibration[0]
-        data = None if method.startswith("plain") else subject.calibration
-        result = compress(
-            subject.model, example, skip=subject.skip, calibration=data, measure=False, progress=True, **options
-        )
-        return result.model
-
-    def fidelity(self, method: str, share: float) -> dict[str, Any]:
-        model = self.compressed(method, share)
+    def fidelity(self, method: str) -> list[str]:
+        """Return the figures of a method, of which one calibration is measured together."""
+        keys = {share: f"{self.subject.name}, {method}, {share:g}" for share in self.shares}
+        missing = [share for share, key in keys.items() if key not in self.results.cells]
+        models = METHODS[method](self.subject, missing) if missing else {}
         if method == JOINT:
-            self.joint[share] = model
-        params = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in self.subject.model.parameters())
-        return {"fidelity": self.subject.fidelity(model), "params": params}
+            self.joint |= models
+        cells = [self.results.cell(key, lambda s=share: self._figures(models.get(s))) for share, key in keys.items()]
+        return [f"{c['fidelity']:.4g}" if "fidelity" in c else c["error"] for c in cells]
+
+    def _figures(self, model: nn.Module | None) -> dict[str, Any]:
+        if model is None:
+            return {"error": "out of reach"}
+        left = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in self.subject.model.parameters())
+        return {"fidelity": self.subject.fidelity(model), "params": left}
 
     def table(self, methods: list[str]) -> None:
-        rows = []
-        for method in methods:
-            cells = [
-                self.results.cell(
-                    f"{self.subject.name}, {method}, {share:g}", lambda m=method, s=share: self.fidelity(m, s)
-                )
-                for share in self.shares
-            ]
-            rows.append([method, *(f"{c['fidelity']:.4g}" if "fidelity" in c else c["error"] for c in cells)])
+        rows = [[method, *self.fidelity(method)] for method in methods]
         print(f"\n{self.subject.name}: {self.subject.figure} (original {self.subject.base:.2f})")
         print(tabulate(rows, headers=["", *map(str, self.shares)], disable_numparse=True), flush=True)
 
@@ -217,9 +242,8 @@ class Bench:
         print(tabulate(rows, headers=["", "", "original", *map(str, self.shares)], disable_numparse=True), flush=True)
 
     def _timed(self, batch: int, compile: bool) -> dict[str, Any]:
-        for share in self.shares:
-            if share not in self.joint:
-                self.joint[share] = self.compressed(JOINT, share)
+        if missing := [share for share in self.shares if share not in self.joint]:
+            self.joint |= _joint(self.subject, missing)
         models = {"original": self.subject.model, **{str(share): self.joint[share] for share in self.shares}}
         timed = self.subject.timings(models, batch, compile, self.seconds)
         return {workload: {name: _as_dict(t) for name, t in timings.items()} for workload, timings in timed.items()}
