@@ -35,6 +35,9 @@ from fxlrd.graph.inputs import tensors
 logits_among: Fact[tuple[bool, ...]] = Fact("logits_among", tuple)
 """Which of the model's output tensors are logits: on a graph that was calibrated."""
 
+_ENTRIES = 2**22
+"""About so many numbers are worked on at a time."""
+
 
 def logits_of(value: Any, softmax: bool | None = None) -> tuple[bool, ...]:
     """Return which tensors of a model's output are logits, in the order of `tensors`.
@@ -98,21 +101,39 @@ def drawn(output: Tensor, logits: bool, generator: torch.Generator) -> Tensor:
 
     From random signs s it is s itself, or √p∘s − p·(√pᵀ·s).
     """
-    signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
     z = output.detach()
     if logits and (size := _spread(z)) > 0:
-        p = working(z).softmax(_axis(z))
-        turned = p.sqrt() * signs
-        return ((turned - p * turned.sum(_axis(z), keepdim=True)) / math.sqrt(size)).to(output.dtype)
-    return signs / z.double().norm().clamp_min(1e-30).to(output.dtype)
+        parts = [_turned(rows, generator) / math.sqrt(size) for rows in _rows(z)]
+        return torch.cat(parts).to(z.dtype).view(z.movedim(_axis(z), -1).shape).movedim(-1, _axis(z))
+    return _signs(z, generator) / z.double().norm().clamp_min(1e-30).to(z.dtype)
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8).to(like) * 2 - 1
+
+
+def _turned(z: Tensor, generator: torch.Generator) -> Tensor:
+    p = z.softmax(-1)
+    turned = p.sqrt() * _signs(z, generator)
+    return turned - p * turned.sum(-1, keepdim=True)
+
+
+def _rows(z: Tensor) -> Iterator[Tensor]:
+    """Yield the rows of logits, classes last, some at a time: those of a language model are large."""
+    rows = z.movedim(_axis(z), -1).reshape(-1, _classes(z))
+    for part in rows.split(max(1, _ENTRIES // rows.shape[-1])):
+        yield working(part)
 
 
 def _spread(z: Tensor) -> float:
     """Return Σ Var_p(z)."""
-    z, axis = working(z), _axis(z)
-    p = z.softmax(axis)
-    centred = torch.where(p > 0, z, 0) - (p * torch.where(p > 0, z, 0)).sum(axis, keepdim=True)
-    return float((p * centred.square()).sum())
+    return sum(float(_variance(rows).sum()) for rows in _rows(z))
+
+
+def _variance(z: Tensor) -> Tensor:
+    p = z.softmax(-1)
+    z = torch.where(p > 0, z, 0)  # what is ruled out is -inf
+    return (p * (z - (p * z).sum(-1, keepdim=True)).square()).sum(-1)
 
 
 def squared_error(changed: Sequence[Tensor], original: Sequence[Tensor], logits: Sequence[bool] = ()) -> float:
@@ -137,10 +158,11 @@ def _divergence(a: Tensor, b: Tensor) -> float:
     size = _spread(b)
     if not size > 0:
         return _relative(a, b)
-    axis = _axis(b)
-    p, q = working(b).log_softmax(axis), working(a).log_softmax(axis)
-    apart = torch.where(p.isfinite(), p.exp() * (p - q), 0).sum()
-    return max(0.0, 2 * float(apart) / size)
+    apart = 0.0
+    for changed, original in zip(_rows(a), _rows(b), strict=True):
+        p, q = original.log_softmax(-1), changed.log_softmax(-1)
+        apart += float(torch.where(p.isfinite(), p.exp() * (p - q), 0).sum())
+    return max(0.0, 2 * apart / size)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fxlrd import capture
+from fxlrd.calibration import metric
 from fxlrd.calibration.metric import drawn, logits_among, logits_of, squared_error
 from fxlrd.errors import FxlrdError
 from fxlrd.passes import Calibrate
@@ -66,6 +67,18 @@ def test_the_error_of_logits_is_twice_the_divergence_of_their_probabilities():
     step = 1e-4 * (other - z)
     near = sum(float(d @ fisher(row) @ d) for d, row in zip(step, z, strict=True)) / spread(z)
     assert squared_error([z + step], [z], [True]) == pytest.approx(near, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (2, 5, 3, 3)])
+def test_rows_are_worked_on_some_at_a_time(shape, monkeypatch):
+    z, other = torch.randn(2, *shape, dtype=torch.float64)
+    at_once = squared_error([other], [z], [True]), drawn(z, True, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(metric, "_ENTRIES", 5)
+    assert squared_error([other], [z], [True]) == pytest.approx(at_once[0], rel=1e-12)
+    one_by_one = drawn(z, True, torch.Generator().manual_seed(0))
+    assert one_by_one.shape == z.shape
+    assert one_by_one.norm() == pytest.approx(float(at_once[1].norm()), rel=1)  # other signs
+    assert one_by_one.sum(1 if z.dim() == 4 else -1).abs().max() < 1e-12
 
 
 def test_logits_of_maps_have_their_classes_first():
