@@ -75,7 +75,7 @@ def test_invalid_budgets_in_text_form(text, message):
 
 
 EVERY_OPTION = [
-    "calibrate{outputs=false,patches=3,effects=4,holdout=true}",
+    "calibrate{outputs=false,patches=3,effects=4,metric=softmax,holdout=true}",
     "allocate{params=0.5}",
     "allocate{flops=0.5}",
     "allocate{layers=0.5}",

@@ -191,23 +191,29 @@ def _solved(
     """
     weight = as_layer(module).weight.detach().double().flatten(1)
     count, width = weight.shape
-    joint = Moments.empty(width + count, weight.device)
+    read = Moments.empty(width, weight.device)
+    cross, total = weight.new_zeros(count, width), weight.new_zeros(count)
     for z, y in pairs:
         made = y.movedim(channel_axis(module, y.dim()), -1)
-        made = (made if retained is None else made[..., retained]).reshape(-1, count).double()
+        made = (made if retained is None else made[..., retained]).reshape(-1, count)
         most = max(ROWS * width, FEW)
-        joint.add(torch.cat([_rows(module, z, most), made[:: stride_for(len(made), most)]], 1))
-    covariance = joint.covariance if constant else joint.second
-    if not bool(covariance.isfinite().all()):
+        rows, made = _rows(module, z, most), made[:: stride_for(len(made), most)].double()
+        read.add(rows)
+        cross += made.mT @ rows
+        total += made.sum(0)
+    mean = total / max(read.count, 1)
+    inner, cross = read.second, cross / max(read.count, 1)
+    if constant:
+        inner, cross = read.covariance, cross - torch.outer(mean, read.mean)
+    if not bool(inner.isfinite().all() and cross.isfinite().all()):
         return None
-    inner, cross = covariance[:width, :width], covariance[width:, :width]
     scale = inner.diagonal().mean() * RIDGE
     if not scale > 0:
         return None
-    regularised = with_ridge(inner, joint.ridge) + scale * torch.eye(width, dtype=inner.dtype, device=inner.device)
+    regularised = with_ridge(inner, read.ridge) + scale * torch.eye(width, dtype=inner.dtype, device=inner.device)
     change = torch.linalg.solve(regularised, (cross - weight @ inner).mT).mT
     weight = weight + change
-    bias = (joint.mean[width:] - weight @ joint.mean[:width]) * constant
+    bias = (mean - weight @ read.mean) * constant
     check_finite(weight, bias)
     return weight.view_as(as_layer(module).weight), bias
 
