@@ -90,7 +90,7 @@ def users_outputs(original: fx.GraphModule) -> Any:
     capture = captured_or_bare(original)
     if not capture.user_forward or capture.model is None:
         return None
-    return counted(structural_copy(capture.model), capture.inputs)[0]
+    return tensors(counted(structural_copy(capture.model), capture.inputs)[0])
 
 
 def lost_methods(model: nn.Module) -> tuple[str, ...]:

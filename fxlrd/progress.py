@@ -118,7 +118,7 @@ def _tqdm(*arguments: Any, **options: Any) -> Any:
     """Return a bar of tqdm; it draws nothing where neither a terminal nor a notebook shows it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # without ipywidgets a notebook gets a bar of text
-        from tqdm.auto import tqdm
+        from tqdm.autonotebook import tqdm  # not auto: that one calls iter() twice, and loaders draw seeds
 
         draw: Any = tqdm
         return draw(*arguments, leave=False, disable=False if _in_notebook() else None, **options)

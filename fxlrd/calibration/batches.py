@@ -58,7 +58,8 @@ def as_inputs(gm: fx.GraphModule, batches: Iterable[Any]) -> Iterator[Inputs]:
 def _beside(example: Inputs, inputs: Inputs) -> Inputs:
     """Return inputs on the device of the example's, where that is one: loaders give what is on the CPU."""
     devices = {t.device for t in tensors((example.args, example.kwargs))}
-    if len(devices) != 1 or {t.device for t in tensors((inputs.args, inputs.kwargs))} <= devices:
+    given = {t.device for t in tensors((inputs.args, inputs.kwargs))}
+    if len(devices) != 1 or given <= devices or torch.device("meta") in given:
         return inputs
     (device,) = devices
     return Inputs(*map_tensors(lambda t: t.to(device), (inputs.args, inputs.kwargs)))

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxlrd.graph.facts import FACTORS, Provenance, counted_flops, provenance, tensor_meta
+from fxlrd.layers.readable import is_container
 
 
 @dataclass(eq=False)
@@ -176,6 +177,8 @@ def _is_placeholder(module: nn.Module | None) -> bool:
 def _class_differs(module: nn.Module, other: nn.Module | None) -> bool:
     """Whether two modules with children run different code."""
     if other is None or _is_placeholder(module) or _is_placeholder(other):
+        return False
+    if is_container(module) and is_container(other):
         return False
     return type(module).__name__ != type(other).__name__ and next(other.children(), None) is not None
 
