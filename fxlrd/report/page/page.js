@@ -366,7 +366,11 @@
       const name = { speed: "speed, times the original’s", latency_ms: "latency, ms", params: "parameters", flops: "FLOPs" }[axis];
       const node = drawing(width, height, `${title} against ${name.split(",")[0]}`,
         points.map((p) => `${p.name}: ${value(p.y)} at ${text(p.x)}`).join("; "));
-      const span = (values, count) => ticks(Math.min(...values), Math.max(...values), count);
+      const span = (values, count) => {
+        const low = Math.min(...values), high = Math.max(...values);
+        const room = high - low > 1e-9 * Math.abs(high) ? 0 : 0.05 * Math.abs(high) || 1; // all alike: in the middle
+        return ticks(low - room, high + room, count);
+      };
       const ys = span(points.map((p) => p.y), 4);
       const xs = span(points.flatMap((p) => [p.x - p.spread, p.x + p.spread]), width < 500 ? 3 : 6);
       const x = (v) => left + ((v - xs[0]) / (xs.at(-1) - xs[0])) * (width - left - right);
