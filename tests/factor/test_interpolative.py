@@ -67,4 +67,4 @@ def test_retained_channels_that_depend_on_each_other_rebuild_what_they_can():
     x = mixed(400, 3, 8)
     retained = torch.arange(5)  # of which any three carry all there is
     matrix = least_squares(second_moments(x), retained)
-    torch.testing.assert_close(x[:, retained] @ matrix.mT, x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(x[:, retained] @ matrix.mT, x, rtol=0, atol=1e-7)

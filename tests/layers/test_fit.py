@@ -334,8 +334,9 @@ def test_the_ridge_is_that_which_predicts_the_rows_held_out_about_the_mean_of_th
     with mock.patch("fxlrd.layers.fit.best_ridge", side_effect=best_ridge) as called:
         assert moments.ridge == expected
     covariance, products = called.call_args.args
-    torch.testing.assert_close(covariance, fitted.mT.cov(correction=0), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(products, about.mT @ about / held, rtol=1e-4, atol=1e-3)
+    rounding = 2**-24 * float(moments.held_out.products.abs().max())  # of the sums over the rows held out, to float32
+    torch.testing.assert_close(covariance, fitted.mT.cov(correction=0), rtol=1e-11, atol=rounding / len(fitted))
+    torch.testing.assert_close(products, about.mT @ about / held, rtol=1e-11, atol=rounding / held)
 
 
 def test_one_position_says_least():
