@@ -24,6 +24,7 @@ from fxlrd.graph.fast_paths import turn_off_around
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import run, set_mode
 from fxlrd.graph.surgery import called, chained
+from fxlrd.layers.absorbed import in_place_of
 from fxlrd.layers.described import DescribedFactors
 from fxlrd.layers.kinds import LAYERS, OPTIONS
 from fxlrd.layers.readable import ReadableFactors, weight_shape_of
@@ -167,7 +168,8 @@ def set_modules(
     """Put modules into ``model`` under their names, and return the replaced ones. Aliases stay one module.
 
     Factors of layers in ``described`` answer for the layer's weight, see `fxlrd.layers.described`; those of others
-    compose it, see `fxlrd.layers.readable`. Fast paths around the modules are turned off. An attention of torch's own
+    compose it, see `fxlrd.layers.readable`. An Identity in the place of a BatchNorm reads as one that does nothing, see
+    `fxlrd.layers.absorbed`. Fast paths around the modules are turned off. An attention of torch's own
     whose projections are among them is opened; it is returned in their place.
     """
     closed = open_for(model, new)
@@ -177,6 +179,7 @@ def set_modules(
         if type(module) is nn.Sequential:
             kind = DescribedFactors if name in described else ReadableFactors
             module = kind(OrderedDict(module.named_children()))
+        module = in_place_of(module, modules[name])
         for alias in [alias for alias, m in modules.items() if m is modules[name]]:
             if attention_of(alias) not in closed:
                 replaced[alias] = modules[alias]

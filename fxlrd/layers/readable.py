@@ -34,19 +34,21 @@ _ROUNDING = 16
 class ComposedWeight(Tensor):
     """The product of a layer's factors, as it was when it was asked for. It can be read, and not written."""
 
+    refusal = f"the weight of a decomposed layer is composed from its factors and read-only: {_REMEDY}"
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Return what a plain tensor would. Raises FxlrdError for a write, which would be lost."""
-        own = [v for v in tree_leaves((args, kwargs)) if isinstance(v, cls)]
+        own = [v for v in tree_leaves((args, kwargs)) if isinstance(v, ComposedWeight)]
         with torch._C.DisableTorchFunctionSubclass():
             versions = [tensor._version for tensor in own]
             if func is not Tensor.requires_grad_ and getattr(func, "__name__", "") != "__set__":
                 result = func(*args, **(kwargs or {}))
                 if versions == [tensor._version for tensor in own]:
                     return _read_only(result, own)
-        raise FxlrdError(f"the weight of a decomposed layer is composed from its factors and read-only: {_REMEDY}")
+        raise FxlrdError(own[0].refusal)
 
 
 def _read_only(result: Any, weights: Sequence[Tensor]) -> Any:
@@ -55,8 +57,8 @@ def _read_only(result: Any, weights: Sequence[Tensor]) -> Any:
         result.setflags(write=False)
     if isinstance(result, (list, tuple)) and type(result) in (list, tuple):
         return type(result)(_read_only(value, weights) for value in result)
-    if type(result) is Tensor and any(_same_memory(result, weight) for weight in weights):
-        return result.as_subclass(ComposedWeight)
+    if type(result) is Tensor and (shared := next((w for w in weights if _same_memory(result, w)), None)) is not None:
+        return result.as_subclass(type(shared))
     return result
 
 

@@ -12,9 +12,10 @@ from fxlrd.graph.facts import shape
 from fxlrd.graph.operations import ELEMENTWISE_MODULES
 from fxlrd.graph.surgery import source
 from fxlrd.graph.values import MERGEABLE_NORMS
+from fxlrd.layers.absorbed import IDENTITIES
 from fxlrd.layers.kinds import kernel_area
 
-_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+_IDENTITIES = (*IDENTITIES, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 """The modules that pass their input on in eval mode."""
 
 

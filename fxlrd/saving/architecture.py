@@ -25,6 +25,7 @@ from fxlrd.graph.padding import remove_padding
 from fxlrd.graph.regions import install_layers
 from fxlrd.graph.run import run
 from fxlrd.graph.surgery import called, fork
+from fxlrd.layers.absorbed import IDENTITIES
 from fxlrd.layers.described import DescribedFactors
 from fxlrd.layers.kinds import LAYERS
 from fxlrd.saving.descriptions import descriptions
@@ -72,7 +73,7 @@ def origin_of(
     Where the original was compressed already, that is what the original was made from.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    gone = {n for n, m in replaced.items() if type(modules[n]) is nn.Identity and type(m) is not nn.Identity}
+    gone = {n for n, m in replaced.items() if type(modules[n]) in IDENTITIES and type(m) not in IDENTITIES}
     described = {name for name in replaced if isinstance(modules[name], DescribedFactors)}
     before = recall(original)
     if before is None:

@@ -431,7 +431,7 @@ def test_merge_inside_a_region_lands_in_the_model():
 def test_exact_merge_folds_norms_only_where_no_one_else_uses_them():
     model, x = net(), images(size=8)
     result = quick(model, x, pipeline="merge{mode=exact,norms=true}")
-    assert type(result.model.block.bn1) is nn.Identity
+    assert isinstance(result.model.block.bn1, nn.Identity)
     assert_same_outputs(result.model, model, x)
 
     class Peeks(Net):
