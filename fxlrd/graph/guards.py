@@ -18,6 +18,13 @@ from fxlrd.layers.kinds import LAYERS, Conv, is_stock, op
 FACTOR = Reason("factor", "it is a low-rank factor already")
 MORE_INPUTS = Reason("more-inputs", "it is called with more than its input")
 NEVER_CALLED = Reason("never-called", "it is never called in eval mode and is no part of the captured model")
+ADAPTER = Reason(
+    "adapter",
+    "it belongs to a LoRA adapter, which is of low rank already",
+    "merge adapters (merge_and_unload() of PEFT) before compress",
+)
+_ADAPTERS = {"lora_A", "lora_B", "lora_down", "lora_up"}
+"""What PEFT and others name the two layers of an adapter, or the containers of those."""
 _STEM_CHANNELS = 4
 
 
@@ -56,6 +63,8 @@ class _Guard:
             return reason
         if is_factor(self.gm, name):
             return FACTOR
+        if not _ADAPTERS.isdisjoint(name.split(".")):
+            return ADAPTER
         return self._shared(name, module) or self._called_otherwise(name)
 
     def _shared(self, name: str, module: nn.Module) -> Reason | None:

@@ -54,8 +54,8 @@ class PretrainedPlan(Record):
 def save_all_of(model: nn.Module) -> None:
     """Let ``save_pretrained`` of a compressed model, and of the models that it holds, write all that they are.
 
-    A model of sentence-transformers holds one of transformers. A class with another ``save_pretrained`` (diffusers')
-    would make new layers where it reads factors: it raises, unless all factors are inside of models of transformers.
+    A model of sentence-transformers holds one of transformers. With another ``save_pretrained`` factors would be lost:
+    diffusers would make new layers where it reads them, PEFT writes adapters alone. It raises.
     """
     origin = recall(model)
     if (
@@ -70,12 +70,18 @@ def save_all_of(model: nn.Module) -> None:
         if name:
             remember(module, _inside(origin, name))
         module.save_pretrained = functools.partial(save_pretrained, module)
-    if "" not in saving and hasattr(type(model), "save_pretrained"):
-        inside = tuple(f"{name}." for name in saving)
-        changed = sorted(replacements(model, origin.architecture))
-        outside = [name for name in changed if not name.startswith(inside)]
-        if outside:
-            model.save_pretrained = functools.partial(_refuse, outside[0])  # type: ignore[assignment]
+    others = {n: m for n, m in model.named_modules() if hasattr(type(m), "save_pretrained") and n not in saving}
+    changed = sorted(replacements(model, origin.architecture)) if others else []
+    for name, module in others.items():
+        written = tuple(f"{own}." for own in saving) if _has_others_save(type(module)) else ()
+        inside = [layer for layer in changed if layer.startswith(f"{name}." if name else "")]
+        if lost := [layer for layer in inside if not layer.startswith(written)]:
+            module.save_pretrained = functools.partial(_refuse, lost[0])
+
+
+def _has_others_save(cls: type[nn.Module]) -> bool:
+    """Whether ``save_pretrained`` of the class calls that of the modules it holds: sentence-transformers' does."""
+    return any(kind.__module__.startswith("sentence_transformers.") for kind in cls.__mro__)
 
 
 def _refuse(name: str, *_: Any, **__: Any) -> None:
@@ -108,13 +114,17 @@ def save_pretrained(
 ) -> None:
     """Write a compressed model as transformers does, and what `fxlrd.load` needs beside it.
 
-    The arguments are those of the model's class. Raises FxlrdError for a quantized model and, since files that are
-    sent before the plan is written are not complete, for push_to_hub.
+    The arguments are those of the model's class. Raises FxlrdError for a quantized model, for one with adapters and,
+    since files that are sent before the plan is written are not complete, for push_to_hub.
     """
     if push_to_hub:
         raise FxlrdError("save_pretrained: push_to_hub=True would send it without its plan: call model.push_to_hub(…)")
     if (weight := quantized_weight(model)) is not None:
         raise FxlrdError(f"save_pretrained: {weight} is quantized: save first, and quantize what fxlrd.load returns")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise FxlrdError(
+            "save_pretrained: of a model with adapters it writes these alone: use fxlrd.save and fxlrd.load"
+        )
     origin = recall(model)
     if origin is None:
         raise FxlrdError("save_pretrained: it is not known what this model was made from: use fxlrd.save")

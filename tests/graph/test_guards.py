@@ -75,6 +75,27 @@ def test_each_kind_of_addition_has_its_reason():
     assert why_not_replaceable(captured(nn.Sequential(nn.Linear(6, 6)))) == {"0": None}
 
 
+def test_adapters_are_left_alone():
+    class Adapted(nn.Module):
+        """As a layer of PEFT."""
+
+        def __init__(self, n):
+            super().__init__()
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(n, 2, bias=False)})
+            self.lora_B = nn.ModuleDict({"default": nn.Linear(2, n, bias=False)})
+            self.base_layer = nn.Linear(n, n)
+
+        def forward(self, x):
+            return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+    reasons = why_not_replaceable(captured(nn.Sequential(Adapted(6))))
+    assert reasons.pop("0.base_layer") is None
+    assert {name: reason.code for name, reason in reasons.items()} == {
+        "0.lora_A.default": "adapter",
+        "0.lora_B.default": "adapter",
+    }
+
+
 def test_tied_weights_name_each_other():
     assert why_not_replaceable(captured(Tied())) == {
         "a": shared_parameter("weight", "b.weight"),

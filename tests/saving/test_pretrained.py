@@ -112,3 +112,29 @@ def test_a_directory_that_was_left_half_written_refuses_too(monkeypatch, tmp_pat
 
 def interrupted(*_, **__):
     raise KeyboardInterrupt
+
+
+class Adapted(torch.nn.Module):
+    """As PEFT's models, whose save_pretrained writes their adapters alone."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, **x):
+        return self.base(**x)
+
+    def save_pretrained(self, folder):
+        raise AssertionError("nothing of the base model would be written")
+
+
+def test_adapters_alone_are_not_written_in_the_place_of_a_model(tmp_path):
+    result = quick(Adapted(Adapted(bert())), X, ratio=2.0).model
+    with pytest.raises(FxlrdError, match=r"base\.base\.bert.* is compressed, .*: use fxlrd\.save and fxlrd\.load$"):
+        result.base.save_pretrained(tmp_path)
+    base = result.base.base
+    base.save_pretrained(tmp_path / "base")
+    assert_same(fxlrd.load(tmp_path / "base"), base, X)
+    base._hf_peft_config_loaded = True
+    with pytest.raises(FxlrdError, match=r"with adapters it writes these alone: use fxlrd\.save and fxlrd\.load$"):
+        base.save_pretrained(tmp_path)
