@@ -42,6 +42,8 @@ TESTS = {
     "fxlrd/passes/_interpolate.py": ["tests/passes/test_interpolate.py"],
     "fxlrd/passes/_merging.py": ["tests/passes/test_interpolate.py", "tests/passes/test_merge.py"],
     "fxlrd/passes/_relocate.py": ["tests/passes/test_relocate.py"],
+    "fxlrd/passes/_patterns.py": ["tests/passes/test_compose.py", "tests/passes/test_relocate.py"],
+    "fxlrd/passes/allocate.py": ["tests/allocation/test_measured.py"],
     "fxlrd/passes/_priced.py": ["tests/passes/test_allocate.py"],
     "fxlrd/passes/driver.py": ["tests/passes/test_decompose.py"],
     "fxlrd/passes/contract.py": ["tests/passes/test_driver.py"],

@@ -26,7 +26,7 @@ from fxlrd.calibration.holdout import held_out
 from fxlrd.capturing.model import capture_any
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.layer import layers_of
-from fxlrd.passes import Allocate, Calibrate
+from fxlrd.passes import Allocate, Calibrate, allocate
 from fxlrd.progress import quiet
 
 
@@ -76,6 +76,24 @@ def test_what_measuring_needs():
     few = Calibrate(torch.randn(3, 16), effects=3, holdout=True)(gm).graph_module
     (warning,) = Allocate(params=0.5, measured=4)(few).warnings
     assert warning.startswith("allocate: errors are predicted, not measured: too few calibration inputs")
+
+
+def test_the_forms_of_each_layer_with_a_choice_are_tried(monkeypatch):
+    """A layer of width 2 has one form beside its own, one of width 1 has none."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2), nn.ReLU(), nn.Linear(2, 1))
+    x = torch.randn(64, 16)
+    gm = Calibrate(x, effects=16, holdout=True)(capture(model, x[:8])).graph_module
+    tried, forms = [], {}
+
+    def spy(gm, items, groups, trials, *rest):
+        tried.extend(trial for trial in trials if trial.name in items)
+        forms.update({name: len(choices) for name, choices in items.items()})
+        return measured(gm, items, groups, trials, *rest)
+
+    monkeypatch.setattr(allocate, "measured", spy)
+    Allocate(params=0.7, measured=8, merge=False)(gm)
+    assert forms == {"0": 8, "2": 2, "4": 1}
+    assert [trial.name for trial in tried] == ["0", "2"]
 
 
 def order_agrees(gm, unseen: Inputs, inputs: int) -> float:

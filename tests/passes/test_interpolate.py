@@ -348,6 +348,16 @@ def test_what_lies_between_and_treats_each_channel_alone(name):
     assert relative_error(result.graph_module(unseen), model(unseen)) > 1e-6
 
 
+@pytest.mark.parametrize("name", ["packed", "glu", "linear"])
+def test_the_ratio_is_one_of_channels_where_no_kernel_is_larger(name):
+    """Halves of a layer that a gate multiplies are one set of channels."""
+    f, modules = FREE[name]
+    x = images(40, 6, channels=8)
+    gm = merged(randomised(Net(f, **copy.deepcopy(modules))), x, ratio=1.5).graph_module
+    width = modules["a"].out_features
+    assert (gm.a.out_features, gm.b.in_features) == (5 * width // 8, 5), "5 = floor(8 / 1.5)"
+
+
 def split_by_size(m, x):
     up, gate = m.a(x).mul(2).split(8, dim=-1)
     return m.b(gate.sigmoid() * up)

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from fxlrd import FxlrdError, Pipeline, capture
+from fxlrd.capturing.model import capture_any
+from fxlrd.graph.inputs import Inputs
 from fxlrd.passes import Calibrate, Decompose, Recalibrate
 from tests.support.tensors import images
 
@@ -165,3 +167,25 @@ def test_requests_that_cannot_be_met():
 
 def test_text_form():
     assert str(Pipeline.parse("recalibrate{guard=false}")) == "recalibrate{guard=false}"
+
+
+class TwoWays(nn.Module):
+    """Large inputs go one way, others another."""
+
+    def __init__(self):
+        super().__init__()
+        self.large, self.small = (nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x):
+        y = self.large(x) if (x > 10).any() else torch.zeros_like(x)
+        return y + self.small(x)
+
+
+def test_a_norm_that_no_input_reached_has_its_old_statistics_and_says_so():
+    net, example = TwoWays().double().eval(), torch.linspace(-1, 20, 64, dtype=torch.float64).reshape(8, 8)
+    gm = capture_any(net, Inputs.of(example))
+    data = [torch.randn(8, 8, dtype=torch.float64) for _ in range(6)]
+    result = Recalibrate(data, guard=False)(gm)
+    assert [site.name for site in result.sites] == ["small.1"]
+    assert [(skip.name, skip.reason.code) for skip in result.skipped] == [("large.1", "not-reached")]
+    assert result.graph_module.get_submodule("large.1") is gm.get_submodule("large.1")

@@ -152,6 +152,10 @@ def test_the_latency_taken_is_kept():
     result = Snap(timer=clock)(gm)
     node = next(n for n in result.graph_module.graph.nodes if n.target == "0.first")
     assert provenance(node).latency == pytest.approx(staircase(16)(64))
+    model, x, _ = linear_pair()
+    result = Snap(timer=clock)(Decompose(ranks=64)(capture(model, x)).graph_module)
+    factors = [p for n in result.graph_module.graph.nodes if (p := provenance(n)) is not None and p.name == "0"]
+    assert [(p.ranks, p.latency) for p in factors] == [((64,), pytest.approx(staircase(16)(64)))] * 2
 
 
 def test_nothing_decomposed_nothing_done():

@@ -11,6 +11,7 @@ import torch
 
 import fxlrd
 from fxlrd import FxlrdError
+from fxlrd.saving.pretrained import save_pretrained
 from tests.support.compression import quick
 
 transformers = pytest.importorskip("transformers")
@@ -86,6 +87,10 @@ def test_what_does_not_fit_is_an_error(tmp_path):
         fxlrd.load(tmp_path)
     with pytest.raises(FxlrdError, match=r"call model\.push_to_hub"):
         result.save_pretrained(tmp_path, push_to_hub=True)
+    unknown = copy.deepcopy(result)
+    del unknown._fxlrd
+    with pytest.raises(FxlrdError, match=r"not known what this model was made from: use fxlrd\.save"):
+        save_pretrained(unknown, tmp_path)
     result.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     name = next(iter(config["fxlrd"]["layers"]))
