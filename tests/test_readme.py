@@ -1,4 +1,4 @@
-"""What the README says to type is what runs elsewhere."""
+"""What the README says to type is what runs elsewhere, and what the pages promise is tested."""
 
 from __future__ import annotations
 
@@ -19,8 +19,16 @@ def test_the_command_for_the_tests_is_the_one_that_ci_runs():
     assert command == (ROOT / ".ci" / "test-commands").read_text()
 
 
-def test_the_tests_that_hold_its_promises_exist():
-    readme = (ROOT / "README.md").read_text()
-    named = re.findall(r"^\|.*\| `([\w/]+\.py)::(\w+)` \|$", readme, re.MULTILINE)
+def test_the_tests_that_hold_the_promises_exist():
+    page = (ROOT / "docs" / "explanation" / "promises.md").read_text()
+    named = re.findall(r"^\|.*\| `([\w/]+\.py)::(\w+)` \|$", page, re.MULTILINE)
     assert len(named) > 10
     assert not [(path, name) for path, name in named if f"def {name}(" not in (ROOT / "tests" / path).read_text()]
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.encode()) <= 6144
+    links = re.findall(r"\]\(([^)#:]+)\)", readme)
+    assert len(links) > 20
+    assert not [link for link in links if not (ROOT / link).exists()]

@@ -192,7 +192,7 @@ def test_writes_that_torch_does_not_count_are_seen_in_the_contents(change):
 
 @torch.no_grad()
 def test_what_a_sample_misses_counts_with_a_version():
-    """The README says that a write to single entries of a large weight is not noticed."""
+    """docs/how-to/torch-compile.md says that a write to single entries of a large weight is not noticed."""
     model, x = nn.Sequential(nn.Linear(512, 512)), torch.ones(2, 512)
     f = compiled(model)
     before = f(x)
