@@ -91,7 +91,7 @@ class Helper:
         ({"train": lambda self, mode: self}, False),
         ({"__call__": property(lambda self: None)}, False),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value),
 )
 @pytest.mark.parametrize("mixin", [(), (Helper,)], ids=["", "mixin"])
 def test_a_subclass_is_stock_unless_it_redefines_a_method(attributes, stock, mixin):
