@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxlrd.calibration.holdout import outputs
 from fxlrd.calibration.metric import logits_among, squared_error
+from fxlrd.calibration.padding import all_at_tokens, tokens_of
 from fxlrd.calibration.stepper import Stepper
 from fxlrd.errors import FxlrdError
 from fxlrd.factor.failures import failure
@@ -48,19 +49,36 @@ class Trial:
     changes: tuple[Callable[[], Modules], ...]
 
 
+@dataclass(frozen=True)
+class Original:
+    """What changed outputs are compared with: the outputs for each batch, which are logits, where tokens are."""
+
+    outputs: Sequence[Sequence[Tensor]]
+    logits: Sequence[bool]
+    tokens: Sequence[Tensor | None]
+
+    def error(self, changed: Iterable[Sequence[Tensor]]) -> float:
+        """Return the squared error of changed outputs: the mean over the batches."""
+        triples = zip(changed, self.outputs, self.tokens, strict=True)
+        errors = [squared_error(all_at_tokens(a, t), all_at_tokens(b, t), self.logits) for a, b, t in triples]
+        return sum(errors) / len(errors)
+
+
 def measure(
     gm: fx.GraphModule, batches: Sequence[Inputs], trials: Sequence[Trial], progress: Progress[Trial]
 ) -> list[list[float]]:
     """Return the errors of each trial's changes: the mean over the batches; infinite for one that cannot be made."""
-    model, shown, logits = runnable(gm), "allocate: measuring", logits_among(gm) or ()
+    model, shown = runnable(gm), "allocate: measuring"
+    logits, tokens = logits_among(gm) or (), [tokens_of(gm, batch) for batch in batches]
     if model is not gm:
         names = {name for trial in trials for name in trial.layers}
         resumable, described = Resumable(model, batches, names), captured_or_bare(gm).described
+        original = Original(resumable.original, logits, tokens)
         return [
-            [_made(change, lambda made: _within(resumable, made, described, logits)) for change in trial.changes]
+            [_made(change, lambda made: _within(resumable, made, described, original)) for change in trial.changes]
             for trial in progress(trials, shown)
         ]
-    original = [outputs(gm, batch) for batch in batches]
+    original = Original([outputs(gm, batch) for batch in batches], logits, tokens)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     first = {id(t): min((node for n in t.layers for node in calls(gm, n)), key=order.__getitem__) for t in trials}
     errors: dict[int, list[float]] = {}
@@ -69,8 +87,7 @@ def measure(
         for trial in progress(sorted(trials, key=lambda trial: order[first[id(trial)]]), shown):
             stepper.before(first[id(trial)])
             errors[id(trial)] = [
-                _made(change, lambda made: _mean(map(tensors, stepper.rest(made)), original, logits))
-                for change in trial.changes
+                _made(change, lambda made: original.error(map(tensors, stepper.rest(made)))) for change in trial.changes
             ]
     return [errors[id(trial)] for trial in trials]
 
@@ -85,16 +102,12 @@ def _made(change: Callable[[], Modules], error_of: Callable[[Modules], float]) -
         return math.inf
 
 
-def _within(resumable: Resumable, modules: Modules, described: Collection[str], logits: Sequence[bool]) -> float:
+def _within(resumable: Resumable, modules: Modules, described: Collection[str], original: Original) -> float:
     """Return the error with ``modules`` in the model, which has its own ones again afterwards."""
     replaced = set_modules(resumable.model, modules, described)
     try:
-        return _mean(resumable.results(modules), resumable.original, logits)
+        return original.error(resumable.results(modules))
     except FxlrdError:  # the model's own code fails on what it gets
         return math.inf
     finally:
         undo(resumable.model, replaced)
-
-
-def _mean(changed: Iterable[Sequence[Tensor]], original: Sequence[Sequence[Tensor]], logits: Sequence[bool]) -> float:
-    return sum(squared_error(a, b, logits) for a, b in zip(changed, original, strict=True)) / len(original)

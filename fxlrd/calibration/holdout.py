@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxlrd.calibration.batches import HOLDOUT_PERIOD, examples, first_rows, rows_are_examples
 from fxlrd.calibration.metric import logits_among, squared_error
+from fxlrd.calibration.padding import all_at_tokens, tokens_of
 from fxlrd.errors import Reason
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.facts import Fact
@@ -34,10 +35,14 @@ class Holdout:
 
         Infinite where outputs are no longer finite.
         """
-        pairs = zip(self.inputs, self.outputs, strict=True)
-        errors = [squared_error(outputs(gm, inputs), original, self.logits) for inputs, original in pairs]
+        errors = [self._squared(gm, *pair) for pair in zip(self.inputs, self.outputs, strict=True)]
         error = math.sqrt(sum(errors) / len(errors))
         return error if math.isfinite(error) else math.inf
+
+    def _squared(self, gm: fx.GraphModule, inputs: Inputs, original: list[Tensor]) -> float:
+        tokens = tokens_of(gm, inputs)
+        changed = all_at_tokens(outputs(gm, inputs), tokens)
+        return squared_error(changed, all_at_tokens(original, tokens), self.logits)
 
 
 TOO_FEW = Reason(

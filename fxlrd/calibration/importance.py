@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxlrd.calibration.metric import drawn, logits_of
+from fxlrd.calibration.padding import at_tokens, spread_out, tokens_of
 from fxlrd.errors import Reason
 from fxlrd.factor.basis import magnitude, working
 from fxlrd.factor.failures import memory_failure
@@ -135,7 +136,7 @@ class Importance:
         return True
 
     def _add(self, inputs: Inputs) -> None:
-        model = runnable(self.gm)
+        model, tokens = runnable(self.gm), tokens_of(self.gm, inputs)
         with evaluating(model), unmoved(model), torch.enable_grad():
             if model is self.gm:
                 watch: _GraphWatch | _ModelWatch = _GraphWatch(self.gm, self)
@@ -150,7 +151,7 @@ class Importance:
             outputs = [(t, each) for t, each in pairs if t.is_floating_point() and t.requires_grad and t.numel()]
             probes = PROBES if self.rows < FEW else 1
             for i in range(probes if outputs else 0):
-                starts = [self.start(t, each) for t, each in outputs]
+                starts = [spread_out(self.start(at_tokens(t, tokens), each), t, tokens) for t, each in outputs]
                 graph = i + 1 < probes
                 torch.autograd.grad([t for t, _ in outputs], watch.zero, starts, retain_graph=graph, allow_unused=True)
                 self.probes += 1

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from fxlrd.calibration.batches import NO_INPUTS, examples, failure
 from fxlrd.calibration.importance import Importance
 from fxlrd.calibration.metric import logits_among
+from fxlrd.calibration.padding import at_tokens, tokens_of
 from fxlrd.calibration.patches import patches
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.failures import memory_failure
@@ -70,6 +71,7 @@ def sweep(
     for i, inputs in enumerate(batches):
         try:
             with evaluating(gm), torch.no_grad():
+                measured.tokens = tokens_of(gm, inputs)
                 measured.run(*feed(gm, inputs))
             if remaining > 0:
                 remaining = remaining - examples(inputs) if importance.add(inputs) else 0
@@ -105,6 +107,7 @@ class _Sweep(ReachingInterpreter):
         patches: the moments of patches so far, by conv.
         reached: the calls of layers that were run.
         failed: why moments were given up, by key of `sums` and axis, or by conv for patches.
+        tokens: which positions of the inputs hold tokens, where not all do.
         job: the processes that share the sums.
     """
 
@@ -120,6 +123,7 @@ class _Sweep(ReachingInterpreter):
         self.read_as: dict[fx.Node, tuple[fx.Node, int]] = {}
         self.reached: set[fx.Node] = set()
         self.failed: dict[Any, Reason] = {}
+        self.tokens: Tensor | None = None
         self.job = job(gm)
         self._numbers: dict[Any, int] = {}
         self._added: set[tuple[fx.Node, int, Axis]] = set()  # in this run
@@ -166,7 +170,8 @@ class _Sweep(ReachingInterpreter):
         def add() -> None:
             if (axis, block) not in by_axis:
                 by_axis[axis, block] = Moments.empty(count, value.device)
-            by_axis[axis, block].add(value.movedim(axis, -1).unflatten(-1, (count, block)).mT.reshape(-1, count))
+            rows = at_tokens(value.movedim(axis, -1), self.tokens)
+            by_axis[axis, block].add(rows.unflatten(-1, (count, block)).mT.reshape(-1, count))
 
         self._unless_no_memory((node, changes, (axis, block)), by_axis, (axis, block), add)
 

@@ -45,8 +45,8 @@ class Calibrate:
     "softmax", the change of the probabilities that softmax makes of them; without it, that for what the model names
     logits, or gives as a classifier does (fxlrd/calibration/metric.py). ``holdout`` holds every fifth batch out of the
     fit, with the model's outputs for it, so that later passes can check what they do. To inputs that are all alike
-    nothing is fitted, with a warning. Raises FxlrdError for data that is empty, does not fit the model or is not
-    finite.
+    nothing is fitted, with a warning. Positions that an argument ``attention_mask`` says are padding do not count.
+    Raises FxlrdError for data that is empty, does not fit the model or is not finite.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("calibration",)
