@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side, and those that they start, take a thread each
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
