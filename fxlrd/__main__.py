@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line: as ``python -m fxlrd``, and as the script fxlrd."""
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ def run() -> NoReturn:
     from fxlrd.cli import main
 
     try:
-        if leaves:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        status = main()
+        status = main(loaded=_raises if leaves else lambda: None)
         if leaves:
             signal.signal(signal.SIGINT, _leave)
     except KeyboardInterrupt:
@@ -29,6 +28,10 @@ def run() -> NoReturn:
     if status == INTERRUPTED:
         _exit()
     sys.exit(status)
+
+
+def _raises() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _leave(*_: object) -> None:

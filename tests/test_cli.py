@@ -66,7 +66,10 @@ def test_a_factory_of_the_users(tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["compress", "torchvision:resnet81"], "did you mean resnet18"),
-        (["compress", "resnet18"], "write torchvision:resnet50, package.module:factory or a saved directory"),
+        (
+            ["compress", "resnet18"],
+            "write torchvision:resnet50, timm:resnet50, hf:FOLDER, package.module",
+        ),
         (["compress", "no_such_module:net"], "cannot be imported"),
         (["compress", "os:getcwd"], "returns a str, not a torch.nn.Module"),
         (["compress", "torchvision:resnet18", "--preset", "rnaks"], "did you mean ranks"),

@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from fxlrd.app.models import DTYPES, calibration_for, evaluation_of, example_for, load_model, source_of
+from fxlrd.app.huggingface import check_target, save_folder
+from fxlrd.app.models import evaluation_of, huggingface_folder, source_of
 from fxlrd.app.output import check_writable, colored, show, write_json, write_page
+from fxlrd.app.prepared import Prepared, prepared
+from fxlrd.app.scores import Scores, ScoresInTurn, as_evaluation
+from fxlrd.app.subject import Subject, subject_of
+from fxlrd.app.training import train
 from fxlrd.budget import Budget
 from fxlrd.capturing.model import capture_any
 from fxlrd.capturing.whole import capture
-from fxlrd.compression import compress
+from fxlrd.compression import Result, compress
 from fxlrd.differences.compare import Steps, diff
 from fxlrd.differences.model import Diff
-from fxlrd.errors import CaptureError, FxlrdError, one_line
+from fxlrd.errors import CaptureError, FxlrdError
 from fxlrd.graph.inputs import Inputs
 from fxlrd.passes import Decompose, Snap
 from fxlrd.pipeline import Pipeline
@@ -42,31 +46,51 @@ def run_demo(arguments: argparse.Namespace) -> None:
     show(comparison.to_table())
 
 
+def run_completion(arguments: argparse.Namespace) -> None:
+    """Print what makes a shell complete the command line."""
+    from fxlrd.app.completion import shell_code
+
+    show(shell_code(arguments.shell))
+
+
 def run_compress(arguments: argparse.Namespace) -> None:
-    """Compress a model, write what was asked for, and print the report."""
+    """Compress a model, train it if asked to, write what was asked for, and print the report."""
     budget = None if arguments.budget is None else _budget(arguments.budget)
-    if arguments.save is not None and arguments.save.exists() and not arguments.save.is_dir():
-        raise FxlrdError(f"--save {arguments.save}: that is a file; name a directory")
+    _check_folder(arguments)
     options = {"preset": arguments.preset, "pipeline": arguments.passes, "budget": budget, "ratio": arguments.ratio}
-    report = _compressed(arguments, folder=arguments.save, **options)
-    show(report.to_table())
+    passes = pipeline_for(**options)
+    ready = _prepared(arguments, passes.reads("calibration"))
+    scores = Scores(ready.measure, ready.subject.model)
+    result = _compressed(arguments, ready, **options)
+    scores.add("compressed", result.model)
+    if ready.training is not None:
+        train(result.model, ready.subject.model, ready.training, ready.size, arguments)
+        scores.add("fine-tuned", result.model)
+    report: Report = scores.in_report(replace(result.report, model=arguments.model))
+    if arguments.save is not None:
+        _save(result, arguments.save, ready.subject, arguments)
+    write_json(report.to_dict() | scores.to_dict(), arguments.json)
+    write_page(report, arguments.html)
+    show("\n\n".join([report.to_table(), *scores.to_table()]))
 
 
 def run_frontier(arguments: argparse.Namespace) -> None:
     """Compress a model within several budgets, write what was asked for, and print the table."""
     if arguments.ratio is not None:
         raise FxlrdError("--ratio: budgets set every layer's ranks by themselves")
-    if arguments.save is not None and arguments.save.exists() and not arguments.save.is_dir():
-        raise FxlrdError(f"--save {arguments.save}: that is a file; name a directory")
+    if arguments.evaluate is not None and arguments.eval is not None:
+        raise FxlrdError("--evaluate and --eval: give a function, or examples, to measure accuracy by")
+    _check_folder(arguments)
     budgets = _budgets(arguments.budgets) if arguments.budgets is not None else BUDGETS
     evaluate = None if arguments.evaluate is None else evaluation_of(arguments.evaluate)
-    model, x, calibration = _prepared(arguments)
+    ready = _prepared(arguments)
+    scores = None if evaluate is not None or ready.measure is None else ScoresInTurn(ready.measure)
     result = frontier(
-        model,
-        x,
-        calibration=calibration,
+        ready.subject.model,
+        ready.x,
+        calibration=ready.calibration,
         budgets=budgets,
-        evaluate=evaluate,
+        evaluate=evaluate or scores,
         pipeline=arguments.passes,
         skip=arguments.skip,
         compile=arguments.compile,
@@ -74,18 +98,21 @@ def run_frontier(arguments: argparse.Namespace) -> None:
     )
     result = replace(result, model=arguments.model)
     for point in result.points if arguments.save is not None else ():
-        source = source_of(arguments.model, arguments.weights)
-        save(point.result(), arguments.save / str(point.budget), source=source)
-    write_json(result.to_dict(), arguments.json)
+        _save(point.result(), arguments.save / str(point.budget), ready.subject, arguments)
+    named = {} if scores is None else scores.named(["original", *(str(point.budget) for point in result.points)])
+    write_json(result.to_dict() | as_evaluation(ready.measure, named), arguments.json)
     write_page(result, arguments.html)
-    show(result.to_table())
+    show("\n\n".join([result.to_table(), *([ready.measure.table(named)] if named and ready.measure else [])]))
 
 
 def run_ranks(arguments: argparse.Namespace) -> None:
     """Print each layer's rank by ratio and as snapped, with the times behind them."""
     ratio = _RATIO if arguments.ratio is None else arguments.ratio
     pipeline = Pipeline([Decompose(ratio=ratio), Snap(search=arguments.search)])
-    report = _compressed(arguments, pipeline=pipeline, measure=False)
+    result = _compressed(arguments, _prepared(arguments), pipeline=pipeline, measure=False)
+    report: Report = replace(result.report, model=arguments.model)
+    write_json(report.to_dict(), arguments.json)
+    write_page(report, arguments.html)
     show(report.ranks_table())
 
 
@@ -114,7 +141,8 @@ def run_profile(arguments: argparse.Namespace) -> None:
 
     _set_threads(arguments.threads)
     check_writable("--json", arguments.json)
-    model, x = _example(arguments, arguments.model)
+    subject = subject_of(arguments.model, arguments)
+    model, x = subject.model, subject.example()
     ratio = _RATIO if arguments.ratio is None else arguments.ratio
     result = profile(model, x, ratio=ratio, skip=arguments.skip, compile=arguments.compile, progress=bar)
     result = replace(result, model=arguments.model)
@@ -122,39 +150,47 @@ def run_profile(arguments: argparse.Namespace) -> None:
     show(result.to_table())
 
 
-def _compressed(arguments: argparse.Namespace, folder: Path | None = None, **options: Any) -> Report:
-    """Compress the model, save it to ``folder``, write the report's files and return the report."""
-    model, x, calibration = _prepared(arguments)
-    result = compress(
-        model,
-        x,
+def _compressed(arguments: argparse.Namespace, ready: Prepared, **options: Any) -> Result:
+    return compress(
+        ready.subject.model,
+        ready.x,
         skip=arguments.skip,
-        calibration=calibration,
+        calibration=ready.calibration,
         compile=arguments.compile,
         progress=True,
         **options,
     )
-    report: Report = replace(result.report, model=arguments.model)
-    if folder is not None:
-        save(result, folder, source=source_of(arguments.model, arguments.weights))
-    write_json(report.to_dict(), arguments.json)
-    write_page(report, arguments.html)
-    return report
 
 
-def _prepared(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, list[Tensor] | None]:
-    """Return a model, an input for it and its calibration inputs, once the options have been checked."""
+def _prepared(arguments: argparse.Namespace, calibrates: bool = False) -> Prepared:
+    """Return what the options ask for, once those of the output have been checked."""
     _set_threads(arguments.threads)
     check_writable("--json", arguments.json)
     check_writable("--html", arguments.html)
-    model, x = _example(arguments, arguments.model)
-    data = getattr(arguments, "calibration", None)
-    return model, x, None if data is None else calibration_for(data, arguments.batch, x)
+    return prepared(arguments, calibrates)
+
+
+def _check_folder(arguments: argparse.Namespace) -> None:
+    if arguments.save is None:
+        return
+    if arguments.save.exists() and not arguments.save.is_dir():
+        raise FxlrdError(f"--save {arguments.save}: that is a file; name a directory")
+    if (folder := huggingface_folder(arguments.model)) is not None:
+        check_target(Path(folder), arguments.save)
+
+
+def _save(result: Result, folder: Path, subject: Subject, arguments: argparse.Namespace) -> None:
+    """Save a result: a model of transformers as a folder of that library, others as a checkpoint."""
+    if subject.folder is not None:
+        save_folder(result.model, subject.folder, folder)
+    else:
+        save(result, folder, source=source_of(arguments.model, arguments.weights))
 
 
 def _diff_of_models(arguments: argparse.Namespace) -> Diff:
-    model, x = _example(arguments, arguments.model)
-    other, _ = _example(arguments, arguments.other)
+    subject = subject_of(arguments.model, arguments)
+    model, x = subject.model, subject.example()
+    other = subject_of(arguments.other, arguments).model
     values = not arguments.no_values
     try:
         return diff(capture(model, x), capture(other, x), values=values)
@@ -164,19 +200,18 @@ def _diff_of_models(arguments: argparse.Namespace) -> Diff:
 
 def _diff_of_passes(arguments: argparse.Namespace) -> tuple[Diff, list[tuple[str, Diff]]]:
     """Return what all passes change together, and what each of them does, by its text."""
-    model, x = _example(arguments, arguments.model)
-    data = None if arguments.calibration is None else calibration_for(arguments.calibration, arguments.batch, x)
+    ready = prepared(arguments)
     pipeline = pipeline_for(
         ratio=arguments.ratio,
         preset=arguments.preset,
         pipeline=arguments.passes,
         skip=arguments.skip,
-        calibration=data,
+        calibration=ready.calibration,
         compile=arguments.compile,
     )
     graphs = Steps()
     with one_bar(pipeline.labels) as show:
-        run = pipeline(capture_any(model, Inputs.of(x)), callback=graphs, progress=show)
+        run = pipeline(capture_any(ready.subject.model, Inputs.of(ready.x)), callback=graphs, progress=show)
     values = not arguments.no_values
     steps = [(record.text, graphs.diff(i, i + 1, report=run, values=values)) for i, record in enumerate(run.ledger)]
     return graphs.diff(report=run, values=values), steps
@@ -191,19 +226,6 @@ def _write_diff(arguments: argparse.Namespace, total: Diff, steps: list[tuple[st
     write_page(total, arguments.html)
     if text:
         show(text)
-
-
-def _example(arguments: argparse.Namespace, name: str) -> tuple[nn.Module, Tensor]:
-    """Return a model and an input for it as the options say."""
-    dtype = DTYPES[arguments.dtype]
-    model = load_model(name, arguments.weights, arguments.seed).to(dtype)
-    x = example_for(arguments.input, arguments.batch, dtype, arguments.channels_last)
-    if arguments.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    try:
-        return model.to(arguments.device), x.to(arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        raise FxlrdError(f"--device {arguments.device}: {one_line(error)}") from error
 
 
 def _budgets(text: str) -> list[Budget]:

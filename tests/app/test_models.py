@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fxlrd import FxlrdError
-from fxlrd.app.models import calibration_for, example_for, load_model, source_of
+from fxlrd.app.inputs import calibration_for, example_for
+from fxlrd.app.models import load_model, source_of
 
 
 def test_a_model_is_in_eval_mode_and_its_random_weights_are_seeded():
@@ -27,7 +28,7 @@ def test_a_factory_may_be_an_attribute_of_an_attribute_or_the_model_itself(tmp_p
     monkeypatch.syspath_prepend(str(tmp_path))
     assert isinstance(load_model("mine_for_models:Nets.small", None, 0), nn.Linear)
     assert isinstance(load_model("mine_for_models:Nets.make", None, 0), nn.ReLU)
-    with pytest.raises(FxlrdError, match="--weights is for torchvision models; a factory loads its own"):
+    with pytest.raises(FxlrdError, match="--weights is for torchvision and timm models; a factory loads its own"):
         load_model("mine_for_models:Nets.make", "DEFAULT", 0)
 
 

@@ -1,0 +1,50 @@
+"""Classes of the user's as outputs of a model."""
+
+from __future__ import annotations
+
+import pytest
+
+from fxlrd import FxlrdError
+from fxlrd.app.labels import labels_of
+
+NAMES = {"NEGATIVE": 0, "POSITIVE": 1, "very_good": 2}
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "names", "labels"),
+    [
+        (["positive", "Very Good", "negative"], 3, NAMES, [1, 2, 0]),
+        ([2, 0], 3, NAMES, [2, 0]),
+        (["dog", "cat", "dog"], 2, {}, [1, 0, 1]),
+        (["2", "0", "2"], 3, {}, [2, 0, 2]),
+        (["2", "10", "2"], 2, {}, [1, 0, 1]),  # as torchvision's ImageFolder: in the order of the names
+        (["dog", "cat"], 2, {"LABEL_0": 0, "LABEL_1": 1}, [1, 0]),
+    ],
+)
+def test_classes_are_told_by_name_or_number_or_order(classes, count, names, labels):
+    assert labels_of("it", classes, count, names)[0] == labels
+
+
+def test_a_guess_is_said():
+    assert labels_of("it", ["positive"], 3, NAMES)[1] == ""
+    assert (
+        labels_of("it", ["dog", "cat"], 2, {})[1]
+        == "it: classes in the order of their names: cat is output 0, dog is output 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "message"),
+    [
+        (
+            ["dog", "cat"],
+            NAMES,
+            r"it: classes cat, dog, but the model has 3 outputs: .* its classes, such as NEGATIVE",
+        ),
+        (["dog", "cat"], {}, r"name folders by its outputs' numbers"),
+        ([0, 3], {}, "it: there is a label 3, and the model has 3 outputs"),
+    ],
+)
+def test_classes_that_are_not_the_models(classes, names, message):
+    with pytest.raises(FxlrdError, match=message):
+        labels_of("it", classes, 3, names)
