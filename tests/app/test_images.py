@@ -44,7 +44,10 @@ def test_an_unreadable_image_is_named_and_left_out_with_its_label(tmp_path):
     assert batches[0][1].tolist() == [0] * 9 + [1] * 10
     for path in image_files(tmp_path):
         path.write_bytes(b"")
-    with pytest.warns(UserWarning, match="is left out"), pytest.raises(FxlrdError, match="none of the 20 images can be read"):
+    with (
+        pytest.warns(UserWarning, match="is left out"),
+        pytest.raises(FxlrdError, match="none of the 20 images can be read"),
+    ):
         list(labelled.batches(20))
 
 
