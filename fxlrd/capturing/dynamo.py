@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import is_fake
 from fxlrd.capturing.dynamo_attention import Opened, open_calls
 from fxlrd.capturing.functions import AUTOCAST, STATIC, path_of
 from fxlrd.capturing.products import LayerCall, layer_calls
+from fxlrd.graph.code import let_write
 from fxlrd.graph.surgery import attribute, is_reserved
 from fxlrd.layers.kinds import LAYERS
 
@@ -107,6 +108,7 @@ def raise_graph(gm: fx.GraphModule, weights: dict[str, Tensor]) -> Raised:
                 attributes[str(node.target)] = attribute(gm, str(node.target))
             nodes[node] = graph.node_copy(node, raised)
             nodes[node].target = AUTOCAST.get(node.target, node.target)
+    let_write(graph, list(attributes))
     new = fx.GraphModule(attributes, graph, class_name="Raised")
     return Raised(new.eval(), weights, dict(sites.values()), reads, opened=opened)
 

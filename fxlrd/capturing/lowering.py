@@ -13,6 +13,7 @@ from fxlrd.capturing.dynamo import Raised
 from fxlrd.capturing.dynamo_attention import close_untouched
 from fxlrd.capturing.functions import AUTOCAST_INVERSE, STATIC
 from fxlrd.errors import FxlrdError
+from fxlrd.graph.code import let_write
 from fxlrd.graph.surgery import attribute
 from fxlrd.layers.functions import CALLS, FUNCTIONS, TENSORS
 from fxlrd.layers.kinds import BATCH_NORMS
@@ -83,6 +84,7 @@ class _Lowering:
             self._nodes[node] = new
             if new.op not in ("placeholder", "get_attr"):
                 new.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        let_write(self.graph, list(self.attributes))
         gm = fx.GraphModule(self.attributes, self.graph, class_name="Lowered")
         _copy_metadata(gm, self.gm)
         return Lowered(gm, self.factors, self._replaced_weights())

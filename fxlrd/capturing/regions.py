@@ -15,7 +15,6 @@ forward (`fxlrd.graph.regions`): no control flow is frozen, the traces serve to 
 
 from __future__ import annotations
 
-import keyword
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,6 +43,7 @@ from fxlrd.capturing.widths import fixed_widths
 from fxlrd.errors import CaptureError, Reason
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Regions, added_params, captured, propagate_values
+from fxlrd.graph.code import let_write
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.cost import Cost
 from fxlrd.graph.facts import record_times
@@ -272,9 +272,8 @@ def _side_by_side(model: nn.Module, regions: Sequence[Region], slots: Sequence[S
         for node in list(graph.nodes)[size:]:
             record_times(node, slot.times)
     graph.output(tuple(outputs))
-    check_names(attributes, keywords=True)
-    if any(keyword.iskeyword(part) for name in attributes for part in name.split(".")):
-        graph.on_generate_code(lambda _: _getattr_for_keywords)
+    check_names(attributes, in_code=False)
+    let_write(graph, list(attributes))
     gm = fx.GraphModule(attributes, graph, class_name=type(model).__name__)
     set_mode(gm, False)
     return gm
@@ -306,14 +305,3 @@ def _append(
 def _identifier(name: str) -> str:
     """Return a module's name as the name of an argument of forward: modules may be called 0, or a-b."""
     return "in_" + re.sub(r"\W", "_", name)
-
-
-def _getattr_for_keywords(body: list[str]) -> list[str]:
-    """Return the lines of a graph's code with getattr for attributes named by keywords; torch.fx writes self.d.in."""
-    return [re.sub(r"\bself((?:\.\w+)+)", lambda match: _path("self", match[1][1:].split(".")), line) for line in body]
-
-
-def _path(base: str, parts: Sequence[str]) -> str:
-    for part in parts:
-        base = f'getattr({base}, "{part}")' if keyword.iskeyword(part) else f"{base}.{part}"
-    return base

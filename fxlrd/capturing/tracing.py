@@ -24,6 +24,7 @@ from fxlrd.capturing.descriptions import without_described_weights
 from fxlrd.capturing.obstacles import obstacle
 from fxlrd.errors import CaptureError, FxlrdError
 from fxlrd.graph.attentions import fuse_unread_weights, projections_in, record_parts
+from fxlrd.graph.code import unwritable
 from fxlrd.graph.copies import structural_copy
 from fxlrd.graph.facts import described_layers
 from fxlrd.graph.guards import hooked
@@ -234,18 +235,18 @@ def _use_own_forward(model: nn.Module) -> None:
     model.__class__ = type(cls.__name__, (cls,), {"forward": own.__func__, "__module__": cls.__module__})
 
 
-def check_names(targets: Iterable[str], keywords: bool = False) -> None:
+def check_names(targets: Iterable[str], in_code: bool = True) -> None:
     """Raise CaptureError for the name of a module or tensor that a GraphModule cannot have.
 
-    These are names of attributes of its own and, unless ``keywords``, keywords: torch.fx would write self.proj.in(x).
+    These are names of attributes of its own and, ``in_code``, those that break the code that torch.fx writes.
     """
     for target in sorted(targets):
-        parts = target.split(".")
         if is_reserved(target):
-            raise CaptureError(f"{target}: torch.fx.GraphModule has an attribute {parts[0]!r} of its own; rename it")
-        word = next((part for part in parts if keyword.iskeyword(part)), None)
-        if word is not None and not keywords:
-            raise CaptureError(f"{target}: {word!r} is a keyword of Python, and torch.fx writes code with it")
+            first = target.split(".")[0]
+            raise CaptureError(f"{target}: torch.fx.GraphModule has an attribute {first!r} of its own; rename it")
+        if in_code and (word := unwritable(target)) is not None:
+            what = "is a keyword of Python" if keyword.iskeyword(word) else "has a quote, a backslash or a line break"
+            raise CaptureError(f"{target}: {word!r} {what}, and torch.fx writes code with it")
 
 
 def _is_impure(model: nn.Module, node: fx.Node) -> bool:

@@ -177,3 +177,19 @@ def test_layers_have_the_names_that_compress_gives_them_however_dynamo_reaches_t
     for name in names:
         torch._dynamo.reset()
         assert torch.equal(compiled(model, ratio=2.0, skip=name)(x), expected(model, x, ratio=2.0, skip=name))
+
+
+@pytest.mark.parametrize("name", ["class", 'a"b', "a\nb"])
+@torch.no_grad()
+def test_names_that_break_code(name):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleDict({name: nn.Linear(64, 64)})
+
+        def forward(self, x):
+            return self.parts[name](x)
+
+    torch._dynamo.reset()
+    model, x = Named().eval(), torch.randn(2, 64)
+    assert torch.equal(compiled(model)(x), expected(model, x))

@@ -314,6 +314,22 @@ def test_modules_named_by_keywords():
     assert_computes(result, model, OTHER)
 
 
+@pytest.mark.parametrize("name", ["a\nb", 'a"b', "a\\n", "a\r", "\0"])
+def test_names_that_break_code(name, tmp_path):
+    def make():
+        proj = nn.ModuleDict({name: linear(8, 6), "out": linear(6, 8)})
+        return module(lambda self, x: self.proj["out"](self.proj[name](x).relu()), proj=proj)
+
+    model = make()
+    assert "has a quote, a backslash or a line break, and torch.fx writes code with it" in refusal(model)
+    result = compressed(model)
+    assert {row["decision"] for row in result.report.layers} == {"svd"}
+    assert "\n" not in result.report.layers[0]["reason"]
+    assert_computes(result, model, OTHER)
+    fxlrd.save(result, tmp_path)
+    assert torch.equal(fxlrd.load(tmp_path, make())(OTHER), result.model(OTHER))
+
+
 @pytest.mark.parametrize("name", ["graph", "code", "meta", "train"])
 def test_modules_named_as_attributes_of_a_graph_module(name):
     class Named(nn.Module):
