@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxlrd.graph.facts import Fact
+from fxlrd.graph.placing import put
 from fxlrd.layers.attention import PROJECTIONS, ProjectedAttention
 
 READERS = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
@@ -47,8 +48,8 @@ def open_for(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
         if isinstance(module, nn.MultiheadAttention) and is_closed(module) and id(module) in wanted:
             if id(module) not in opened:
                 opened[id(module)] = ProjectedAttention.around(module)
-            model.set_submodule(name, opened[id(module)])
             closed[name] = module
+    put(model, {name: opened[id(module)] for name, module in closed.items()})
     return closed
 
 

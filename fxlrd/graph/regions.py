@@ -22,6 +22,7 @@ from fxlrd.graph.attentions import attention_of, inside, open_for, with_siblings
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.fast_paths import turn_off_around
 from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.placing import put
 from fxlrd.graph.run import run, set_mode
 from fxlrd.graph.surgery import called, chained
 from fxlrd.layers.absorbed import in_place_of
@@ -175,6 +176,7 @@ def set_modules(
     closed = open_for(model, new)
     modules = dict(model.named_modules(remove_duplicate=False))
     replaced = dict(closed)
+    placed: dict[str, nn.Module] = {}
     for name, module in new.items():
         if type(module) is nn.Sequential:
             kind = DescribedFactors if name in described else ReadableFactors
@@ -185,15 +187,15 @@ def set_modules(
                 replaced[alias] = modules[alias]
             describe(module, modules[alias])
             set_mode(module, modules[alias].training)
-            model.set_submodule(alias, module)
+            placed[alias] = module
+    put(model, placed)
     turn_off_around(model, replaced)
     return replaced
 
 
 def undo(model: nn.Module, replaced: Mapping[str, nn.Module]) -> None:
     """Undo `install_layers` or `set_modules`: put the ``replaced`` modules back, in their own modes."""
-    for name, module in replaced.items():
-        model.set_submodule(name, module)
+    put(model, replaced)
 
 
 def describe(new: nn.Module, old: nn.Module) -> None:
