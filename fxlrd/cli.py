@@ -12,8 +12,8 @@ from typing import Any
 
 from fxlrd import __version__
 from fxlrd.app.arguments import parser_of
+from fxlrd.app.output import warn
 from fxlrd.errors import FxlrdError
-from fxlrd.escaping import visible
 
 
 def main(argv: Sequence[str] | None = None, loaded: Callable[[], Any] = lambda: None) -> int:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None, loaded: Callable[[], Any] = lambda: 
 
 
 def _warn(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-    print(f"fxlrd: warning: {visible(str(message))}", file=sys.stderr)
+    warn(str(message))
 
 
 def _command(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int | None]:

@@ -176,7 +176,7 @@ def _check_folder(arguments: argparse.Namespace) -> None:
     if arguments.save.exists() and not arguments.save.is_dir():
         raise FxlrdError(f"--save {arguments.save}: that is a file; name a directory")
     if (folder := huggingface_folder(arguments.model)) is not None:
-        check_target(Path(folder), arguments.save)
+        check_target(Path(folder).expanduser(), arguments.save)
 
 
 def _save(result: Result, folder: Path, subject: Subject, arguments: argparse.Namespace) -> None:

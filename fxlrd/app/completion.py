@@ -99,7 +99,7 @@ def weights(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]
 def passes(prefix: str, **_: Any) -> list[str]:
     """Return what the last pass in a pipeline's text may be."""
     before, comma, _last = prefix.rpartition(",")
-    if before.count("{") > before.count("}") or prefix.endswith("}"):
+    if prefix.count("{") > prefix.count("}") or prefix.endswith("}"):
         return []
     return [f"{before}{comma}{name}" for name in _PASSES]
 

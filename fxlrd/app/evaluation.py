@@ -17,7 +17,7 @@ from fxlrd.errors import FxlrdError, one_line
 from fxlrd.escaping import visible
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import evaluating
-from fxlrd.progress import bar
+from fxlrd.progress import Progress, bar
 
 ACCURACY, AGREEMENT, PERPLEXITY = "accuracy", "agreement", "perplexity"
 
@@ -43,13 +43,13 @@ class Measure:
     examples: Examples
     size: int
 
-    def __call__(self, model: nn.Module) -> Score:
+    def __call__(self, model: nn.Module, progress: Progress[Any] = bar) -> Score:
         """Measure a model, in eval mode."""
         total = right = 0.0
         count = 0
         with evaluating(model), torch.no_grad():
-            for inputs, labels in bar(self.examples.batches(self.size), "measuring"):
-                scores = logits(run(model, inputs)).float()
+            for inputs, labels in progress(self.examples.batches(self.size), "measuring"):
+                scores = scores_on(self.examples.where, model, inputs).float()
                 if self.kind == PERPLEXITY:
                     labels, scores = inputs["input_ids"][:, 1:].flatten(), scores[:, :-1].flatten(0, 1)
                     total += F.cross_entropy(scores, labels, reduction="sum").item()
@@ -113,7 +113,7 @@ def measure_for(model: nn.Module, examples: Examples, size: int) -> Measure | No
         for start in range(0, len(examples), size):
             inputs, numbers = examples.read(examples.numbers[start : start + size])
             if numbers:
-                answers.update(zip(numbers, logits(run(model, inputs)).argmax(-1).tolist(), strict=True))
+                answers.update(zip(numbers, scores_on(examples.where, model, inputs).argmax(-1).tolist(), strict=True))
     labels = [answers.get(number, 0) for number in range(max(examples.numbers) + 1)]
     return Measure(AGREEMENT, replace(examples, labels=labels), size)
 
@@ -121,28 +121,33 @@ def measure_for(model: nn.Module, examples: Examples, size: int) -> Measure | No
 def outputs_of(model: nn.Module, examples: Examples) -> int | None:
     """Return how many classes a model tells apart, if its outputs are one score for each."""
     inputs, _ = next(iter(examples.batches(1)))
-    try:
-        with evaluating(model), torch.no_grad():
-            scores = logits(run(model, inputs))
-    except FxlrdError:
+    with evaluating(model), torch.no_grad():
+        scores = _tensor(_output(examples.where, model, inputs))
+    if scores is None:
         return None
-    except Exception as error:
-        raise FxlrdError(f"the model fails on {examples.where}: {one_line(error)}") from error
     return scores.shape[1] if scores.dim() == 2 and scores.shape[1] > 1 else None
 
 
-def run(model: nn.Module, inputs: Any) -> Any:
-    """Call a model with inputs as `Examples` give them."""
+def scores_on(where: str, model: nn.Module, inputs: Any) -> Tensor:
+    """Return a model's scores. Raises FxlrdError where it fails on the inputs, and where it gives none."""
+    scores = _tensor(_output(where, model, inputs))
+    if scores is None:
+        raise FxlrdError(f"{where}: a {type(model).__name__} gives no scores of classes or tokens")
+    return scores
+
+
+def _output(where: str, model: nn.Module, inputs: Any) -> Any:
     arguments = Inputs.of(inputs)
-    return model(*arguments.args, **arguments.kwargs)
+    try:
+        return model(*arguments.args, **arguments.kwargs)
+    except Exception as error:
+        raise FxlrdError(f"{where}: the model fails on it: {one_line(error)}") from error
 
 
-def logits(output: Any) -> Tensor:
-    """Return the scores in a model's output. Raises FxlrdError where there are none."""
+def _tensor(output: Any) -> Tensor | None:
+    """Return the scores in a model's output, if there are any."""
     if isinstance(output, Mapping):
         output = output.get("logits")
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
-    if not isinstance(output, Tensor):
-        raise FxlrdError(f"a {type(output).__name__} is no tensor of scores")
-    return output
+    return output if isinstance(output, Tensor) else None

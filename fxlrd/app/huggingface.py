@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from fxlrd.errors import FxlrdError, one_line
+from fxlrd.saving.architecture import recall
 from fxlrd.saving.from_pretrained import load_pretrained
 from fxlrd.saving.pretrained import KEY, read_pretrained
 
@@ -123,6 +124,11 @@ def save_folder(model: nn.Module, source: Path, target: Path) -> None:
 
     `fxlrd.load` reads it, as it does the whole of a model of sentence-transformers whose folder ``source`` is.
     """
+    origin = recall(model)
+    if origin is None or origin.refused is not None or origin.arguments is not None:
+        raise FxlrdError(
+            f"--save {target}: from_pretrained cannot make this model again: compress it in Python, and fxlrd.save"
+        )
     try:
         model.save_pretrained(target)  # type: ignore[operator]
         for path in _beside_model(source):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fxlrd.app.examples import Examples
+from fxlrd.app.output import warn
 from fxlrd.errors import FxlrdError, one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -76,7 +76,7 @@ class _Reader:
         for number, error in zip(numbers, pairs, strict=True):
             if isinstance(error, Exception) and number not in self.unreadable:
                 self.unreadable.add(number)
-                warnings.warn(f"{self.files[number]} is left out: {one_line(error)}", stacklevel=2)
+                warn(f"{self.files[number]} is left out: {one_line(error)}")
         return (self.prepare(images) if images else None), good
 
     def _read(self, number: int) -> Any:

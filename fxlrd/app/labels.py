@@ -42,8 +42,11 @@ def labels_of(where: str, classes: Sequence[Class], count: int, names: Mapping[s
     if all(name.isdigit() and int(name) < count for name in own):
         return [int(c) for c in classes], ""
     some = ", ".join(own[:3]) + (", …" if len(own) > 3 else "")
-    known = f"classes, such as {', '.join(list(names)[:3])}" if names else "outputs' numbers"
-    raise FxlrdError(f"{where}: classes {some}, but the model has {count} outputs: name folders by its {known}")
+    known = f"by its classes ({', '.join(list(names)[:3])}, …)" if names else "by their numbers"
+    raise FxlrdError(
+        f"{where}: {len(own)} of the model's {count} classes may be meant by {some}: name them {known}, "
+        "or give a model of as many classes"
+    )
 
 
 def _plain(name: str) -> str:

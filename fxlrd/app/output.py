@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fxlrd.errors import FxlrdError, one_line
+from fxlrd.escaping import visible
 from fxlrd.files import write_out
 
 
@@ -36,6 +37,11 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             raise FxlrdError(f"standard output: {one_line(error)}") from error
+
+
+def warn(text: str) -> None:
+    """Print a warning to standard error, on one line."""
+    print(f"fxlrd: warning: {visible(text)}", file=sys.stderr)
 
 
 def colored() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +19,9 @@ from fxlrd.app.huggingface import is_language_model, tokenizer_of
 from fxlrd.app.images import images_in
 from fxlrd.app.inputs import calibration_for
 from fxlrd.app.labels import labels_of
+from fxlrd.app.output import warn
 from fxlrd.app.subject import Subject, subject_of
-from fxlrd.app.training import check_trainable
+from fxlrd.app.training import check_trainable, check_training
 from fxlrd.errors import FxlrdError
 
 _CALIBRATION = {"images": 512, "texts": 512, "sequences": 128}
@@ -63,7 +63,7 @@ def prepared(options: argparse.Namespace, calibrates: bool = False) -> Prepared:
     examples = None if data is None or is_tensors(data) else _examples(data, subject)
     to_train = None if training is None else _labelled("--finetune", _examples(training, subject), subject)
     if to_train is not None:
-        check_trainable(subject.model, to_train)
+        check_trainable(subject.model, to_train, options.distill)
     held_out = None if evaluation is None else _labelled("--eval", _examples(evaluation, subject), subject)
     if held_out is None and to_train is not None:
         to_train, held_out = _split(to_train)
@@ -77,6 +77,8 @@ def prepared(options: argparse.Namespace, calibrates: bool = False) -> Prepared:
     x = _example(subject, examples or to_train or held_out)
     calibration = _calibration(data, examples, x, subject, size)
     measure = None if held_out is None else measure_for(subject.model, held_out, size)
+    if evaluation is not None and measure is None:
+        raise FxlrdError(f"--eval {evaluation}: a {type(subject.model).__name__} gives no scores of classes to compare")
     return Prepared(subject, x, calibration, measure, to_train, size)
 
 
@@ -99,6 +101,8 @@ def check(options: argparse.Namespace) -> None:
             raise FxlrdError(f"--{name}: that is for training; give --finetune DIR")
     if getattr(options, "examples", None) is not None and options.examples < 1:
         raise FxlrdError(f"--examples {options.examples}: at least one is needed")
+    if training is not None:
+        check_training(options)
 
 
 def is_tensors(where: str) -> bool:
@@ -123,6 +127,9 @@ def _examples(where: str, subject: Subject) -> Examples:
     running = is_language_model(subject.model)
     documents, tokenizer = documents_in(where, running), tokenizer_of(subject.folder)
     if not running:
+        config: Any = subject.model.config
+        if getattr(config, "pad_token_id", 0) is None:  # a decoder finds the end of each text by it
+            config.pad_token_id = tokenizer.pad_token_id
         found = texts.texts(where, documents, tokenizer, subject.model, subject.length())
         return _placed(found, subject.placed).shuffled()
     return _placed(texts.sequences(where, documents, tokenizer, subject.model, subject.length()), subject.placed)
@@ -151,7 +158,7 @@ def _labelled(option: str, examples: Examples, subject: Subject) -> Examples:
         raise FxlrdError(f"{option} {examples.where}: the model's outputs are no scores of classes")
     labels, note = labels_of(f"{option} {examples.where}", examples.classes, count, subject.class_names(count))
     if note:
-        warnings.warn(note, stacklevel=2)
+        warn(note)
     return replace(examples, labels=labels)
 
 
@@ -160,7 +167,7 @@ def _labelled_if_told(examples: Examples, subject: Subject) -> Examples:
     try:
         return _labelled("--calibration", examples, subject) if len(examples) else examples
     except FxlrdError as error:
-        warnings.warn(f"classes are not compared: {error}", stacklevel=2)
+        warn(f"classes are not compared: {error}")
         return examples
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fxlrd.app.evaluation import ACCURACY, Measure, Score
+from fxlrd.progress import quiet
 from fxlrd.report.report import Report
 
 
@@ -49,7 +50,7 @@ class ScoresInTurn:
 
     def __call__(self, model: nn.Module) -> float:
         """Return its accuracy, of which more is better; for a model that predicts tokens, the share of right ones."""
-        self.scores.append(self.measure(model))
+        self.scores.append(self.measure(model, quiet))
         return self.scores[-1].accuracy
 
     def named(self, names: list[str]) -> dict[str, Score]:

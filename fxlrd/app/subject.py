@@ -51,8 +51,6 @@ class Subject:
             return self.inputs(
                 example_for(shape, self.options.batch, self._dtype(), channels_last=self.options.channels_last)
             )
-        if self.options.input is not None or self.options.size is not None or self.options.channels_last:
-            raise FxlrdError("--input, --size and --channels-last are for images; the model reads text: use --length")
         ids = texts.random_ids(self.model, self.options.batch, self.length())
         return self.placed(texts.as_inputs(self.model, ids))
 
@@ -118,8 +116,6 @@ class Subject:
     def _sizes(self) -> tuple[int, ...]:
         """Return the sizes of one input: those that the options ask for, or those of the model's source."""
         options = self.options
-        if options.input is not None and options.size is not None:
-            raise FxlrdError("--input and --size: give one of the two")
         if options.input is not None:
             return tuple(example_for(options.input, 1, torch.float32, channels_last=False).shape[1:])
         channels, height, width = self._usual()
@@ -172,9 +168,22 @@ def subject_of(name: str, options: argparse.Namespace) -> Subject:
     except (RuntimeError, AssertionError) as error:
         raise FxlrdError(f"--device {options.device}: {one_line(error)}") from error
     if folder is not None:
-        return Subject(model, Path(folder).expanduser(), "", "", options)
-    package, _, attribute = (source_of(name, options.weights) or name).partition(":")
-    return Subject(model, None, package if package in zoo.PACKAGES else "", attribute, options)
+        subject = Subject(model, Path(folder).expanduser(), "", "", options)
+    else:
+        package, _, attribute = (source_of(name, options.weights) or name).partition(":")
+        subject = Subject(model, None, package if package in zoo.PACKAGES else "", attribute, options)
+    _check_sizes(options, subject.reads_text)
+    return subject
+
+
+def _check_sizes(options: argparse.Namespace, reads_text: bool) -> None:
+    """Raise FxlrdError for options on inputs that the model does not take."""
+    if options.input is not None and options.size is not None:
+        raise FxlrdError("--input and --size: give one of the two")
+    if reads_text and (options.input is not None or options.size is not None or options.channels_last):
+        raise FxlrdError("--input, --size and --channels-last are for images; the model reads text: use --length")
+    if not reads_text and options.length is not None:
+        raise FxlrdError("--length is for texts; the model reads none")
 
 
 def _main_input(model: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxlrd.app.evaluation import logits, run
+from fxlrd.app.evaluation import scores_on
 from fxlrd.app.examples import Examples, Shuffled
 from fxlrd.errors import FxlrdError
 from fxlrd.finetuning import Epoch, finetune
@@ -22,16 +23,18 @@ _SGD, _ADAM = 0.005, 1e-4
 class _Scores(nn.Module):
     """A model whose forward takes tensors in order, as training has them, and returns scores alone."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...], constants: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, where: str, names: tuple[str, ...], constants: dict[str, Any]) -> None:
         super().__init__()
         self.model = model
+        self.where = where
         self.names = names
         self.constants = constants
 
     def forward(self, *values: Tensor) -> Tensor:
         if not self.names:
-            return logits(run(self.model, values))
-        return logits(run(self.model, {**dict(zip(self.names, values, strict=True)), **self.constants}))
+            return scores_on(self.where, self.model, values)
+        named = dict(zip(self.names, values, strict=True))
+        return scores_on(self.where, self.model, {**named, **self.constants})
 
 
 class _Pairs:
@@ -69,21 +72,33 @@ def train(
     lr = options.lr if options.lr is not None else _SGD if has_statistics else _ADAM
     labelled = bool(examples.labels)
     return finetune(
-        _Scores(model, names, constants),
+        _Scores(model, examples.where, names, constants),
         _Pairs(Shuffled(examples, size)),
         epochs=1 if options.epochs is None else options.epochs,
         lr=lr,
         optimizer=None if has_statistics else lambda ps: torch.optim.AdamW(ps, lr, weight_decay=0.01),
         loss=F.cross_entropy if labelled else _next_token,
-        teacher=_Scores(original, names, constants) if options.distill else None,
+        teacher=_Scores(original, examples.where, names, constants) if options.distill else None,
         distill=options.distill or 0.0,
         seed=options.seed,
     )
 
 
-def check_trainable(model: nn.Module, examples: Examples) -> None:
+def check_training(options: argparse.Namespace) -> None:
+    """Raise FxlrdError, before the work instead of after it, for options out of range."""
+    if options.epochs is not None and options.epochs < 1:
+        raise FxlrdError(f"--epochs {options.epochs}: at least one is needed")
+    if options.lr is not None and not 0 < options.lr < math.inf:
+        raise FxlrdError(f"--lr {options.lr}: a learning rate is a finite number above 0")
+    if options.distill is not None and not 0 <= options.distill <= 1:
+        raise FxlrdError(f"--distill {options.distill}: a weight is between 0 and 1")
+
+
+def check_trainable(model: nn.Module, examples: Examples, distill: float | None) -> None:
     """Raise FxlrdError for examples that say nothing to learn, and for weights too coarse for small steps."""
     where = f"--finetune {examples.where}"
+    if examples.noun == "sequences" and distill:
+        raise FxlrdError(f"{where}: --distill is for classifiers; leave it out")
     if examples.noun != "sequences" and not examples.labels:
         fields = "" if examples.noun == "images" else ", or .jsonl or .csv with fields text and label"
         raise FxlrdError(f"{where}: its {examples.noun} have no classes: put them into a folder for each{fields}")

@@ -27,11 +27,13 @@ def compress(tmp_path, *arguments):
 
 def test_a_classifier_of_texts_is_trained_on_texts_and_opened_again(tmp_path, capsys):
     folder = write_classifier(tmp_path / "model")
-    rows = [{"text": text(9 + i % 5) + f" {word}" * 3, "label": word} for i in range(20) for word in ("good", "bad")]
+    rows = [{"text": text(3 + i % 5) + f" {word}" * 12, "label": word} for i in range(20) for word in ("good", "bad")]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     command = ["hf:" + str(folder), "--passes", "decompose{ratio=1.5}", "--finetune", data]
-    assert compress(tmp_path, *command, "--epochs", "3", "--lr", "0.003", "--save", tmp_path / "out") == 0
+    assert (
+        compress(tmp_path, *command, "--epochs", "4", "--lr", "0.01", "--batch", "4", "--save", tmp_path / "out") == 0
+    )
     evaluation = report(tmp_path)["evaluation"]
     assert (evaluation["measure"], evaluation["examples"]) == ("accuracy", 8)
     assert list(evaluation["models"]) == ["original", "compressed", "fine-tuned"]

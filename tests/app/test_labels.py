@@ -39,9 +39,9 @@ def test_a_guess_is_said():
         (
             ["dog", "cat"],
             NAMES,
-            r"it: classes cat, dog, but the model has 3 outputs: .* its classes, such as NEGATIVE",
+            r"it: 2 of the model's 3 classes may be meant by cat, dog: name them by its classes \(NEGATIVE, ",
         ),
-        (["dog", "cat"], {}, r"name folders by its outputs' numbers"),
+        (["dog", "cat"], {}, "name them by their numbers, or give a model of as many classes"),
         ([0, 3], {}, "it: there is a label 3, and the model has 3 outputs"),
     ],
 )
