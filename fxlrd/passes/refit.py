@@ -14,40 +14,27 @@ kept only if it brings the outputs on those closer to the original's.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from fxlrd.calibration.batches import as_batches, as_inputs, first_examples, rows_are_examples, to_fit
 from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better, reference
-from fxlrd.calibration.patches import patches, stride_for
 from fxlrd.calibration.stepper import Stepper
 from fxlrd.errors import Reason
-from fxlrd.factor.failures import check_finite
-from fxlrd.factor.ridge import with_ridge
 from fxlrd.graph.captured import captured_or_bare
-from fxlrd.graph.facts import FACTORS, provenance, retained_channels
-from fxlrd.graph.guards import hooked
+from fxlrd.graph.facts import FACTORS, provenance
 from fxlrd.graph.layer import NOT_REACHED
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.surgery import calls, source
-from fxlrd.layers.fit import Moments
-from fxlrd.layers.kinds import BATCH_NORMS, CONVS, LAYERS, TRANSPOSED, as_layer, channel_axis, op
-from fxlrd.layers.weights import resized
+from fxlrd.layers.kinds import LAYERS, TRANSPOSED, as_layer, op
+from fxlrd.passes._least_squares import LeastSquares
 from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
-
-RIDGE = 1e-3
-"""ρ, relative to the mean variance of z."""
-
-ROWS, FEW = 32, 16384
-"""Rows used per batch: all if at most `FEW`; otherwise about `ROWS` × fan-in, evenly strided."""
 
 WIDEST = 2304
 """Layers with a larger fan-in than this are left alone: the fit would take too long."""
@@ -151,76 +138,12 @@ def _refit(gm: fx.GraphModule, name: str, place: Place, compressed: Stepper, ori
     values = compressed.values(read)
     if not values:
         return Skip(name, NOT_REACHED)
-    pairs = zip(values, original.values(place.original), strict=True)
-    module, norm = gm.get_submodule(str(place.call.target)), _norm_after(gm, place.call)
-    has_bias = as_layer(module).bias is not None
-    solved = _solved(module, retained_channels(place.call), pairs, has_bias or norm is not None)
-    if solved is None:
+    fit = LeastSquares(gm, place.call)
+    for z, y in zip(values, original.values(place.original), strict=True):
+        fit.add(z, y)
+    made = fit.modules()
+    if made is None:
         return Skip(name, NOT_FINITE)
-    weight, bias = solved
-    gm.set_submodule(str(place.call.target), resized(module, weight, bias if has_bias else None).eval())
-    if norm is not None and not has_bias:
-        gm.set_submodule(norm, _shifted(gm.get_submodule(norm), bias))
+    for target, module in made.items():
+        gm.set_submodule(target, module)
     return Site(name, False, "refitted")
-
-
-def _norm_after(gm: fx.GraphModule, call: fx.Node) -> str | None:
-    """Return the name of the BatchNorm that alone reads a layer's output, if its statistics may be changed."""
-    user = next(iter(call.users))
-    if len(call.users) != 1 or user.op != "call_module" or len(calls(gm, str(user.target))) != 1:
-        return None
-    module = gm.get_submodule(str(user.target))
-    statistics = type(module) in BATCH_NORMS and module.running_mean is not None and not hooked(module)
-    return str(user.target) if statistics else None
-
-
-def _shifted(norm: nn.Module, constant: Tensor) -> nn.Module:
-    """Return a copy of a BatchNorm that computes norm(x + constant) in eval mode."""
-    new = copy.deepcopy(norm)
-    new.running_mean = norm.running_mean - constant.to(norm.running_mean)  # type: ignore[operator, arg-type]
-    return new
-
-
-def _solved(
-    module: nn.Module, retained: Tensor | None, pairs: Iterable[tuple[Tensor, Tensor]], constant: bool
-) -> tuple[Tensor, Tensor] | None:
-    """Return the weight and bias of the least squares fit, or None where values are not finite.
-
-    ``pairs`` are z, which the layer reads, and y, of which it makes the channels ``retained`` (all if None). Without a
-    ``constant`` the bias is zero: budgets count parameters, so that a layer gets no bias that had none.
-    """
-    weight = as_layer(module).weight.detach().double().flatten(1)
-    count, width = weight.shape
-    read = Moments.empty(width, weight.device)
-    cross, total = weight.new_zeros(count, width), weight.new_zeros(count)
-    for z, y in pairs:
-        made = y.movedim(channel_axis(module, y.dim()), -1)
-        made = (made if retained is None else made[..., retained]).reshape(-1, count)
-        most = max(ROWS * width, FEW)
-        rows, made = _rows(module, z, most), made[:: stride_for(len(made), most)].double()
-        read.add(rows)
-        cross += made.mT @ rows
-        total += made.sum(0)
-    mean = total / max(read.count, 1)
-    inner, cross = read.second, cross / max(read.count, 1)
-    if constant:
-        inner, cross = read.covariance, cross - torch.outer(mean, read.mean)
-    if not bool(inner.isfinite().all() and cross.isfinite().all()):
-        return None
-    scale = inner.diagonal().mean() * RIDGE
-    if not scale > 0:
-        return None
-    regularised = with_ridge(inner, read.ridge) + scale * torch.eye(width, dtype=inner.dtype, device=inner.device)
-    change = torch.linalg.solve(regularised, (cross - weight @ inner).mT).mT
-    weight = weight + change
-    bias = (mean - weight @ read.mean) * constant
-    check_finite(weight, bias)
-    return weight.view_as(as_layer(module).weight), bias
-
-
-def _rows(module: nn.Module, x: Tensor, most: int) -> Tensor:
-    """Return what the layer's outputs are computed from, one row a position; about ``most`` of more rows."""
-    if isinstance(module, CONVS):
-        return patches(module, x, most)
-    rows = x.reshape(-1, x.shape[-1])
-    return rows[:: stride_for(len(rows), most)].double()
