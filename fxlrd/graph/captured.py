@@ -165,10 +165,6 @@ class Whole:
         """Whether the module ``name`` of the user's model holds the factors of an earlier compression: not known."""
         return False
 
-    def fed_by_the_original(self, node: fx.Node | None) -> bool:
-        """Whether the node's value comes from the original model whatever the graph's layers are by now."""
-        return False
-
 
 @dataclass(frozen=True)
 class Regions:
@@ -273,10 +269,6 @@ class Regions:
         """Whether the module ``name`` of the user's model holds the factors of an earlier compression."""
         module = self.model.get_submodule(name)
         return is_container(module) and {part for part, _ in module.named_children()} <= set(FACTORS)
-
-    def fed_by_the_original(self, node: fx.Node | None) -> bool:
-        """Whether the node is an argument of a region, which the original model computes."""
-        return node is not None and node.op == "placeholder"
 
 
 def added_params(gm: fx.GraphModule, modules: Mapping[str, nn.Module], alike: Mapping[str, nn.Module]) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxlrd.calibration.patches import patches, stride_for
+from fxlrd.errors import Reason
 from fxlrd.factor.failures import check_finite
 from fxlrd.factor.ridge import with_ridge
 from fxlrd.graph.facts import retained_channels
@@ -19,6 +20,9 @@ from fxlrd.layers.weights import resized
 
 RIDGE = 1e-3
 """ρ, relative to the mean variance of z."""
+
+NOT_FINITE = Reason("not-finite", "the calibration inputs give NaN or Inf there")
+CALLED_AGAIN = Reason("called-again", "it is called more than once")
 
 ROWS, FEW = 32, 16384
 """Rows used per batch: all if at most `FEW`; otherwise about `ROWS` × fan-in, evenly strided."""

@@ -7,9 +7,10 @@ merged layer) in the compressed network, and y the output of the layer in the or
     min ‖y − (A + Δ)·z − b‖² + ρ·‖Δ‖²       over Δ and b
 
 so that each layer also makes up for the ones before (asymmetric reconstruction, Zhang et al. 2016). Where the layer has
-no bias, b goes into the mean of a BatchNorm after it, or is left out. Both networks run
-in step, a node at a time for all inputs: one pass each. Approximate. Where `calibrate` held inputs out, the result is
-kept only if it brings the outputs on those closer to the original's.
+no bias, b goes into the mean of a BatchNorm after it, or is left out. Both networks run in step: graphs one node at a
+time for all inputs, in one pass; models that keep their own forward unit by unit (fxlrd/passes/_refit_regions.py).
+Approximate. Where `calibrate` held inputs out, the result is kept only if it brings the outputs on those closer to the
+original's.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.facts import FACTORS, provenance
 from fxlrd.graph.layer import NOT_REACHED
 from fxlrd.graph.run import evaluating
+from fxlrd.graph.settings import settings_restored
 from fxlrd.graph.surgery import calls, source
 from fxlrd.layers.kinds import LAYERS, TRANSPOSED, as_layer, op
-from fxlrd.passes._least_squares import LeastSquares
+from fxlrd.passes._least_squares import CALLED_AGAIN, NOT_FINITE, LeastSquares
+from fxlrd.passes._refit_regions import WORSE, refit_regions
 from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
@@ -39,10 +42,6 @@ from fxlrd.progress import Progress, quiet
 WIDEST = 2304
 """Layers with a larger fan-in than this are left alone: the fit would take too long."""
 
-NOT_FINITE = Reason("not-finite", "the calibration inputs give NaN or Inf there")
-WORSE = Reason("not-better", "held-out inputs fit better as it was")
-REGION_INPUT = Reason("region-input", "what the compressed model feeds it is not known: only regions could be captured")
-CALLED_AGAIN = Reason("called-again", "it is called more than once")
 NO_LAYER = Reason("no-layer", "it is no layer")
 
 
@@ -84,7 +83,10 @@ class Refit:
             to_fit(as_inputs(run.gm, as_batches(self.calibration)), divisible=partial(rows_are_examples, original)),
             self.inputs,
         )
-        with evaluating(run.gm), evaluating(original), torch.no_grad():
+        with evaluating(run.gm), evaluating(original), settings_restored(), torch.no_grad():
+            if captured_or_bare(gm).user_forward:
+                replaceable = {name: place.call for name, place in places.items()}
+                return refit_regions(run, original, replaceable, batches, inputs_held_out)
             steppers = Stepper(run.gm, batches), Stepper(original, batches)
             run.each(places, lambda name: _refit(run.gm, name, places[name], *steppers))
         verdict = keep_if_better(inputs_held_out, gm, run.gm)
@@ -124,8 +126,6 @@ def _place(gm: fx.GraphModule, original: fx.GraphModule, name: str, nodes: list[
         return Reason("layer-type", f"what makes its output is a {op(module)}, which is not refitted")
     if (width := as_layer(module).weight[0].numel()) > WIDEST:
         return Reason("too-wide", f"it reads {width} numbers for each output, more than {WIDEST}")
-    if captured_or_bare(gm).fed_by_the_original(source(nodes[0])):
-        return REGION_INPUT
     return Place(last[0], original_calls[0])
 
 

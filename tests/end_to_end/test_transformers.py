@@ -9,9 +9,13 @@ import torch
 from torch import nn
 
 from fxlrd import Budget, Pipeline, load, save
+from fxlrd.capturing.model import capture_any
 from fxlrd.graph.guards import shared_parameter
-from fxlrd.passes import Calibrate, Merge
+from fxlrd.graph.inputs import Inputs
+from fxlrd.passes import Calibrate, Decompose, Merge, Refit
 from tests.support.compression import FULL_RANK, assert_same_outputs, decisions, largest_error, layer_reasons, quick
+from tests.support.refitted import assert_fitted
+from tests.support.results import reasons
 
 pytestmark = pytest.mark.slow
 
@@ -209,3 +213,18 @@ def test_the_inner_widths_of_feed_forward_blocks_are_cut(name, tmp_path):
     loaded = load(tmp_path / "saved", copy.deepcopy(model))
     other = {k: v.roll(1, -1) if k != "attention_mask" else v for k, v in x.items()}
     assert_same_outputs(loaded, result.model, **other)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_refit_fits_every_layer_to_what_the_refitted_model_feeds_it(name):
+    model, inputs = hugging_face(name)
+    batches = [{key: ids((24, *t.shape[1:])) if "ids" in key else t for key, t in inputs.items()} for _ in range(4)]
+    batches = [each | {k: torch.ones(24, 9) for k in each if "mask" in k} for each in batches]
+    gm = capture_any(model, Inputs.of(inputs))
+    gm = Pipeline([Calibrate(batches, outputs=False), Decompose(ranks=4)])(gm).graph_module
+    result = Refit(batches, guard=False)(gm)
+    names = [site.name for site in result.sites]
+    assert set(reasons(result).values()) <= {"called-again"}
+    assert len(names) >= 0.9 * sum(n.op == "call_module" and str(n.target).endswith(".last") for n in gm.graph.nodes)
+    for layer in (names[0], names[len(names) // 2], names[-1]):
+        assert_fitted(gm, result.graph_module, model, layer, batches)
