@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
+from fxlrd.calibration.padding import at_tokens
 from fxlrd.calibration.patches import patches, stride_for
 from fxlrd.errors import Reason
 from fxlrd.factor.failures import check_finite
@@ -46,9 +47,11 @@ class LeastSquares:
         self.read = Moments.empty(width, self.weight.device)
         self.cross, self.total = self.weight.new_zeros(count, width), self.weight.new_zeros(count)
 
-    def add(self, z: Tensor, y: Tensor) -> None:
-        """Add the positions of one batch; see `ROWS`."""
+    def add(self, z: Tensor, y: Tensor, tokens: Tensor | None) -> None:
+        """Add the positions of one batch that hold ``tokens``, see `ROWS`."""
         count, width = self.weight.shape
+        if not isinstance(self.module, CONVS):
+            z, y = at_tokens(z, tokens), at_tokens(y, tokens)
         made = y.movedim(channel_axis(self.module, y.dim()), -1)
         made = (made if self.retained is None else made[..., self.retained]).reshape(-1, count)
         most = max(ROWS * width, FEW)

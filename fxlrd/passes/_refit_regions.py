@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from fxlrd.calibration.batches import first_rows
 from fxlrd.calibration.course import Course, course_of
 from fxlrd.calibration.holdout import HeldOut, Holdout
+from fxlrd.calibration.padding import tokens_of
 from fxlrd.calibration.stages import Observed, Stage, observe
 from fxlrd.calibration.unit_stepper import UnitStepper
 from fxlrd.errors import Reason
@@ -86,6 +87,7 @@ class SideBySide:
         self, gm: fx.GraphModule, original: fx.GraphModule, places: Mapping[str, fx.Node], batches: Sequence[Inputs]
     ) -> None:
         self.gm, self.places = gm, places
+        self.tokens = [tokens_of(gm, inputs) for inputs in batches]
         self.model, original_model = runnable(gm), runnable(original)
         open_for(original_model, places)
         for model in (self.model, original_model):
@@ -143,9 +145,10 @@ class SideBySide:
         seen = set[str]()
         self.original.before(stage.unit)
         self.compressed.before(stage.unit)
-        for before, now in zip(
+        for before, now, tokens in zip(
             self.original.calls(stage.unit, stage.layers),
             self.compressed.calls(stage.unit, [*targets.values()]),
+            self.tokens,
             strict=True,
         ):
             for name, target in targets.items():
@@ -153,7 +156,7 @@ class SideBySide:
                     continue
                 seen.add(name)
                 if _belong_together(fits[name].module, before[name], now[target]):
-                    fits[name].add(now[target].arguments[0], before[name].output)
+                    fits[name].add(now[target].arguments[0], before[name].output, tokens)
                 else:
                     reasons[name] = UNMATCHED
         reasons |= {name: NOT_REACHED for name in stage.layers if name not in seen}

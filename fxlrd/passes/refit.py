@@ -15,20 +15,21 @@ original's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxlrd.calibration.batches import as_batches, as_inputs, first_examples, rows_are_examples, to_fit
 from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better, reference
+from fxlrd.calibration.padding import tokens_of
 from fxlrd.calibration.stepper import Stepper
 from fxlrd.errors import Reason
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.facts import FACTORS, provenance
-from fxlrd.graph.layer import NOT_REACHED
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.settings import settings_restored
 from fxlrd.graph.surgery import calls, source
@@ -88,7 +89,8 @@ class Refit:
                 replaceable = {name: place.call for name, place in places.items()}
                 return refit_regions(run, original, replaceable, batches, inputs_held_out)
             steppers = Stepper(run.gm, batches), Stepper(original, batches)
-            run.each(places, lambda name: _refit(run.gm, name, places[name], *steppers))
+            tokens = [tokens_of(run.gm, inputs) for inputs in batches]
+            run.each(places, lambda name: _refit(run.gm, name, places[name], *steppers, tokens))
         verdict = keep_if_better(inputs_held_out, gm, run.gm)
         return run.result(verdict.note) if verdict.keep else run.undone(WORSE, verdict.note)
 
@@ -129,18 +131,22 @@ def _place(gm: fx.GraphModule, original: fx.GraphModule, name: str, nodes: list[
     return Place(last[0], original_calls[0])
 
 
-def _refit(gm: fx.GraphModule, name: str, place: Place, compressed: Stepper, original: Stepper) -> Site | Skip:
+def _refit(
+    gm: fx.GraphModule,
+    name: str,
+    place: Place,
+    compressed: Stepper,
+    original: Stepper,
+    tokens: Sequence[Tensor | None],
+) -> Site | Skip:
     """Refit the module at a place to the output of the original layer. Both networks run up to it."""
     read = source(place.call)
     assert read is not None
     original.through(place.original)
     compressed.before(place.call)
-    values = compressed.values(read)
-    if not values:
-        return Skip(name, NOT_REACHED)
     fit = LeastSquares(gm, place.call)
-    for z, y in zip(values, original.values(place.original), strict=True):
-        fit.add(z, y)
+    for z, y, each in zip(compressed.values(read), original.values(place.original), tokens, strict=True):
+        fit.add(z, y, each)
     made = fit.modules()
     if made is None:
         return Skip(name, NOT_FINITE)

@@ -164,3 +164,23 @@ def test_the_parts_before_the_first_that_helps_no_more_are_kept(monkeypatch):
     old = gm.state_dict()
     changed = {k for k, v in result.graph_module.state_dict().items() if not torch.equal(v, old[k])}
     assert {k.rpartition(".last")[0] for k in changed} == set(order[:5])
+
+
+def test_padding_says_nothing_about_the_fit():
+    class Tagger(Branching):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return super().forward(x) * attention_mask[..., None]
+
+    torch.manual_seed(0)
+    model = Tagger().double().eval()
+    mask = (torch.arange(30) < torch.randint(10, 30, (12, 1))).long()
+    weights = []
+    for filler in (0.0, 7.0):
+        torch.manual_seed(1)
+        batches = [{"x": torch.randn(12, 30, 10).double() + 0.5, "attention_mask": mask} for _ in range(5)]
+        for each in batches:
+            each["x"][mask == 0] = filler
+        gm = Calibrate(batches, outputs=False)(capture_regions(model, batches[1])).graph_module
+        result = Refit(batches, guard=False)(Decompose(ranks=4)(gm).graph_module)
+        weights.append(result.graph_module.get_submodule("blocks.1.down.last").weight)
+    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
