@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fxlrd.errors import VerificationError
 from fxlrd.graph.precision import TF32_EPS, uses_tf32
+
+_ENTRIES = 2**20
+"""Entries that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,21 @@ def difference(outputs: list[Tensor], reference: list[Tensor], where: str) -> Di
             raise VerificationError(
                 f"{where}: output {i} is {a.dtype}{list(a.shape)} instead of {b.dtype}{list(b.shape)}"
             )
-        wide = torch.complex128 if b.is_complex() else torch.float64
-        a, b = a.to(wide), b.to(wide)
-        same = (a == b) | (a.isnan() & b.isnan())
-        gap = torch.where(same, torch.zeros_like(a), a - b).abs()
-        if not gap.isfinite().all():
-            raise VerificationError(f"{where}: output {i} has NaN or Inf where the reference is finite")
-        largest = max(largest, gap.max().item() if gap.numel() else 0.0)
-        above += gap.square().sum().item()
-        below += torch.where(b.isfinite(), b, torch.zeros_like(b)).abs().square().sum().item()
+        for part, expected in zip(_parts(a), _parts(b), strict=True):
+            same = (part == expected) | (part.isnan() & expected.isnan())
+            gap = torch.where(same, torch.zeros_like(part), part - expected).abs()
+            if not gap.isfinite().all():
+                raise VerificationError(f"{where}: output {i} has NaN or Inf where the reference is finite")
+            largest = max(largest, gap.max().item())
+            above += gap.square().sum().item()
+            below += torch.where(expected.isfinite(), expected, torch.zeros_like(expected)).abs().square().sum().item()
     return Difference(largest, (above / below) ** 0.5 if below else above**0.5)
+
+
+def _parts(t: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor's entries in float64, some at a time: logits of a language model are large."""
+    wide = torch.complex128 if t.is_complex() else torch.float64
+    return (part.to(wide) for part in t.flatten().split(_ENTRIES) if part.numel())
 
 
 def rounding(values: Sequence[Tensor]) -> float:

@@ -50,3 +50,15 @@ def test_difference_compares_counts_shapes_and_dtypes_first(found, wanted, messa
     with pytest.raises(VerificationError) as caught:
         difference(found, wanted, "here")
     assert str(caught.value) == message
+
+
+def test_large_outputs_are_compared_to_the_last_entry():
+    b = torch.ones(3, 2**19 + 1)
+    a = b.clone()
+    a[-1, -1] = 3
+    found = difference([a], [b], "here")
+    assert found.max_abs == 2
+    assert found.relative == pytest.approx((4 / b.numel()) ** 0.5, rel=1e-12)
+    a[-1, -1] = torch.nan
+    with pytest.raises(VerificationError, match="NaN"):
+        difference([a], [b], "here")
