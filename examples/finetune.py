@@ -18,8 +18,8 @@ parser.add_argument("--quick", action="store_true", help="fewer images and no ti
 quick = parser.parse_args().quick
 
 model = fashion.trained()
-calibration = fashion.calibration()[: 160 if quick else 1024]
-images, labels = (tensor[: 200 if quick else 2000] for tensor in fashion.test())
+calibration = fashion.calibration()[: 96 if quick else 1024]
+images, labels = (tensor[: 100 if quick else 2000] for tensor in fashion.test())
 half = len(images) // 2
 loader = DataLoader(TensorDataset(images[:half], labels[:half]), batch_size=50, shuffle=True)
 

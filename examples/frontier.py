@@ -14,8 +14,8 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--quick", action="store_true", help="fewer images and no timing: tests the script")
 quick = parser.parse_args().quick
 
-calibration = fashion.calibration()[: 160 if quick else 1024]
-images, labels = (tensor[: 200 if quick else 2000] for tensor in fashion.test())
+calibration = fashion.calibration()[: 96 if quick else 1024]
+images, labels = (tensor[: 100 if quick else 2000] for tensor in fashion.test())
 
 
 def accuracy(network):
