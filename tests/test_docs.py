@@ -65,7 +65,7 @@ def test_the_code_on_a_page_runs(path, in_a_new_folder):
             continue
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in PAGES])
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_block_is_of_a_language_that_is_not_run(path):
     fences = re.findall(r"^ *```(.*)$", path.read_text(), re.MULTILINE)
     assert set(fences[::2]) <= LANGUAGES
