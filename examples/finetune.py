@@ -18,8 +18,8 @@ parser.add_argument("--quick", action="store_true", help="fewer images and no ti
 quick = parser.parse_args().quick
 
 model = fashion.trained()
-calibration = fashion.calibration()[: 96 if quick else 1024]
-images, labels = (tensor[: 100 if quick else 2000] for tensor in fashion.test())
+calibration = fashion.calibration()[: 40 if quick else 1024]
+images, labels = (tensor[: 60 if quick else 2000] for tensor in fashion.test())
 half = len(images) // 2
 loader = DataLoader(TensorDataset(images[:half], labels[:half]), batch_size=50, shuffle=True)
 
@@ -30,7 +30,13 @@ def accuracy(network):
 
 
 passes = "calibrate{effects=128,holdout=true},merge,refit,recalibrate"
-result = fxlrd.compress(model, calibration[:32], pipeline=passes, calibration=calibration.split(32), measure=not quick)
+result = fxlrd.compress(
+    model,
+    calibration[: 8 if quick else 32],
+    pipeline=passes,
+    calibration=calibration.split(8 if quick else 32),
+    measure=not quick,
+)
 before = accuracy(result.model)
 fxlrd.finetune(result.model, loader, epochs=1, teacher=model, evaluate=accuracy)
 print(f"original {accuracy(model):.1%}, compressed {before:.1%}, fine-tuned {accuracy(result.model):.1%}")

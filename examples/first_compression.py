@@ -15,8 +15,8 @@ parser.add_argument("--quick", action="store_true", help="fewer images and no ti
 quick = parser.parse_args().quick
 
 model = fashion.trained()
-calibration = fashion.calibration()[: 96 if quick else 1024]
-images, labels = (tensor[: 100 if quick else 2000] for tensor in fashion.test())
+calibration = fashion.calibration()[: 40 if quick else 1024]
+images, labels = (tensor[: 60 if quick else 2000] for tensor in fashion.test())
 
 
 def accuracy(network):
@@ -24,12 +24,12 @@ def accuracy(network):
         return (network(images).argmax(1) == labels).double().mean().item()
 
 
-x = calibration[:32].contiguous(memory_format=torch.channels_last)
+x = calibration[: 8 if quick else 32].contiguous(memory_format=torch.channels_last)
 result = fxlrd.compress(
     model,
     x,
     budget=fxlrd.Budget(params=0.5),
-    calibration=calibration.split(32),
+    calibration=calibration.split(8 if quick else 32),
     measure=not quick,
     progress=True,
 )

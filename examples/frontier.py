@@ -14,8 +14,8 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--quick", action="store_true", help="fewer images and no timing: tests the script")
 quick = parser.parse_args().quick
 
-calibration = fashion.calibration()[: 96 if quick else 1024]
-images, labels = (tensor[: 100 if quick else 2000] for tensor in fashion.test())
+calibration = fashion.calibration()[: 40 if quick else 1024]
+images, labels = (tensor[: 60 if quick else 2000] for tensor in fashion.test())
 
 
 def accuracy(network):
@@ -25,8 +25,8 @@ def accuracy(network):
 
 frontier = fxlrd.frontier(
     fashion.trained(),
-    calibration[:32].contiguous(memory_format=torch.channels_last),
-    calibration=calibration.split(32),
+    calibration[: 8 if quick else 32].contiguous(memory_format=torch.channels_last),
+    calibration=calibration.split(8 if quick else 32),
     budgets=["params=0.6", "params=0.4"] if quick else [0.9, 0.8, 0.7, 0.6],
     evaluate=accuracy,
     measure=not quick,

@@ -48,9 +48,9 @@ def in_a_new_folder(tmp_path, monkeypatch):
     """Blocks run in an empty folder, on fewer images, and time by the sizes of weights, whatever the machine's load."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    images, (test_images, labels) = fashion.calibration()[:96], fashion.test()
+    images, (test_images, labels) = fashion.calibration()[:40], fashion.test()
     monkeypatch.setattr(fashion, "calibration", lambda: images)
-    monkeypatch.setattr(fashion, "test", lambda: (test_images[:100], labels[:100]))
+    monkeypatch.setattr(fashion, "test", lambda: (test_images[:60], labels[:60]))
     timer = WeightTimer(lambda name, weights: 1e-6 + 1e-9 * weights)
     for name in ("compress", "frontier"):
         monkeypatch.setattr(fxlrd, name, partial(getattr(fxlrd, name), timer=timer))
