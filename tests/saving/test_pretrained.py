@@ -81,6 +81,14 @@ def test_a_model_in_another_saves_itself(tmp_path):
     assert_same(fxlrd.load(tmp_path), result.bert, X)
 
 
+def test_both_kinds_in_one_directory_are_told_apart_by_the_architecture(tmp_path):
+    a, b = quick(bert(), X, ratio=2.0).model, quick(bert(), X, ratio=4.0).model
+    a.save_pretrained(tmp_path)
+    fxlrd.save(b, tmp_path)
+    assert_same(fxlrd.load(tmp_path), a, X)
+    assert_same(fxlrd.load(tmp_path, bert()), b, X)
+
+
 def test_what_does_not_fit_is_an_error(tmp_path):
     result = quick(bert(), X, ratio=2.0).model
     with pytest.raises(FxlrdError, match="holds no model that save_pretrained wrote: give the architecture"):
