@@ -28,6 +28,7 @@ from fxlrd.capturing.joining import joined
 from fxlrd.capturing.multiplied import without_layer
 from fxlrd.capturing.proof import Original, same
 from fxlrd.capturing.reads import has_weights
+from fxlrd.capturing.stems import not_stems
 from fxlrd.capturing.tracing import check_names, trace, train_path_differs
 from fxlrd.capturing.watch import (
     Observation,
@@ -136,6 +137,7 @@ def capture_regions_of(original: Original) -> fx.GraphModule:
     not_in_graph |= without_layer(model, original.multiplied, original.closed)
     record = Regions(original.inputs, not_in_graph, original.users, modules, slots, example, outside, alike=alike)
     record = replace(record, fixed_widths=fixed_widths(original, gm), described=observation.described)
+    record = replace(record, not_stems=not_stems(original, gm))
     captured.record(gm, replace(record, warnings=_fast_path_warnings(original.users, modules)))
     return gm
 

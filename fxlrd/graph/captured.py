@@ -82,6 +82,7 @@ class Whole:
     described: frozenset[str] = frozenset()
     outside: Cost = NOTHING
 
+    not_stems: ClassVar[frozenset[str]] = frozenset()
     user_forward = False
     """Whether the result runs the user's own forward, with the graph's layers inside, rather than the graph."""
 
@@ -183,6 +184,7 @@ class Regions:
         described: the layers whose weight other code asks for its dtype, device or shape.
         fixed_widths: the layers whose number of outputs the model's code counts on.
         alike: those of the user's modules that stock layers in ``modules`` stand in for, by name.
+        not_stems: the convs that read what layers outside of their regions make.
     """
 
     inputs: Inputs
@@ -197,6 +199,7 @@ class Regions:
     described: frozenset[str] = frozenset()
     fixed_widths: frozenset[str] = frozenset()
     alike: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
+    not_stems: frozenset[str] = frozenset()
 
     padded: ClassVar[Mapping[str, Padding]] = {}
     user_forward = True

@@ -175,8 +175,13 @@ def is_stem(gm: fx.GraphModule, name: str, module: nn.Module) -> bool:
     """Whether the layer is a conv that reads the model's input, of at most four channels, with no layer before."""
     if not isinstance(module, Conv) or module.in_channels > _STEM_CHANNELS:
         return False
+    return name not in captured_or_bare(gm).not_stems and not reads_a_layer(gm, name)
+
+
+def reads_a_layer(gm: fx.GraphModule, name: str) -> bool:
+    """Whether a call of the module ``name`` reads what another layer of the graph, or an earlier call, has computed."""
     names = layers(gm).keys()
-    return not any(_follows_layer(source(call), names) for call in calls(gm, name))
+    return any(_follows_layer(source(call), names) for call in calls(gm, name))
 
 
 def _follows_layer(node: fx.Node | None, names: Collection[str]) -> bool:

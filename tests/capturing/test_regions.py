@@ -14,6 +14,7 @@ from fxlrd.capturing.watch import RESERVED
 from fxlrd.errors import CaptureError, FxlrdError
 from fxlrd.graph.captured import captured
 from fxlrd.graph.guards import NEVER_CALLED
+from fxlrd.graph.layer import layers_of
 from fxlrd.graph.surgery import layers
 
 X = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(4, 8)
@@ -504,3 +505,18 @@ def test_what_a_forward_left_on_its_module_does_not_keep_it_from_being_copied():
     model.last = model.fc(X)
     assert regions(model) == ["fc"]
     assert model.last.requires_grad
+
+
+def test_a_conv_of_few_channels_after_other_layers_is_no_stem():
+    """As in diffusers' autoencoder: a latent of four channels between two halves of which each is a region."""
+
+    def forward(self, x, depth):
+        z = self.encode(x * 2 - 1)
+        z = z + self.depth(depth)
+        return self.decode(z if z.sum() < 1e9 else -z)
+
+    parts = {name: nn.Conv2d(c, 4, 1) for name, c in {"encode": 3, "depth": 1, "decode": 4}.items()}
+    inputs = torch.rand(2, 3, 5, 5).double(), torch.rand(2, 1, 5, 5).double()
+    gm = capture_regions(module(forward, **parts), inputs)
+    assert captured(gm).user_forward
+    assert {layer.name: layer.is_stem for layer in layers_of(gm)} == {"encode": True, "depth": True, "decode": False}
