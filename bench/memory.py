@@ -3,7 +3,8 @@
 Each figure is taken in a process of its own, and the peak counts from before the model is built: the model itself, the
 result and everything between. Target: at most 1.3 times (model in + model out), plus the workspace of one layer: what
 decomposing the largest layer alone takes beside that layer and its factors. In place weights go as their layers are
-decomposed, and the limit is 1.3 times the model in, plus the same.
+decomposed, but none before its factors are there: the limit is 1.3 times the model in, plus the same and the factors of
+the largest layer, which in VGG-16 are a third of the model.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def measured(name: str) -> dict[str, Any]:
         "peak": result["peak"],
         "ratio": (result["peak"] - workspace) / (result["in"] + result["out"]),
         "peak_inplace": inplace["peak"],
-        "ratio_inplace": (inplace["peak"] - workspace) / inplace["in"],
+        "ratio_inplace": (inplace["peak"] - workspace - layer["out"]) / inplace["in"],
     }
 
 
