@@ -123,7 +123,7 @@ def _tensors(
     if architecture.arguments is None:
         for name in listed:
             if name not in own and not _in_layer(name, layers):
-                raise FxlrdError(f"save: {name} is not in the model: did passes run on it after compress?")
+                raise FxlrdError(f"save: {name} is not in the model: did passes, or a fuse, run on it after compress?")
     unregistered = {name: tensor for name, tensor in attributes(model) if not tensor.is_meta}
     # What the architecture does not register: constants of a graph, and tensors that are attributes of modules.
     optional = {name for name in own if name not in listed and not _in_layer(name, layers)}

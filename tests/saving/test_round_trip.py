@@ -390,7 +390,7 @@ def other(model):
         (lambda: compressed(Net()).model.to("meta"), "has no values"),
         (
             lambda: fxlrd.Pipeline.parse("merge{mode=exact,norms=true}")(compressed(Net()).model, X).graph_module,
-            "did passes run on it after compress",
+            "did passes, or a fuse, run on it after compress",
         ),
     ],
 )
