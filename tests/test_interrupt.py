@@ -80,7 +80,8 @@ __main__.run()
 WORKING = """
 import signal, sys, types
 from fxlrd import __main__
-def main():
+def main(loaded):
+    loaded()
     try: exec("signal.raise_signal(signal.SIGINT)")  # as dataclasses do; Python would end by the signal
     except KeyboardInterrupt: return 130
 sys.modules["fxlrd.cli"] = types.SimpleNamespace(main=main)
