@@ -59,9 +59,13 @@ def run_compress(arguments: argparse.Namespace) -> None:
     _check_folder(arguments)
     options = {"preset": arguments.preset, "pipeline": arguments.passes, "budget": budget, "ratio": arguments.ratio}
     passes = pipeline_for(**options)
+    if arguments.calibration is not None and not passes.reads("calibration"):
+        raise FxlrdError(
+            f"calibration: no pass of {passes} reads it; give --budget latency=0.7, or --preset auto or merge"
+        )
     ready = _prepared(arguments, passes.reads("calibration"))
-    scores = Scores(ready.measure, ready.subject.model)
     result = _compressed(arguments, ready, **options)
+    scores = Scores(ready.measure, ready.subject.model)
     scores.add("compressed", result.model)
     if ready.training is not None:
         train(result.model, ready.subject.model, ready.training, ready.size, arguments)

@@ -69,7 +69,7 @@ def prepared(options: argparse.Namespace, calibrates: bool = False) -> Prepared:
         to_train, held_out = _split(to_train)
     if _same(data, training) or (data is None and calibrates):
         examples = to_train
-    elif held_out is None and examples is not None:
+    elif held_out is None and examples is not None and hasattr(options, "eval"):
         examples, held_out = _split(examples)
         held_out = _labelled_if_told(held_out, subject)
     noun = next((e.noun for e in (examples, to_train, held_out) if e is not None), "images")
