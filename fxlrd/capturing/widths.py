@@ -31,6 +31,10 @@ Way = Callable[[Original, Mapping[str, nn.Module]], list[Tensor]]
 """Calls a model with other modules, by name, and returns what it made."""
 _TIMES = 4
 """Copies of the example's rows that make a larger batch."""
+_MANY = 2**24
+"""Numbers that a model makes from which on a larger batch has one row more, or it would take long and much memory."""
+_FEW = 2
+"""Rows that a model is trained with: BatchNorm does not take fewer."""
 _TRIALS = 24
 """Trials of a model, at most: where outputs hang on choices between near-equals, as boxes do, all might fail."""
 
@@ -76,7 +80,7 @@ def _failing(original: Original, gm: fx.GraphModule, groups: Sequence[Group]) ->
 def _narrows(original: Original, gm: fx.GraphModule, groups: Sequence[Group]) -> bool:
     """Whether the model does with narrower layers what it does with zeros in their place."""
     halves = [(group, _half(group, seed=i)) for i, group in enumerate(groups)]
-    sizes = original.inputs.first_rows(), original.inputs.repeated(_TIMES)
+    sizes = original.inputs.first_rows(), _larger(original)
     ways: list[Way] = [_as_called, *(partial(_on, inputs=each) for each in sizes if each is not None), _in_training]
     changes = _Changes(gm)
     for group, retained in halves:
@@ -86,6 +90,11 @@ def _narrows(original: Original, gm: fx.GraphModule, groups: Sequence[Group]) ->
     for group, retained in halves:
         changes.cut(group, retained)
     return all(_alike(*each, original, changes.modules) for each in zip(ways, expected, strict=True))
+
+
+def _larger(original: Original) -> Inputs | None:
+    many = sum(t.numel() for t in original.behaviour.outputs) > _MANY
+    return original.inputs.enlarged(more=1) if many else original.inputs.enlarged(_TIMES)
 
 
 def _half(group: Group, seed: int) -> Tensor:
@@ -120,14 +129,14 @@ def _on(original: Original, modules: Mapping[str, nn.Module], inputs: Inputs) ->
 
 def _in_training(original: Original, modules: Mapping[str, nn.Module]) -> list[Tensor]:
     """Return the shapes of the outputs in training mode, after a backward pass: values depend on what dropout draws."""
-    model = _with(aliasing_copy(original.model), modules)
+    model, inputs = _with(aliasing_copy(original.model), modules), original.inputs.first_rows(_FEW) or original.inputs
     try:
         with guarding_weights(model) as guard:
-            return _trained(model, original.inputs)
+            return _trained(model, inputs)
     except Exception:
         if guard.written is None:
             raise
-    return _trained(_with(independent_copy(original.model), modules), original.inputs)
+    return _trained(_with(independent_copy(original.model), modules), inputs)
 
 
 def _trained(model: nn.Module, inputs: Inputs) -> list[Tensor]:

@@ -65,12 +65,13 @@ class Inputs:
         args, kwargs = map_tensors(lambda t: t[:count], (self.args, self.kwargs))
         return Inputs(args, kwargs)
 
-    def repeated(self, times: int) -> Inputs | None:
-        """Return the inputs with the rows of every tensor several times; None where these have no number in common."""
+    def enlarged(self, times: int = 1, more: int = 0) -> Inputs | None:
+        """Return the inputs with the rows of every tensor several times, and a few more; None as `first_rows`."""
         sizes = {len(t) if t.dim() else 0 for t in tensors((self.args, self.kwargs))}
         if len(sizes) != 1 or not max(sizes):
             return None
-        args, kwargs = map_tensors(lambda t: torch.cat([t] * times), (self.args, self.kwargs))
+        rows = torch.arange(times * max(sizes) + more) % max(sizes)
+        args, kwargs = map_tensors(lambda t: t[rows], (self.args, self.kwargs))
         return Inputs(args, kwargs)
 
     def describe(self) -> str:

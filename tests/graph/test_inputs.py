@@ -27,3 +27,12 @@ def test_inputs_of_another_type(value):
     with pytest.raises(FxlrdError, match=rf"^example inputs: a {type(value).__name__} is not a tensor") as caught:
         Inputs.of(value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_larger_batch_has_the_rows_again():
+    x, y = torch.arange(6).view(3, 2), torch.arange(3)
+    larger = Inputs((x,), {"y": y}).enlarged(2, more=1)
+    assert torch.equal(larger.kwargs["y"], torch.tensor([0, 1, 2, 0, 1, 2, 0]))
+    assert torch.equal(larger.args[0], x[larger.kwargs["y"]])
+    assert Inputs((x, torch.ones(2))).enlarged(2) is None
+    assert Inputs((torch.tensor(1.0),)).enlarged(2) is None
