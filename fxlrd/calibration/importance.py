@@ -7,33 +7,26 @@ For a small change δ of a layer's output, the model's outputs z move by J·δ. 
 
 so that tr(Γ·ΔW·G·ΔWᵀ), with G the second moments of the layer's input, predicts the relative squared error of the
 model's output that a changed weight causes, in one unit for all layers. Errors at different positions and in different
-layers are taken as independent. No labels are needed. Every output tensor has the same weight.
-
-Few inputs cover few directions: 256 inputs give a classifier of 1,000 classes 256 gradients, which leave three quarters
-of the directions without a sample, and a fit would put its errors there. So Γ is shrunk towards a multiple of I, by the
-share ρ of its deviation from that which is noise (Ledoit and Wolf, A well-conditioned estimator for large-dimensional
-covariance matrices, 2004). One input with one draw of signs is a sample Γᵢ of n:
-
-    ρ = (1/n²)·Σᵢ‖Γᵢ − Γ̄‖² / ‖Γ̄ − μ·I‖²,   μ = tr Γ̄ / S
+layers are taken as independent. No labels are needed. Every output tensor has the same weight. From few inputs Γ is
+uncertain, and shrunk for it (fxlrd/calibration/samples.py).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxlrd.calibration.batches import examples
 from fxlrd.calibration.metric import drawn, logits_of
 from fxlrd.calibration.padding import at_tokens, spread_out, tokens_of
+from fxlrd.calibration.samples import Elsewhere, Samples
 from fxlrd.errors import Reason
-from fxlrd.factor.basis import magnitude, working
 from fxlrd.factor.failures import memory_failure
 from fxlrd.graph.attentions import open_for
-from fxlrd.graph.captured import feed, runnable
+from fxlrd.graph.captured import captured_or_bare, feed, runnable
 from fxlrd.graph.facts import job
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, unmoved
@@ -45,55 +38,8 @@ PROBES = 2
 """Backward passes for a batch, each with new random signs, until there were `FEW` rows of outputs: then one."""
 FEW = 64
 """Rows of outputs (classes of an image, of a token) from which on others say more than further signs for the same."""
-POSITIONS = 256
-"""Positions of one input that are sampled, evenly strided; the next inputs begin at others."""
-WIDE = 1024
-"""Layers with more outputs than this are sampled at a quarter of the positions, at the cost of others."""
-
-
-@dataclass
-class Samples:
-    """The sum of Γᵢ (S×S, float64) over samples, that of ‖Γᵢ‖², and the number of samples."""
-
-    total: Tensor
-    squares: float = 0.0
-    count: int = 0
-
-    def add(self, rows: Tensor) -> None:
-        """Add samples: gradients (n, positions, S), of which at most `POSITIONS` a sample, in place of all others.
-
-        On a CPU their products are in float32, which is exact enough for what is an estimate, and half the work.
-        """
-        most = POSITIONS if len(self.total) <= WIDE else POSITIONS // 4
-        stride = math.ceil(rows.shape[1] / most)
-        first = self.count % stride
-        positions, rows = rows.shape[1], rows[:, first::stride]
-        peak = magnitude(rows) if rows.numel() else 1.0  # squares of small gradients stay within range
-        rows = (working(rows) if rows.device.type == "cpu" else rows.double()) / peak
-        scale = peak**2 * positions / max(rows.shape[1], 1)
-        flat = rows.flatten(0, 1)
-        self.total += (flat.mT @ flat).double() * scale
-        small = rows @ rows.mT if rows.shape[1] < rows.shape[2] else rows.mT @ rows
-        self.squares += float(small.double().square().sum()) * scale**2
-        self.count += len(rows)
-
-    def shrunk(self) -> Tensor:
-        """Return Σ Γᵢ shrunk by the share of noise (module docstring); its trace stays."""
-        mean, identity = self.total.diagonal().mean(), torch.eye(len(self.total)).to(self.total)
-        deviation = float((self.total - mean * identity).square().sum())
-        noise = self.squares - float(self.total.square().sum()) / max(self.count, 1)
-        rho = min(1.0, max(0.0, noise) / deviation) if deviation > 0 else 0.0
-        return (1 - rho) * self.total + rho * mean * identity
-
-
-class _Elsewhere(Samples):
-    """Those of a call that another process adds up."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.zeros(()))
-
-    def add(self, rows: Tensor) -> None:
-        """Do nothing."""
+ENOUGH = 16
+"""Rows of outputs by which it is decided whether a matrix is one of logits; smaller batches wait until there are."""
 
 
 def _calls(gm: fx.GraphModule) -> list[fx.Node]:
@@ -106,7 +52,8 @@ class Importance:
     ``softmax`` says whether the outputs are logits; None where they tell.
 
     Attributes:
-        logits: which outputs are logits, once there was a batch.
+        logits: which outputs are logits, once that is decided.
+        waiting: batches to be added when it is.
         sums: Γ so far, by call.
         failed: why Γ of a call was given up.
     """
@@ -115,13 +62,15 @@ class Importance:
         self.gm = gm
         self.softmax = softmax
         self.logits: tuple[bool, ...] = ()
+        self.waiting: list[Inputs] = []
+        self._matrices: list[Tensor] = []
         self.sums: dict[fx.Node, Samples] = {}
         self.failed: dict[fx.Node, Reason] = {}
         self.probes = 0
         self.rows = 0
         self.generator = torch.Generator().manual_seed(0)
         if (shared := job(gm)) is not None:
-            self.sums.update({node: _Elsewhere() for i, node in enumerate(_calls(gm)) if not shared.owns(i)})
+            self.sums.update({node: Elsewhere() for i, node in enumerate(_calls(gm)) if not shared.owns(i)})
 
     def add(self, inputs: Inputs) -> bool:
         """Run the graph forward and backward, and return whether that worked. No gradient reaches a parameter.
@@ -135,6 +84,30 @@ class Importance:
             return False
         return True
 
+    def offer(self, inputs: Inputs) -> bool:
+        """Add a batch and those that wait, or let it wait; return whether that worked."""
+        self.waiting.append(inputs)
+        return self._waits(inputs) or self.finish()
+
+    def finish(self) -> bool:
+        """Add the batches that wait, and return whether that worked."""
+        waiting, self.waiting = self.waiting, []
+        return all(map(self.add, waiting))
+
+    def _waits(self, inputs: Inputs) -> bool:
+        """Whether to decide with the next batches whether outputs are logits: so far there is a matrix of few rows."""
+        if self.logits or self.softmax is not None or (len(self.waiting) == 1 and examples(inputs) >= ENOUGH):
+            return False
+        made = captured_or_bare(self.gm).outputs(self.gm, inputs)
+        if len(made) != 1 or made[0].dim() != 2:
+            return False
+        self._matrices.append(made[0])
+        return sum(map(len, self._matrices)) < ENOUGH
+
+    def _rows(self) -> Tensor | None:
+        matrices, self._matrices = self._matrices, []
+        return torch.cat(matrices) if len({t.shape[1] for t in matrices}) == 1 else None
+
     def _add(self, inputs: Inputs) -> None:
         model, tokens = runnable(self.gm), tokens_of(self.gm, inputs)
         with evaluating(model), unmoved(model), torch.enable_grad():
@@ -145,8 +118,8 @@ class Importance:
                 watch = _ModelWatch(self.gm, model, self)
                 value = watch.run(inputs)
             found = tensors(value)
-            if len(self.logits) != len(found):  # by the first batch
-                self.logits = logits_of(value, self.softmax)
+            if len(self.logits) != len(found):
+                self.logits = logits_of(value, self.softmax, self._rows())
             pairs = zip(found, self.logits, strict=True)
             outputs = [(t, each) for t, each in pairs if t.is_floating_point() and t.requires_grad and t.numel()]
             probes = PROBES if self.rows < FEW else 1

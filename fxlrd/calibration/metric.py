@@ -39,11 +39,11 @@ _ENTRIES = 2**22
 """About so many numbers are worked on at a time."""
 
 
-def logits_of(value: Any, softmax: bool | None = None) -> tuple[bool, ...]:
+def logits_of(value: Any, softmax: bool | None = None, rows: Tensor | None = None) -> tuple[bool, ...]:
     """Return which tensors of a model's output are logits, in the order of `tensors`.
 
     All are or none is as ``softmax`` says; where that is None, those are that the output names so, or a single matrix
-    that tells the inputs apart as a classifier does (`tells_apart`).
+    that tells the inputs apart as a classifier does (`tells_apart`): by ``rows``, where there are more than its own.
 
     >>> logits_of({"logits": torch.zeros(2, 3), "states": torch.zeros(2, 8)})
     (True, False)
@@ -51,7 +51,7 @@ def logits_of(value: Any, softmax: bool | None = None) -> tuple[bool, ...]:
     found = tensors(value)
     if softmax is None:
         named = set(_named_logits(value, False))
-        are = [id(t) in named or (len(found) == 1 and tells_apart(t)) for t in found]
+        are = [id(t) in named or (len(found) == 1 and tells_apart(t if rows is None else rows)) for t in found]
     else:
         are = [softmax] * len(found)
     return tuple(each and t.is_floating_point() and _classes(t) > 1 for each, t in zip(are, found, strict=True))

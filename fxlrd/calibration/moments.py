@@ -74,9 +74,10 @@ def sweep(
                 measured.tokens = tokens_of(gm, inputs)
                 measured.run(*feed(gm, inputs))
             if remaining > 0:
-                remaining = remaining - examples(inputs) if importance.add(inputs) else 0
+                remaining = remaining - examples(inputs) if importance.offer(inputs) else 0
         except Exception as error:
             raise failure(i, inputs, error) from error
+    importance.finish()
     if shared is not None:
         measured.exchange(shared)
         importance.exchange(shared)

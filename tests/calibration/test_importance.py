@@ -9,8 +9,10 @@ from torch import nn
 
 from fxlrd import capture
 from fxlrd.calibration.batches import as_inputs
-from fxlrd.calibration.importance import FEW, POSITIONS, PROBES, Importance, Samples
+from fxlrd.calibration.importance import FEW, PROBES, Importance
+from fxlrd.calibration.metric import logits_among
 from fxlrd.calibration.moments import sweep
+from fxlrd.calibration.samples import POSITIONS, Samples
 from fxlrd.graph.facts import statistics
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import layers
@@ -373,3 +375,24 @@ def test_what_a_fit_goes_by_is_shrunk():
     raw, shrunk = importance.gamma(node(gm, "0")), importance.estimate(node(gm, "0"))
     assert torch.linalg.matrix_rank(raw) == 10
     assert torch.linalg.eigvalsh(shrunk).min() > 0.5 * shrunk.trace() / 30
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_whether_outputs_are_logits_does_not_hang_on_the_size_of_batches(rows):
+    classifier = nn.Sequential(nn.Linear(12, 12, bias=False))
+    classifier[0].weight = nn.Parameter(9 * torch.eye(12))
+    images = torch.eye(12).repeat(2, 1)
+    whole, parts = capture(classifier, images), capture(classifier, images[:1])
+    sweep(whole, [Inputs((images,))], effects=24)
+    sweep(parts, [Inputs((part,)) for part in images.split(rows)], effects=24)
+    assert logits_among(whole) == logits_among(parts) == (True,)
+
+
+def test_few_inputs_are_added_all_the_same():
+    gm = capture(nn.Sequential(nn.Linear(4, 3)), torch.randn(1, 4))
+    importance = Importance(gm)
+    for _ in range(3):
+        importance.offer(Inputs((torch.randn(1, 4),)))
+    assert not importance.sums
+    assert importance.finish()
+    assert importance.probes == 6

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fxlrd
-from fxlrd.calibration.importance import Samples
+from fxlrd.calibration.samples import Samples
 from fxlrd.layers.fit import Moments
 from fxlrd.passes import Allocate, Branch, Calibrate, Decompose, Merge, Refit, Snap
 from tests.support.timers import FakeTimer
