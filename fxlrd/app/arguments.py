@@ -14,6 +14,10 @@ MODEL = "torchvision:resnet50, timm:resnet50, hf:FOLDER, package.module:factory 
 SHELLS = ("bash", "zsh", "fish")
 _DATA = "folder of images or texts, file of texts, .npy or .pt file of inputs, or random"
 
+_COMPRESSION, _EXAMPLES, _OUTPUT = "the compression", "your examples", "the output"
+"""Titles of groups of options."""
+_USAGE = "%(prog)s MODEL [options]"
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises FxlrdError, and shows an example below its help."""
@@ -65,14 +69,14 @@ def _model_options() -> Parser:
     group.add_argument("--dtype", choices=DTYPES, help="default: float32, or that of an hf: folder")
     group.add_argument("--device", default="cpu", help="where to run and time (default: cpu)")
     group.add_argument("--channels-last", action="store_true", help="channels_last memory format")
-    group = parser.add_argument_group("the compression")
+    group = parser.add_argument_group(_COMPRESSION)
     group.add_argument("--ratio", type=float, help="compression ratio of each layer (default: 2)")
     group.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave layers alone: name or glob")
     timed = group.add_mutually_exclusive_group()
     timed.add_argument("--compile", action="store_true", help="time under Inductor with frozen weights")
     timed.add_argument("--int8", action="store_const", const="int8", dest="compile", help="time under Inductor in int8")
     _add_threads(group)
-    group = parser.add_argument_group("the output")
+    group = parser.add_argument_group(_OUTPUT)
     group.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     return parser
 
@@ -80,7 +84,7 @@ def _model_options() -> Parser:
 def _data_options() -> Parser:
     """Return the options on the user's own examples."""
     parser = Parser(add_help=False)
-    group = parser.add_argument_group("your examples")
+    group = parser.add_argument_group(_EXAMPLES)
     group.add_argument("--calibration", metavar="DATA", help=f"{_DATA} (for merge, auto, --budget)")
     group.add_argument("--examples", type=int, metavar="N", help="calibrate with N at most (default: 512 or 128)")
     group.add_argument("--mean", metavar="M,M,M", help="mean of the channels of images, 0 to 1 (default: the model's)")
@@ -90,7 +94,8 @@ def _data_options() -> Parser:
 
 def _page_option() -> Parser:
     parser = Parser(add_help=False)
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as one HTML page")
+    group = parser.add_argument_group(_OUTPUT)
+    group.add_argument("--html", type=Path, metavar="FILE", help="write the same as one HTML page")
     return parser
 
 
@@ -98,41 +103,64 @@ def _add_threads(parser: Any) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
 
 
+def _group(parser: Any, title: str) -> Any:
+    """Return the group of options with a title, which the parser has of a parent."""
+    return next(group for group in parser._action_groups if group.title == title)
+
+
 def _add_eval(parser: Parser) -> None:
-    parser.add_argument("--eval", metavar="DATA", help="measure models on these (default: a fifth is held out)")
+    _group(parser, _EXAMPLES).add_argument(
+        "--eval", metavar="DATA", help="measure models on these (default: a fifth is held out)"
+    )
 
 
 def _add_compress(subparsers: Any, parents: list[Parser]) -> None:
     text = "compress a model and report on it"
     example = "fxlrd compress hf:my-classifier --budget latency=0.7 --calibration reviews.csv --save faster"
-    parser = subparsers.add_parser("compress", parents=parents, help=text, description=text, example=example)
-    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: lrd)")
-    parser.add_argument("--passes", metavar="SPEC", help="passes in text form: decompose{ratio=2},snap")
-    parser.add_argument("--budget", metavar="M=SHARE", help="latency=0.5 of the original's, or params, flops or layers")
+    parser = subparsers.add_parser(
+        "compress", parents=parents, help=text, description=text, example=example, usage=_USAGE
+    )
+    compression = _group(parser, _COMPRESSION)
+    compression.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: lrd)")
+    compression.add_argument("--passes", metavar="SPEC", help="passes in text form: decompose{ratio=2},snap")
+    compression.add_argument(
+        "--budget", metavar="M=SHARE", help="latency=0.5 of the original's, or params, flops or layers"
+    )
     _add_eval(parser)
     group = parser.add_argument_group("training afterwards")
     group.add_argument("--finetune", metavar="DATA", help="train on this: a folder for each class, or running text")
     group.add_argument("--epochs", type=int, metavar="N", help="default: 1")
     group.add_argument("--lr", type=float, help="peak learning rate (default: 0.005 by SGD, 0.0001 by AdamW)")
     group.add_argument("--distill", type=float, metavar="W", help="weight of the original's answers (default: 0)")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="save the result, to be a MODEL or for fxlrd.load")
+    _group(parser, _OUTPUT).add_argument(
+        "--save", type=Path, metavar="DIR", help="save the result, to be a MODEL or for fxlrd.load"
+    )
 
 
 def _add_frontier(subparsers: Any, parents: list[Parser]) -> None:
     text = "compress a model within several budgets: error and accuracy against latency"
     example = "fxlrd frontier torchvision:resnet50 --weights DEFAULT --budgets latency=0.8,0.6,0.4 --calibration photos"
-    parser = subparsers.add_parser("frontier", parents=parents, help=text, description=text, example=example)
-    parser.add_argument("--budgets", metavar="M=S,S,…", help="shares to try, such as latency=0.8,0.6,0.4 or params=0.5")
+    parser = subparsers.add_parser(
+        "frontier", parents=parents, help=text, description=text, example=example, usage=_USAGE
+    )
+    compression = _group(parser, _COMPRESSION)
+    compression.add_argument(
+        "--budgets", metavar="M=S,S,…", help="shares to try, such as latency=0.8,0.6,0.4 or params=0.5"
+    )
     _add_eval(parser)
-    parser.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function; gives a model's accuracy")
-    parser.add_argument("--passes", metavar="SPEC", help="passes with one allocate (default: preset auto)")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="save the models, each in a folder of its budget")
+    _group(parser, _EXAMPLES).add_argument(
+        "--evaluate", metavar="FUNCTION", help="package.module:function; gives a model's accuracy"
+    )
+    compression.add_argument("--passes", metavar="SPEC", help="passes with one allocate (default: preset auto)")
+    _group(parser, _OUTPUT).add_argument(
+        "--save", type=Path, metavar="DIR", help="save the models, each in a folder of its budget"
+    )
 
 
 def _add_ranks(subparsers: Any, parents: list[Parser]) -> None:
     text = "show each layer's rank by ratio and by timing"
     example = "fxlrd ranks torchvision:resnet50 --batch 8 --channels-last"
-    parser = subparsers.add_parser("ranks", parents=parents, help=text, description=text, example=example)
+    parser = subparsers.add_parser("ranks", parents=parents, help=text, description=text, example=example, usage=_USAGE)
     parser.add_argument("--search", choices=["grid", "algorithm1"], default="grid")
 
 
@@ -155,7 +183,7 @@ def _add_diff(subparsers: Any, parents: list[Parser]) -> None:
 def _add_profile(subparsers: Any, parents: list[Parser]) -> None:
     text = "show where a model's time goes and which layers are worth decomposing"
     example = "fxlrd profile timm:mobilenetv3_large_100 --batch 8 --channels-last"
-    subparsers.add_parser("profile", parents=parents, help=text, description=text, example=example)
+    subparsers.add_parser("profile", parents=parents, help=text, description=text, example=example, usage=_USAGE)
 
 
 def _add_demo(subparsers: Any, parents: list[Parser]) -> None:
