@@ -146,6 +146,9 @@ def _placed(examples: Examples, place: Any) -> Examples:
 def _split(examples: Examples) -> tuple[Examples, Examples]:
     """Return the examples to fit to and those that are held out; of running text the end."""
     fitted, held_out = examples.split()
+    if not len(held_out):
+        few = f"{len(examples)} {examples.noun} are too few to hold some out and measure on"
+        warn(f"{examples.where}: {few}: give --eval DATA, or ten at least")
     return fitted, held_out.first(_HELD_OUT[examples.noun])
 
 
