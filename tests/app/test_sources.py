@@ -70,7 +70,8 @@ def test_a_frontier_measures_its_models(photos, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--calibration", "PHOTOS", "--eval", "PHOTOS"], "the same examples are fitted to"),
+        (["--finetune", "PHOTOS", "--eval", "PHOTOS"], "the same examples are fitted to"),
+        (["--calibration", "PHOTOS"], "calibration: no pass of decompose reads it; give --budget"),
         (["--finetune", "PHOTOS/dark"], "its images have no classes: put them into a folder for each"),
         (["--finetune", "nowhere"], "--finetune nowhere: it does not exist; give a folder"),
         (["--finetune", "PHOTOS", "--distill", "2"], "--distill 2.0: a weight is between 0 and 1"),
