@@ -44,7 +44,8 @@ class Resumable:
 
     def results(self, changed: Collection[str]) -> Iterator[list[Tensor]]:
         """Yield the output tensors for each batch, where the layers ``changed`` are others now."""
-        first = [unit for unit in self.units if any(_inside(name, unit) for name in changed)]
+        # The layers too: a model may call them without the unit that they are in.
+        first = [*changed, *(unit for unit in self.units if any(_inside(name, unit) for name in changed))]
         for i, batch in enumerate(self.batches):
             with self._repeating(i, first):
                 yield tensors(run(self.model, batch))

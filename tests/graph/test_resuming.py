@@ -80,3 +80,27 @@ def test_where_blocks_do_more_than_give_their_output_all_of_the_model_runs():
     assert not resumable.outputs
     (result,) = resumable.results(["head"])
     assert torch.allclose(result[0], resumable.original[0][0])
+
+
+def test_layers_that_are_called_without_the_module_that_they_are_in_run():
+    class Holding(nn.Module):
+        """Its second layer stands in a module without a forward."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.holder, self.last = nn.Linear(6, 6), nn.Module(), nn.Linear(6, 6)
+            self.holder.layer = nn.Linear(6, 6)
+            self.rest = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+        def forward(self, x):
+            x = self.last(self.holder.layer(self.first(x)))
+            return self.rest[1](self.rest[0](x))
+
+    torch.manual_seed(0)
+    net, batch = Holding().double().eval(), Inputs((torch.randn(3, 6).double(),))
+    resumable = Resumable(net, [batch], ["first", "holder.layer", "last", "rest.0", "rest.1"])
+    assert "holder" in resumable.units
+    net.holder.layer = nn.Linear(6, 6).double()
+    ((result,),) = resumable.results(["holder.layer"])
+    with torch.no_grad():
+        assert torch.allclose(result, net(*batch.args), rtol=1e-12)
