@@ -19,9 +19,6 @@ from fxlrd.layers.fit import Moments
 from fxlrd.layers.kinds import BATCH_NORMS, CONVS, as_layer, channel_axis
 from fxlrd.layers.weights import resized
 
-RIDGE = 1e-3
-"""ρ, relative to the mean variance of z."""
-
 NOT_FINITE = Reason("not-finite", "the calibration inputs give NaN or Inf there")
 CALLED_AGAIN = Reason("called-again", "it is called more than once")
 
@@ -35,10 +32,11 @@ class LeastSquares:
     Args:
         gm: the graph that has the layer.
         call: the layer's one call in it. Where the layer makes some of an original layer's channels only, y has all.
+        ridge: ρ, relative to the mean variance of z.
     """
 
-    def __init__(self, gm: fx.GraphModule, call: fx.Node) -> None:
-        self.gm, self.target = gm, str(call.target)
+    def __init__(self, gm: fx.GraphModule, call: fx.Node, ridge: float) -> None:
+        self.gm, self.target, self.ridge = gm, str(call.target), ridge
         self.module = gm.get_submodule(self.target)
         self.retained = retained_channels(call)
         self.norm = _norm_after(gm, call)
@@ -87,7 +85,7 @@ class LeastSquares:
             inner, cross = read.covariance, cross - torch.outer(mean, read.mean)
         if not bool(inner.isfinite().all() and cross.isfinite().all()):
             return None
-        scale = inner.diagonal().mean() * RIDGE
+        scale = inner.diagonal().mean() * self.ridge
         if not scale > 0:
             return None
         regularised = with_ridge(inner, read.ridge) + scale * torch.eye(width, dtype=inner.dtype, device=inner.device)

@@ -5,8 +5,15 @@ such stage both models run on all inputs from the beginning of its unit up to it
 what the layers of one stage read and make; what one run of the model takes; and in both models, for each input, what
 units gave that later ones need, which in most models is the output of one unit.
 
-Where inputs are held out, they are asked after each quarter of the layers whether their error fell. At the first one
-after which it did not, that quarter is undone and the rest is left as it is.
+Where inputs are held out, their error is measured after each quarter of the layers. Those first quarters are retained
+with which it is the lowest; it may rise a little on the way there, but not more (`RISE`): then the rest is left alone.
+
+What it brings to all-MiniLM-L6-v2, fitted to 102 sentences: the cosine of unseen sentences' embeddings to those of the
+original, by ρ as a share of the mean variance of z.
+
+    at 0.6 of its layers' parameters    before   ρ = 0.001   ρ = 0.1   ρ = 1
+    whitened SVD, every layer alike      0.758     0.770                0.781
+    `calibrate,allocate,merge,decompose`  0.911     0.897      0.910     0.914
 
 A layer that is called several times in one run is left alone. So is one that is not called with the same number of
 positions in both models, as an expert is not that tokens are sent to: its rows do not belong together.
@@ -37,6 +44,9 @@ from fxlrd.passes._least_squares import CALLED_AGAIN, NOT_FINITE, LeastSquares
 from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.passes.driver import Run
 
+RIDGE = 1.0
+"""ρ, relative to the mean variance of z: what is refitted is how the directions in which z varies most are read."""
+
 ROWS = 2
 """Inputs with which it is found what units need of earlier ones."""
 
@@ -48,8 +58,8 @@ UNMATCHED = Reason("unmatched", "the compressed model calls it with another numb
 
 WORSE = Reason("not-better", "held-out inputs fit better as it was")
 
-PARTS = 4
-"""Parts of the layers, after each of which held-out inputs are asked."""
+PARTS, RISE = 4, 0.03
+"""Parts of the layers, after each of which held-out inputs are asked; by how much their error may rise in between."""
 
 
 def refit_regions(
@@ -140,7 +150,7 @@ class SideBySide:
     def _sum(self, stage: Stage) -> None:
         """Add up what the layers of a stage read in the one model and make in the other."""
         targets = {name: str(self.places[name].target) for name in stage.layers}
-        fits = {name: LeastSquares(self.gm, self.places[name]) for name in stage.layers}
+        fits = {name: LeastSquares(self.gm, self.places[name], RIDGE) for name in stage.layers}
         reasons: dict[str, Reason] = {}
         seen = set[str]()
         self.original.before(stage.unit)
@@ -196,7 +206,7 @@ class _Guard:
         if error < self.lowest:
             self.lowest, self.better = error, set(self.visited)
             self.models.replaced = {}
-        else:
+        elif self.ends <= self.visited or error > (1 + RISE) * self.lowest:
             self.stopped = True
             self.models.take_back()
         self.note = f"output error on held-out inputs {self.first:.3g} → {self.lowest if self.better else error:.3g}"

@@ -40,6 +40,9 @@ from fxlrd.passes.contract import PassResult, Site, Skip
 from fxlrd.passes.driver import start
 from fxlrd.progress import Progress, quiet
 
+RIDGE = 1e-3
+"""ρ, relative to the mean variance of z."""
+
 WIDEST = 2304
 """Layers with a larger fan-in than this are left alone: the fit would take too long."""
 
@@ -144,7 +147,7 @@ def _refit(
     assert read is not None
     original.through(place.original)
     compressed.before(place.call)
-    fit = LeastSquares(gm, place.call)
+    fit = LeastSquares(gm, place.call, RIDGE)
     for z, y, each in zip(compressed.values(read), original.values(place.original), tokens, strict=True):
         fit.add(z, y, each)
     made = fit.modules()

@@ -11,7 +11,7 @@ from fxlrd.graph import cost
 from fxlrd.graph.facts import provenance, retained_channels
 from fxlrd.graph.surgery import calls
 from fxlrd.passes import Calibrate, Decompose, Merge, Refit
-from fxlrd.passes._least_squares import RIDGE
+from fxlrd.passes.refit import RIDGE
 from tests.support.results import reasons
 from tests.support.tensors import images
 

@@ -14,7 +14,7 @@ from fxlrd.graph.captured import runnable
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import run
 from fxlrd.passes import Calibrate, Decompose, Merge, Refit
-from fxlrd.passes._least_squares import RIDGE
+from fxlrd.passes._refit_regions import RIDGE
 from tests.support.refitted import assert_fitted, calls_of
 from tests.support.results import reasons
 
@@ -150,17 +150,19 @@ def test_the_consumer_of_a_cut_group_in_a_region_is_refitted():
     torch.testing.assert_close((y - z @ new.mT).mT @ z / len(z), ridge * (new - old), rtol=1e-8, atol=1e-11)
 
 
-def test_the_parts_before_the_first_that_helps_no_more_are_kept(monkeypatch):
+@pytest.mark.parametrize("measured", [[1.0, 0.9, 0.8, 0.85], [1.0, 1.02, 0.8, 0.81, 0.81]])
+def test_the_first_parts_are_kept_with_which_the_error_is_the_lowest(monkeypatch, measured):
     torch.manual_seed(0)
     model, batches = Branching().double().eval(), data()
     gm = compressed(model, batches, holdout=True)
-    errors = iter([1.0, 0.9, 0.8, 0.85])
+    errors = iter(measured)
     monkeypatch.setattr(Holdout, "error", lambda self, gm: next(errors))
     result = Refit(batches)(gm)
     order = [*LAYERS[:4], "sometimes", *LAYERS[4:8], "head"]
     assert [site.name for site in result.sites] == order[:5]
     assert reasons(result) == {"twice": "called-again"} | dict.fromkeys(order[5:], "not-better")
     assert result.note == "output error on held-out inputs 1 → 0.8"
+    assert next(errors, None) is None
     old = gm.state_dict()
     changed = {k for k, v in result.graph_module.state_dict().items() if not torch.equal(v, old[k])}
     assert {k.rpartition(".last")[0] for k in changed} == set(order[:5])

@@ -13,7 +13,7 @@ from fxlrd.calibration.batches import as_inputs, rows_are_examples, to_fit
 from fxlrd.graph.captured import runnable
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import run
-from fxlrd.passes._least_squares import RIDGE
+from fxlrd.passes._refit_regions import RIDGE
 
 
 def calls_of(model: nn.Module, name: str, batches: list[Inputs]) -> list[tuple[Tensor, Tensor]]:
