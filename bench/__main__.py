@@ -1,6 +1,6 @@
 """python -m bench [SECTION …]: the figures that fxlrd is held to, measured side by side on this machine.
 
-Each section runs in a process of its own. ``throughput`` runs twice: with the C library's allocator as it comes,
+Each section runs in a process of its own. ``table3`` runs twice: with the C library's allocator as it comes,
 and told to keep freed memory, as jemalloc and tcmalloc do. On Linux the former returns large activations to
 the kernel and faults them in again at each layer, which costs deeper models more.
 """
@@ -18,9 +18,11 @@ SECTIONS = {
     "decomposition": [{}],
     "memory": [{}],
     "search": [{}],
-    "throughput": [{}, KEEP_MEMORY],
-    "training": [{}, KEEP_MEMORY],
-    "branches": [{}],
+    "table1": [{}],
+    "table2": [{}],
+    "table3": [{}, KEEP_MEMORY],
+    "fig2": [{}],
+    "fig5": [{}],
     "backend": [{}],
     "trained": [{}],
     "frontier": [{}],

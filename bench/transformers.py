@@ -19,9 +19,7 @@ leaves it out. ``--json`` keeps what was measured, with the settings; a second r
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -32,9 +30,9 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from bench import generation, pretrained
+from bench.cells import Results
 from fxlrd import Budget, frontier
 from fxlrd.capturing.model import capture_any
-from fxlrd.files import write_out
 from fxlrd.graph.captured import runnable
 from fxlrd.graph.inputs import Inputs
 from fxlrd.passes import Allocate, Calibrate, Decompose
@@ -168,29 +166,6 @@ METHODS: dict[str, Callable[[Any, list[float]], dict[float, nn.Module]]] = {
     JOINT: _joint,
 }
 """What makes the models, by the share of the layers' parameters that they retain."""
-
-
-class Results:
-    """What was measured, by cell, in a JSON file if there is one. Raises SystemExit for one of other settings."""
-
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
-        self.cells: dict[str, Any] = {}
-        if path is not None and path.exists():
-            content = json.loads(path.read_text())
-            if content["settings"] != settings:
-                raise SystemExit(f"bench.transformers: {path} is of other settings: {content['settings']}")
-            self.cells = content["cells"]
-
-    def cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a cell, measured now if it was not before."""
-        if key not in self.cells:
-            start = time.perf_counter()
-            self.cells[key] = measure()
-            print(f"{key}: {self.cells[key]} ({time.perf_counter() - start:.0f} s)", flush=True)
-            if self.path is not None:
-                write_out(self.path, json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")
-        return dict(self.cells[key])
 
 
 class Bench:

@@ -66,6 +66,45 @@ def test_models_of_a_library_that_is_not_installed_are_left_out(monkeypatch, cap
     assert "timm is not installed" in line
 
 
+def test_a_cell_is_measured_once_and_a_file_of_other_settings_is_refused(tmp_path):
+    from bench.cells import Results
+
+    path, about = tmp_path / "table.json", {"title": "T", "machine": "M", "command": "C"}
+    for figure in (1, 2):
+        results = Results(path, {"torch": "2"}, about, lambda cells: [{"figure": cells["a"]["figure"]}])
+        assert results.cell("a", lambda f=figure: {"figure": f}) == {"figure": 1}
+    assert json.loads(path.read_text())["rows"] == [{"figure": 1}]
+    with pytest.raises(SystemExit, match="is of other settings"):
+        Results(path, {"torch": "3"})
+
+
+def test_a_change_that_its_spread_covers_shows_no_difference():
+    from bench.speed import change
+
+    assert change({"ratio": 0.8, "spread": 0.064}) == "+25.0 ± 10.0"
+    assert change({"ratio": 0.8, "spread": 0.192}) == "+25.0 ± 30.0 (no difference shown)"
+    assert change({"ratio": 1.25, "spread": 0.0}) == "-20.0 ± 0.0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["table1", "table2", "table3", "fig2", "fig5"])
+def test_a_table_of_the_paper_is_made_and_goes_on_where_it_stopped(name, monkeypatch, capsys, tmp_path):
+    from bench import speed
+
+    table = importlib.import_module(f"bench.{name}")
+    path = tmp_path / f"{name}.json"
+    monkeypatch.setenv("FXLRD_CACHE_DIR", str(tmp_path))
+    table.main(["--quick", "--json", str(path)])
+    content = json.loads(path.read_text())
+    assert content.keys() >= {"title", "machine", "date", "command", "settings", "cells", "rows"}
+    figures = [row[head] for row in content["rows"] for head in row if "(paper)" not in head]
+    assert not [figure for figure in figures if figure in ("0", "0.00")]
+    monkeypatch.setattr(speed, "infer", None)  # which would fail: it is not measured again
+    table.main(["--quick", "--json", str(path)])
+    assert json.loads(path.read_text())["rows"] == content["rows"]
+    assert content["title"] in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_peak_of_a_small_model_is_measured_in_fresh_processes(tmp_path):
     """Of a model so small, buffers of libraries are most of the peak: only what must be so is checked."""
