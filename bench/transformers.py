@@ -8,6 +8,7 @@ MiniLM: mean cosine of the embeddings of held-out sentences to the original's (`
 
     plain SVD, uniform       every layer at the same ratio, by its weight alone
     whitened SVD, uniform    the same, fitted to the inputs of each layer (SVD-LLM)
+    scaled SVD, uniform      the same, of the weight scaled by the mean magnitudes of its inputs (ASVD)
     single matrices          ranks by a knapsack over all layers, weighted by their effect on the output
     units and matrices       hidden units of the MLPs in the same knapsack: preset auto under a budget of layers
 
@@ -29,12 +30,13 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from bench import generation, pretrained
+from bench import asvd, generation, pretrained
 from bench.cells import Results
 from fxlrd import Budget, frontier
 from fxlrd.capturing.model import capture_any
 from fxlrd.graph.captured import runnable
 from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.layer import layers_of
 from fxlrd.passes import Allocate, Calibrate, Decompose
 from fxlrd.progress import bar
 from fxlrd.timing.clock import Timing
@@ -130,6 +132,17 @@ def _whitened(subject: Smollm2 | Minilm, shares: list[float]) -> dict[float, nn.
     return _decomposed(subject, Calibrate(subject.calibration, outputs=False)(gm, bar).graph_module, shares)
 
 
+def _scaled(subject: Smollm2 | Minilm, shares: list[float]) -> dict[float, nn.Module]:
+    gm = capture_any(subject.model, Inputs.of(subject.calibration[0]))
+    linears = {layer.origin: layer.module for layer in layers_of(gm) if isinstance(layer.module, nn.Linear)}
+    magnitudes = asvd.mean_magnitudes(linears, lambda: [subject.model(**batch) for batch in subject.calibration])
+    passes = {share: Decompose(ratio=1 / share, skip=subject.skip) for share in shares}
+    models = {share: each(gm, bar).graph_module for share, each in passes.items()}
+    for model in models.values():
+        asvd.refactor(model, magnitudes)
+    return {share: runnable(model) for share, model in models.items()}
+
+
 def _decomposed(subject: Smollm2 | Minilm, gm: fx.GraphModule, shares: list[float]) -> dict[float, nn.Module]:
     passes = {share: Decompose(ratio=1 / share, skip=subject.skip) for share in shares}
     return {share: runnable(each(gm, bar).graph_module) for share, each in passes.items()}
@@ -162,6 +175,7 @@ def _allocated(subject: Smollm2 | Minilm, shares: list[float], passes: Any) -> d
 METHODS: dict[str, Callable[[Any, list[float]], dict[float, nn.Module]]] = {
     "plain SVD, uniform": _plain,
     "whitened SVD, uniform": _whitened,
+    "scaled SVD, uniform": _scaled,
     "single matrices": _single,
     JOINT: _joint,
 }

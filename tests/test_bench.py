@@ -86,8 +86,29 @@ def test_a_change_that_its_spread_covers_shows_no_difference():
     assert change({"ratio": 1.25, "spread": 0.0}) == "-20.0 ± 0.0"
 
 
+def test_activation_scaled_factors_are_the_best_for_the_scaled_weight():
+    from bench.asvd import mean_magnitudes, refactor, scaled_svd
+
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 8).double()
+    model, x = nn.Sequential(layer), torch.randn(40, 12, dtype=torch.float64) * torch.logspace(-2, 1, 12)
+    magnitudes = mean_magnitudes({"0": layer}, lambda: (model(x[:25]), model(x[25:])))
+    torch.testing.assert_close(magnitudes["0"], x.abs().mean(0), rtol=1e-12, atol=0)
+    assert not layer._forward_pre_hooks
+    scale = magnitudes["0"].sqrt()
+    first, last = scaled_svd(layer.weight, magnitudes["0"], 3)
+    residual = ((layer.weight - last @ first) * scale).norm()
+    optimal = torch.linalg.svdvals(layer.weight * scale)[3:].norm()
+    torch.testing.assert_close(residual, optimal, rtol=1e-9, atol=0)
+    made = fxlrd.passes.Decompose(ratio=2.0)(fxlrd.capture(model, x)).graph_module
+    refactor(made, magnitudes)
+    (rank,) = (module.out_features for name, module in made.named_modules() if name.endswith("first"))
+    first, last = scaled_svd(layer.weight, magnitudes["0"], rank)
+    torch.testing.assert_close(made(x), x @ (last @ first).T + layer.bias, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["table1", "table2", "table3", "fig2", "fig5"])
+@pytest.mark.parametrize("name", ["table1", "table2", "table3", "fig2", "fig5", "tables456"])
 def test_a_table_of_the_paper_is_made_and_goes_on_where_it_stopped(name, monkeypatch, capsys, tmp_path):
     from bench import speed
 
