@@ -28,6 +28,7 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from bench.fashion import accuracy, augmented, load
+from bench.pruning import pruned
 from fxlrd import Budget, capture, compress, finetune
 from fxlrd.app import fashion
 from fxlrd.errors import FxlrdError
@@ -154,22 +155,6 @@ class Bench:
                 high = middle
         return Decompose(ratio=low)(self.original).graph_module
 
-    def pruned(self, removed: float) -> nn.Module:
-        """Return a copy without the channels of least magnitude, the same share of each group of coupled layers."""
-        import torch_pruning
-
-        model = copy.deepcopy(self.model)
-        pruner = torch_pruning.pruner.MagnitudePruner(
-            model,
-            self.x,
-            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=removed,
-            ignored_layers=[model.fc],
-            round_to=8,
-        )
-        pruner.step()
-        return model.to(memory_format=torch.channels_last)
-
 
 def target(most: float | None) -> str:
     return "" if most is None else f"≤ {most:.1f}"
@@ -206,7 +191,7 @@ def drops(bench: Bench) -> None:
 
 def variant(bench: Bench, method: str, setting: float) -> nn.Module:
     if method == "pruning":
-        return bench.pruned(setting)
+        return pruned(bench.model, bench.x, setting, [bench.model.fc])
     if method == "auto":
         options = {"budget": Budget(latency=setting), "calibration": bench.calibration}
     else:

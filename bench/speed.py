@@ -70,9 +70,9 @@ def change(timing: Mapping[str, float]) -> str:
     return percent(100 * (1 / timing["ratio"] - 1), 100 * timing["spread"] / timing["ratio"] ** 2)
 
 
-def percent(change: float, spread: float) -> str:
+def percent(change: float, spread: float, digits: int = 1) -> str:
     """Return a change in per cent with its spread, and that it is none where the spread covers it."""
-    return f"{change:+.1f} ± {spread:.1f}" + " (no difference shown)" * (spread >= abs(change))
+    return f"{change:+.{digits}f} ± {spread:.{digits}f}" + " (no difference shown)" * (spread >= abs(change))
 
 
 def cells_of(timed: Mapping[str, Any], name: str, batch: int) -> tuple[str, str]:
