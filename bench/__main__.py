@@ -24,6 +24,7 @@ SECTIONS = {
     "fig2": [{}],
     "fig5": [{}],
     "tables456": [{}],
+    "peers": [{}],
     "backend": [{}],
     "trained": [{}],
     "frontier": [{}],

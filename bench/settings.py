@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def measured(cells: Cells, *parts: str) -> list[Setting]:
     return [setting for setting in every(batches) if any(f"{part}, {setting}" in cells for part in parts)]
 
 
-def parser(name: str, *, models: str = "", images: bool = True) -> argparse.ArgumentParser:
+def parser(name: str, *, models: str = "") -> argparse.ArgumentParser:
     """Return the options that the tables have in common; ``models`` are the names of torchvision's to measure."""
     options = argparse.ArgumentParser(prog=f"python -m bench.{name}")
     options.set_defaults(name=name, image=224)
@@ -59,6 +60,7 @@ def parser(name: str, *, models: str = "", images: bool = True) -> argparse.Argu
     options.add_argument("--no-speed", action="store_true", help="leave out what depends on the load of the machine")
     options.add_argument("--seconds", type=float, default=40.0, help="bounds each timing of models side by side")
     options.add_argument("--device", default="cpu")
+    options.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     options.add_argument("--modes", default="eager,Inductor")
     options.add_argument("--layouts", default="channels_last", help="of NCHW and channels_last")
     options.add_argument("--dtypes", default="fp32", help="of fp32 and bf16")
@@ -89,6 +91,8 @@ def read(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     arguments.settings = every() if arguments.all else [Setting(*each) for each in product(*chosen, batches)]
     if arguments.no_speed:
         arguments.settings = []
+    if arguments.settings and not arguments.quick:
+        torch.set_num_threads(arguments.threads)
     return arguments
 
 
@@ -97,5 +101,5 @@ def results(arguments: argparse.Namespace, title: str, rows: Callable[[Cells], R
     device = torch.device(arguments.device)
     about = {"title": title, "machine": machine(device), "command": f"python -m bench.{arguments.name}"}
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()}
-    fixed = {"image": arguments.image, "threads": torch.get_num_threads(), "seed": SEED, "quick": arguments.quick}
+    fixed = {"image": arguments.image, "threads": arguments.threads, "seed": SEED, "quick": arguments.quick}
     return Results(arguments.json, {"machine": about["machine"], **versions, **fixed, **settings}, about, rows)

@@ -108,20 +108,32 @@ def test_activation_scaled_factors_are_the_best_for_the_scaled_weight():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["table1", "table2", "table3", "fig2", "fig5", "tables456"])
-def test_a_table_of_the_paper_is_made_and_goes_on_where_it_stopped(name, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("table1", []),
+        ("table2", []),
+        ("table3", []),
+        ("fig2", []),
+        ("fig5", []),
+        ("tables456", ["--systems", "original;Vanilla LRD"]),
+        ("peers", ["--here", "--methods", "original;torch-pruning, 30 %;fxlrd lrd"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_table_is_made_and_goes_on_where_it_stopped(name, options, monkeypatch, capsys, tmp_path):
     from bench import speed
 
     table = importlib.import_module(f"bench.{name}")
     path = tmp_path / f"{name}.json"
     monkeypatch.setenv("FXLRD_CACHE_DIR", str(tmp_path))
-    table.main(["--quick", "--json", str(path)])
+    table.main(["--quick", "--json", str(path), *options])
     content = json.loads(path.read_text())
     assert content.keys() >= {"title", "machine", "date", "command", "settings", "cells", "rows"}
     figures = [row[head] for row in content["rows"] for head in row if "(paper)" not in head]
     assert not [figure for figure in figures if figure in ("0", "0.00")]
     monkeypatch.setattr(speed, "infer", None)  # which would fail: it is not measured again
-    table.main(["--quick", "--json", str(path)])
+    table.main(["--quick", "--json", str(path), *options])
     assert json.loads(path.read_text())["rows"] == content["rows"]
     assert content["title"] in capsys.readouterr().out
 
