@@ -105,7 +105,7 @@ class Bench:
     def __init__(self, arguments: Namespace) -> None:
         self.arguments = arguments
         name = "tiny" if arguments.quick else "resnet50"
-        at = Setting("eager", "NCHW", "fp32", max((s.batch for s in arguments.settings), default=1))
+        at = Setting("eager", "NCHW", "fp32", max(map(int, arguments.batches.split(","))))
         self.model, self.x = image_model(name, at, arguments.image, arguments.device)
         self.trained, self.test = fashion.trained(), fashion.test()
         images = fashion.calibration()
