@@ -14,7 +14,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--quick", action="store_true", help="fewer images and no timing: tests the script")
 quick = parser.parse_args().quick
 
-model = fashion.trained()
+model = fashion.trained().to(memory_format=torch.channels_last)
 calibration = fashion.calibration()[: 40 if quick else 1024]
 images, labels = (tensor[: 60 if quick else 2000] for tensor in fashion.test())
 
@@ -24,7 +24,7 @@ def accuracy(network):
         return (network(images).argmax(1) == labels).double().mean().item()
 
 
-x = calibration[: 8 if quick else 32].contiguous(memory_format=torch.channels_last)
+x = calibration[: 8 if quick else 32]
 result = fxlrd.compress(
     model,
     x,

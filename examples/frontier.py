@@ -24,8 +24,8 @@ def accuracy(network):
 
 
 frontier = fxlrd.frontier(
-    fashion.trained(),
-    calibration[: 8 if quick else 32].contiguous(memory_format=torch.channels_last),
+    fashion.trained().to(memory_format=torch.channels_last),
+    calibration[: 8 if quick else 32],
     calibration=calibration.split(8 if quick else 32),
     budgets=["params=0.6", "params=0.4"] if quick else [0.9, 0.8, 0.7, 0.6],
     evaluate=accuracy,
