@@ -6,6 +6,8 @@ Of each layer but the stem: half its parameters. The peers need their packages (
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,15 +103,21 @@ def aimet(model: nn.Module, x: Tensor, calibration: list[Tensor]) -> nn.Module:
     model = copy.deepcopy(model)
     pairs = [ModuleCompRatioPair(module, 1 / RATIO) for _, module, _ in _layers(model)]
     manual = WeightSvdParameters.ManualModeParams(pairs)
-    compressed, _ = ModelCompressor.compress_model(
-        model,
-        eval_callback=lambda *args, **kwargs: 0.0,
-        eval_iterations=1,
-        input_shape=(1, *x.shape[1:]),
-        compress_scheme=CompressionScheme.weight_svd,
-        cost_metric=CostMetric.memory,
-        parameters=WeightSvdParameters(WeightSvdParameters.Mode.manual, manual),
-    )
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # it leaves files in data/ of the current folder
+        try:
+            compressed, _ = ModelCompressor.compress_model(
+                model,
+                eval_callback=lambda *args, **kwargs: 0.0,
+                eval_iterations=1,
+                input_shape=(1, *x.shape[1:]),
+                compress_scheme=CompressionScheme.weight_svd,
+                cost_metric=CostMetric.memory,
+                parameters=WeightSvdParameters(WeightSvdParameters.Mode.manual, manual),
+            )
+        finally:
+            os.chdir(before)
     return compressed.eval()
 
 
