@@ -29,6 +29,7 @@ from fxlrd.graph.run import counted
 from fxlrd.graph.writes import address
 from fxlrd.saving.architecture import origin_of, origin_of_graph, remember
 from fxlrd.saving.pretrained import save_all_of
+from fxlrd.saving.taking_part import register
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ def _inside(
     result = target if inplace else independent_copy(target, made)
     remember(result, origin_of(target, model, replaced))
     save_all_of(result)
+    register()
     output_error = None if reference is None else _output_error(outputs, reference)
     return Installed(result, True, capture.outside, flops, output_error)
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fxlrd.errors import FxlrdError, one_line
-from fxlrd.saving.architecture import remember
-from fxlrd.saving.descriptions import descriptions
-from fxlrd.saving.pretrained import KEY, WEIGHTS_KEY, PretrainedPlan, save_all_of
-from fxlrd.saving.replacing import put_layers
-from fxlrd.saving.schema import ModuleDescription, Origin
+from fxlrd.saving.prepared import Prepared, finish, prepare
+from fxlrd.saving.pretrained import ENTRY, KEY, WEIGHTS_KEY, PretrainedPlan
+from fxlrd.saving.taking_part import register
 
 
 def load_pretrained(folder: Path, plan: PretrainedPlan, cls: type[nn.Module] | None) -> nn.Module:
@@ -29,7 +25,7 @@ def load_pretrained(folder: Path, plan: PretrainedPlan, cls: type[nn.Module] | N
         raise FxlrdError(f"load: {folder} is a model of transformers: pip install transformers") from error
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        for key in (KEY, WEIGHTS_KEY):
+        for key in (KEY, WEIGHTS_KEY, ENTRY):
             if hasattr(config, key):
                 delattr(config, key)
         name = (config.architectures or [""])[0]
@@ -46,21 +42,11 @@ def load_pretrained(folder: Path, plan: PretrainedPlan, cls: type[nn.Module] | N
 
 
 def _read(folder: Path, plan: PretrainedPlan, config: Any, cls: Any) -> nn.Module:
-    was: dict[str, ModuleDescription] = {}
-    layers: set[int] = set()
+    prepared: list[Prepared] = []
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, *args, **kwargs)
-        for name in plan.absent:  # made with an argument beside its config, such as add_pooling_layer=False
-            if name in self._modules:
-                setattr(self, name, None)
-        was.update(descriptions(self))
-        put_layers(folder, plan.layers, plan.described, self)
-        layers.update(id(self.get_submodule(name)) for name in plan.layers)
-
-        for module in self.modules():
-            if hasattr(module, "_init_weights"):
-                module._init_weights = functools.partial(_initialise, module._init_weights, layers)
+        prepared.append(prepare(folder, plan, self))
 
     # from_pretrained makes an instance without weights of the class that it is called on.
     own = {"__init__": init, "__module__": cls.__module__}
@@ -70,17 +56,6 @@ def _read(folder: Path, plan: PretrainedPlan, config: Any, cls: Any) -> nn.Modul
         if found := sorted(map(str, loading.get(kind) or ())):
             raise FxlrdError(f"load: {folder}: {kind.replace('_', ' ')}: {found[0][:80]}: save the model again")
     model.__class__ = cls
-    for module in model.modules():
-        vars(module).pop("_init_weights", None)
-    remember(model, Origin(was, plan.gone, None, None, plan.described))
-    save_all_of(model)
+    finish(model, plan, prepared[-1])
+    register()
     return model
-
-
-def _initialise(initialise: Callable[[nn.Module], None], layers: set[int], module: nn.Module) -> None:
-    """Initialise a module: what its tensors in no file need. Those of a block may be read by their names, as in T5."""
-    try:
-        initialise(module)
-    except (AttributeError, FxlrdError):
-        if layers.isdisjoint(map(id, module.modules())):
-            raise

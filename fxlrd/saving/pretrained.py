@@ -4,6 +4,7 @@
     config.json           the architecture's config, with two entries more:
         fxlrd                 what takes the place of which of the architecture's modules
         transformers_weights  a sentence in the place of a file's name
+        quantization_config   that fxlrd takes part in from_pretrained (fxlrd/saving/taking_part.py)
 
 transformers makes new weights for layers that a checkpoint has not, with a warning only. A name of weights that names
 no safetensors file is an error to it, which quotes the name: hence the sentence.
@@ -33,6 +34,7 @@ from fxlrd.saving.schema import Factors, LayerSpec, Narrowed, Origin
 CONFIG = "config.json"
 KEY = "fxlrd"
 WEIGHTS_KEY = "transformers_weights"
+ENTRY, METHOD = "quantization_config", "fxlrd"
 VERSION = 1
 _SENTENCE = "this model has layers that fxlrd compressed: load it with fxlrd.load(path)"
 
@@ -130,7 +132,8 @@ def save_pretrained(
         raise FxlrdError("save_pretrained: it is not known what this model was made from: use fxlrd.save")
     layers = replacements(model, origin.architecture)
     plan = PretrainedPlan(VERSION, layers, origin.gone, origin.described, _absent(model))
-    with _in_config(model.config, {WEIGHTS_KEY: _SENTENCE, KEY: plan.to_json()} if layers else {}):
+    entries = {WEIGHTS_KEY: _SENTENCE, KEY: plan.to_json(), ENTRY: {"quant_method": METHOD}}
+    with _in_config(model.config, entries if layers else {}):
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 
@@ -166,8 +169,19 @@ def read_pretrained(folder: Path) -> PretrainedPlan | None:
         return None
     except Exception as error:
         raise FxlrdError(f"load: {file} cannot be read: {one_line(error)}") from error
-    if data is None:
-        return None
+    return None if data is None else _plan_of(data, file)
+
+
+def take_plan(config: Any) -> PretrainedPlan | None:
+    """Take what a config says of a compressed model out of it; None where it says nothing."""
+    data = getattr(config, KEY, None)
+    for key in (KEY, WEIGHTS_KEY):
+        if hasattr(config, key):
+            delattr(config, key)
+    return None if data is None else _plan_of(data, Path(str(config._name_or_path)) / CONFIG)
+
+
+def _plan_of(data: Any, file: Path) -> PretrainedPlan:
     if not isinstance(data, dict) or data.get("version") != VERSION:
         raise FxlrdError(f"load: {file}: another version of fxlrd wrote it, this one reads {VERSION}")
     try:

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fxlrd
 from fxlrd import FxlrdError
@@ -52,7 +53,7 @@ def assert_same(model, other, x):
 
 
 @pytest.mark.parametrize("make", [bert, t5, llama])
-def test_save_pretrained_loses_nothing_and_from_pretrained_refuses(make, tmp_path):
+def test_save_pretrained_loses_nothing(make, tmp_path):
     model = make()
     x = X | ({"decoder_input_ids": X["input_ids"]} if make is t5 else {})
     result = quick(model, x, ratio=2.0).model
@@ -62,9 +63,9 @@ def test_save_pretrained_loses_nothing_and_from_pretrained_refuses(make, tmp_pat
         loaded = fxlrd.load(tmp_path)
         assert type(loaded) is type(model)
         assert_same(loaded, twin, x)
-        for cls in (type(model), transformers.AutoModel):
-            with pytest.raises(ValueError, match=r"load it with fxlrd\.load"):
-                cls.from_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+        assert_same(again, twin, x)
+        assert not [name for name in (*vars(again), *vars(again.config)) if "quant" in name or name == "fxlrd"]
     loaded.save_pretrained(tmp_path / "again")  # and what was loaded is saved likewise, in both ways
     assert_same(fxlrd.load(tmp_path / "again"), result, x)
     fxlrd.save(loaded, tmp_path / "plan")
@@ -112,13 +113,54 @@ def test_what_does_not_fit_is_an_error(tmp_path):
         fxlrd.load(tmp_path)
 
 
-def test_a_directory_that_was_left_half_written_refuses_too(monkeypatch, tmp_path):
+@pytest.fixture
+def without_fxlrd(monkeypatch):
+    """Let from_pretrained be as in a process that has not used fxlrd."""
+
+    def forget():
+        for name in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):
+            monkeypatch.delitem(getattr(transformers.quantizers.auto, name), "fxlrd")
+
+    return forget
+
+
+@pytest.mark.parametrize("cls", [transformers.BertModel, transformers.AutoModel])
+def test_from_pretrained_refuses_where_fxlrd_takes_no_part(cls, tmp_path, without_fxlrd):
+    quick(bert(), X, ratio=2.0).model.bert.save_pretrained(tmp_path)
+    without_fxlrd()
+    with pytest.raises(ValueError, match=r"load it with fxlrd\.load"):
+        cls.from_pretrained(tmp_path)
+
+
+def test_from_pretrained_makes_no_layer_anew(tmp_path):
+    result = quick(bert(), X, ratio=2.0).model
+    result.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("query.first.weight"))
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        FxlrdError, match=rf"has not the tensors of {name.removesuffix('.weight')}: save the model again"
+    ):
+        type(result).from_pretrained(tmp_path)
+
+
+def test_another_class_is_refused_by_the_names_of_its_modules(tmp_path):
+    quick(bert(), X, ratio=2.0).model.save_pretrained(tmp_path)
+    with pytest.raises(FxlrdError, match="the model has no module"):
+        transformers.BertModel.from_pretrained(tmp_path)
+
+
+def test_a_directory_that_was_left_half_written_refuses_too(monkeypatch, tmp_path, without_fxlrd):
     result = quick(bert(), X, ratio=2.0).model
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         result.save_pretrained(tmp_path)
     assert "fxlrd" in json.loads((tmp_path / "config.json").read_text()), "it is written first"
     assert "fxlrd" not in result.config.to_dict()
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        type(result).from_pretrained(tmp_path)
+    without_fxlrd()
     with pytest.raises(ValueError, match="fxlrd"):
         type(result).from_pretrained(tmp_path)
 
