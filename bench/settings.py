@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -103,3 +104,19 @@ def results(arguments: argparse.Namespace, title: str, rows: Callable[[Cells], R
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()}
     fixed = {"image": arguments.image, "threads": arguments.threads, "seed": SEED, "quick": arguments.quick}
     return Results(arguments.json, {"machine": about["machine"], **versions, **fixed, **settings}, about, rows)
+
+
+def fill(
+    results: Results,
+    arguments: argparse.Namespace,
+    counts: Callable[[str, int], dict[str, Any]],
+    timed: Callable[[str, str, Setting, argparse.Namespace], dict[str, Any]],
+) -> None:
+    """Measure the missing cells of a table of models: what each counts, and its speed in each setting."""
+    for name in arguments.models:
+        results.cell(f"{name}, counts", lambda n=name: counts(n, arguments.image))
+        for setting in arguments.settings:
+            for phase in ("infer", "train"):
+                key = f"{name}, {phase}, {setting}"
+                results.cell(key, lambda n=name, p=phase, s=setting: timed(n, p, s, arguments))
+    results.write()

@@ -35,13 +35,7 @@ PUBLISHED = {
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = read(parser("table1", models=",".join(TITLES)), argv)
     results = settings.results(arguments, "Table 1: ResNets before and after vanilla LRD", rows)
-    for name in arguments.models:
-        results.cell(f"{name}, counts", lambda n=name: _counts(n, arguments.image))
-        for setting in arguments.settings:
-            for phase in ("infer", "train"):
-                key = f"{name}, {phase}, {setting}"
-                results.cell(key, lambda n=name, p=phase, s=setting: _timed(n, p, s, arguments))
-    results.write()
+    settings.fill(results, arguments, _counts, _timed)
     print(results.text())
 
 

@@ -56,13 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.json = FOLDER / "table3_memory_kept.json"
     title = "Table 3: the five systems on ResNets"
     results = settings.results(arguments, title, rows, allocator=allocator)
-    for name in arguments.models:
-        results.cell(f"{name}, counts", lambda n=name: _counts(n, arguments.image))
-        for setting in arguments.settings:
-            for phase in ("infer", "train"):
-                key = f"{name}, {phase}, {setting}"
-                results.cell(key, lambda n=name, p=phase, s=setting: _timed(n, p, s, arguments))
-    results.write()
+    settings.fill(results, arguments, _counts, _timed)
     print(results.text())
 
 

@@ -202,6 +202,18 @@ def with_gradients(m, x):
     return m.down(y.relu())
 
 
+def on_four_rows(m, x):
+    y = m.up(x).relu()
+    return m.down(y) if len(x) != 4 else m.down(y.reshape(-1, 24)).view(x.shape)
+
+
+def test_a_model_that_makes_much_is_tried_on_one_row_more(monkeypatch):
+    module = model(on_four_rows, up=wide(), down=down())
+    assert inner(module) != []
+    monkeypatch.setattr("fxlrd.capturing.widths._MANY", 0)
+    assert inner(module) == []
+
+
 @pytest.mark.parametrize("forward", [on_one_row, on_many_rows, in_training, with_gradients])
 def test_ways_that_the_example_does_not_take_are_tried(forward):
     module = model(forward, up=wide(), down=down())
