@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from fxlrd.backend.contents import Contents
 from fxlrd.backend.factor_sets import FactorSet, FactorSets, Fingerprint, fingerprint
+from fxlrd.backend.fixed_weights import FixedWeights
 from fxlrd.backend.options import Options
 from fxlrd.backend.rewrite import rewrite
 from fxlrd.capturing.dynamo import weights_of
@@ -39,6 +40,7 @@ class Compressed:
         self.symbolic = False
         self.code: tuple[Any, ...] = ()
         self.watched: Callable[[tuple[Any, ...]], Sequence[Tensor]] = tuple
+        self.fingerprint: Callable[[Sequence[Tensor]], Fingerprint] = fingerprint
         self.run: Callable[..., Any] | None = None
 
     def start(self, inputs: Sequence[Any], weights: Mapping[str, Tensor]) -> bool:
@@ -47,15 +49,19 @@ class Compressed:
         self.symbolic = any(isinstance(v, torch.SymInt) for v in inputs)
         _refuse_inference_tensors(weights)
         # Before the passes run: a weight that changes meanwhile is then noticed by the next call.
-        marks = dict(zip(weights, zip(*fingerprint([*weights.values()]), strict=True), strict=True))
+        fixed = FixedWeights([*weights.values()]) if self.frozen else None
+        before = fixed.fingerprint() if fixed is not None else fingerprint([*weights.values()])
         contents = Contents([*weights.values()])
         lowered = self._lowered(inputs, weights, first=True)
         if not lowered.sources:
             return False
         names = tuple(weights) if self.frozen else lowered.sources
-        self.watched = _from_arguments(self.gm, names, [*weights.values()] if self.frozen else None)
+        if fixed is not None:
+            self.watched, self.fingerprint = lambda args: fixed.weights, lambda weights: fixed.fingerprint()
+        else:
+            self.watched = _from_arguments(self.gm, names)
         self.run = self._compile_in_dynamo(lowered, inputs)
-        mark = tuple(zip(*(marks[name] for name in names), strict=True))
+        mark = before if self.frozen else _of(names, weights, before)
         watched = [weights[name] for name in names]
         now = Contents(watched)
         if contents.same([*weights.values()]):
@@ -65,7 +71,7 @@ class Compressed:
     def __call__(self, *args: Any) -> Any:
         """Run the compressed graph with the factors of the weights in ``args``."""
         weights = self.watched(args)
-        mark = fingerprint(weights)
+        mark = self.fingerprint(weights)
         current = self.sets.latest
         if current.fingerprint != mark or not current.contents.same(weights):
             current = self._factors_of(weights, mark, args)
@@ -126,15 +132,17 @@ def _compiled_for(lowered: Lowered) -> tuple[Any, ...]:
     ]
 
 
-def _from_arguments(
-    gm: fx.GraphModule, names: Sequence[str], fixed: Sequence[Tensor] | None
-) -> Callable[[tuple[Any, ...]], Sequence[Tensor]]:
-    """Return a function from a call's arguments to the weights of these names; ``fixed`` weights are no arguments."""
-    if fixed is not None:
-        return lambda args: fixed
+def _from_arguments(gm: fx.GraphModule, names: Sequence[str]) -> Callable[[tuple[Any, ...]], Sequence[Tensor]]:
+    """Return a function from a call's arguments to the weights of these names."""
     order = [n.name for n in gm.graph.find_nodes(op="placeholder")]
     positions = [order.index(name) for name in names]
     return itemgetter(*positions) if len(positions) > 1 else lambda args: tuple(args[i] for i in positions)
+
+
+def _of(names: Sequence[str], weights: Mapping[str, Tensor], mark: Fingerprint) -> Fingerprint:
+    """Return the part of the fingerprint of all ``weights`` that is about ``names``."""
+    positions = [list(weights).index(name) for name in names]
+    return tuple(tuple(part[i] for i in positions) for part in mark)
 
 
 def _refuse_inference_tensors(weights: Mapping[str, Tensor]) -> None:

@@ -29,12 +29,12 @@ LIMIT = 4
 Fingerprint = tuple[tuple[Any, ...], ...]
 
 _version = attrgetter("_version")
-_address = Tensor.data_ptr
+address = Tensor.data_ptr
 
 
 def fingerprint(weights: Sequence[Tensor]) -> Fingerprint:
     """Return the identities, the version counters and the data addresses of ``weights``."""
-    return tuple(map(id, weights)), tuple(map(_version, weights)), tuple(map(_address, weights))
+    return tuple(map(id, weights)), tuple(map(_version, weights)), tuple(map(address, weights))
 
 
 @dataclass(eq=False)
