@@ -23,6 +23,7 @@ SECTIONS = {
     "table3": [{}, KEEP_MEMORY],
     "fig2": [{}],
     "fig5": [{}],
+    "attained": [{}],
     "tables456": [{}],
     "peers": [{}],
     "backend": [{}],

@@ -116,6 +116,7 @@ def test_activation_scaled_factors_are_the_best_for_the_scaled_weight():
         ("table3", []),
         ("fig2", []),
         ("fig5", []),
+        ("attained", []),
         ("tables456", ["--systems", "original;Vanilla LRD"]),
         ("peers", ["--here", "--methods", "original;torch-pruning, 30 %;fxlrd lrd"]),
     ],
