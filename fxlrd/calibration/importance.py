@@ -13,23 +13,24 @@ uncertain, and shrunk for it (fxlrd/calibration/samples.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxlrd.calibration.batches import examples
 from fxlrd.calibration.metric import drawn, logits_of
 from fxlrd.calibration.padding import at_tokens, spread_out, tokens_of
 from fxlrd.calibration.samples import Elsewhere, Samples
+from fxlrd.calibration.watching import Watcher, run_watched
 from fxlrd.errors import Reason
 from fxlrd.factor.failures import memory_failure
-from fxlrd.graph.attentions import open_for
-from fxlrd.graph.captured import captured_or_bare, feed, runnable
+from fxlrd.graph.captured import captured_or_bare, runnable
 from fxlrd.graph.facts import job
 from fxlrd.graph.inputs import Inputs, tensors
-from fxlrd.graph.run import evaluating, unmoved
+from fxlrd.graph.run import evaluating, isolated
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.kinds import as_layer, channel_axis, channels_per_group
 from fxlrd.sharing import Job
@@ -52,6 +53,7 @@ class Importance:
     ``softmax`` says whether the outputs are logits; None where they tell.
 
     Attributes:
+        layers: the modules of the calls.
         logits: which outputs are logits, once that is decided.
         waiting: batches to be added when it is.
         sums: Γ so far, by call.
@@ -60,6 +62,7 @@ class Importance:
 
     def __init__(self, gm: fx.GraphModule, softmax: bool | None = None) -> None:
         self.gm = gm
+        self.layers = {node: module for name, module in layers(gm).items() for node in calls(gm, name)}
         self.softmax = softmax
         self.logits: tuple[bool, ...] = ()
         self.waiting: list[Inputs] = []
@@ -72,22 +75,28 @@ class Importance:
         if (shared := job(gm)) is not None:
             self.sums.update({node: Elsewhere() for i, node in enumerate(_calls(gm)) if not shared.owns(i)})
 
-    def add(self, inputs: Inputs) -> bool:
+    def add(self, inputs: Inputs, *others: Watcher) -> bool:
         """Run the graph forward and backward, and return whether that worked. No gradient reaches a parameter.
 
-        Some operations have no backward in eval mode; then no Γ is available, and every output counts alike.
+        Some operations have no backward in eval mode; then no Γ is available, and every output counts alike. ``others``
+        watch the run too.
         """
         try:
-            self._add(inputs)
+            self._add(inputs, others)
         except (RuntimeError, NotImplementedError):
             self.sums, self.probes = {}, 0
             return False
         return True
 
-    def offer(self, inputs: Inputs) -> bool:
-        """Add a batch and those that wait, or let it wait; return whether that worked."""
-        self.waiting.append(inputs)
-        return self._waits(inputs) or self.finish()
+    def offer(self, inputs: Inputs, *others: Watcher) -> bool:
+        """Add a batch, whose run ``others`` watch too, and those that wait, or let it wait; return whether that worked.
+
+        Where it waits, or an earlier one fails, it is not run.
+        """
+        if self._waits(inputs):
+            self.waiting.append(inputs)
+            return True
+        return self.finish() and self.add(inputs, *others)
 
     def finish(self) -> bool:
         """Add the batches that wait, and return whether that worked."""
@@ -96,7 +105,7 @@ class Importance:
 
     def _waits(self, inputs: Inputs) -> bool:
         """Whether to decide with the next batches whether outputs are logits: so far there is a matrix of few rows."""
-        if self.logits or self.softmax is not None or (len(self.waiting) == 1 and examples(inputs) >= ENOUGH):
+        if self.logits or self.softmax is not None or (not self.waiting and examples(inputs) >= ENOUGH):
             return False
         made = captured_or_bare(self.gm).outputs(self.gm, inputs)
         if len(made) != 1 or made[0].dim() != 2:
@@ -108,15 +117,13 @@ class Importance:
         matrices, self._matrices = self._matrices, []
         return torch.cat(matrices) if len({t.shape[1] for t in matrices}) == 1 else None
 
-    def _add(self, inputs: Inputs) -> None:
+    def _add(self, inputs: Inputs, others: Sequence[Watcher]) -> None:
         model, tokens = runnable(self.gm), tokens_of(self.gm, inputs)
-        with evaluating(model), unmoved(model), torch.enable_grad():
-            if model is self.gm:
-                watch: _GraphWatch | _ModelWatch = _GraphWatch(self.gm, self)
-                value = watch.run(*feed(self.gm, inputs))
-            else:
-                watch = _ModelWatch(self.gm, model, self)
-                value = watch.run(inputs)
+        zero = torch.zeros((), requires_grad=True)
+        if model is not self.gm:
+            self._leave_others_empty()
+        with evaluating(model), isolated(model), torch.enable_grad():
+            value = run_watched(self.gm, model, inputs, [*others, _Gradients(self, zero)])
             found = tensors(value)
             if len(self.logits) != len(found):
                 self.logits = logits_of(value, self.softmax, self._rows())
@@ -126,10 +133,18 @@ class Importance:
             for i in range(probes if outputs else 0):
                 starts = [spread_out(self.start(at_tokens(t, tokens), each), t, tokens) for t, each in outputs]
                 graph = i + 1 < probes
-                torch.autograd.grad([t for t, _ in outputs], watch.zero, starts, retain_graph=graph, allow_unused=True)
+                torch.autograd.grad([t for t, _ in outputs], zero, starts, retain_graph=graph, allow_unused=True)
                 self.probes += 1
             self.rows += sum(t.numel() // (t.shape[-1] if t.dim() else 1) for t, _ in outputs)
-            watch.clear()
+
+    def _leave_others_empty(self) -> None:
+        """Leave nothing on all nodes of a layer but its first one: in a model all its calls add to that."""
+        for name, module in layers(self.gm).items():
+            _, c_out, groups = channels_per_group(module)
+            for node in calls(self.gm, name)[1:]:
+                self.sums[node] = Samples(
+                    as_layer(module).weight.new_zeros(c_out * groups, c_out * groups, dtype=torch.float64)
+                )
 
     def start(self, output: Tensor, logits: bool) -> Tensor:
         """Return v to start a backward pass with."""
@@ -157,93 +172,42 @@ class Importance:
         return None if self.gamma(node) is None else self.sums[node].shrunk() / self.probes
 
 
-class _GraphWatch(fx.Interpreter):
-    """Runs a graph with a hook on the output of every layer.
+class _Gradients:
+    """Watches a run such that a backward pass adds g·gᵀ of the channels that each layer makes to its Γ.
 
     The scalar ``zero`` is added to each output: the gradient with respect to it passes through all of them, whether or
-    not parameters require gradients, and reaches none of those.
+    not parameters require gradients, and reaches none of those. Without memory for it, the Γ of a layer is given up.
     """
 
-    def __init__(self, gm: fx.GraphModule, importance: Importance) -> None:
-        super().__init__(gm)
-        self.importance = importance
-        self.layers: Mapping[str, nn.Module] = layers(gm)
-        self.zero = torch.zeros((), requires_grad=True)
+    def __init__(self, importance: Importance, zero: Tensor) -> None:
+        self.importance, self.zero = importance, zero
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        module = self.layers.get(str(n.target)) if n.op == "call_module" else None
-        if module is None or not isinstance(value, Tensor):
+    def reads(self, call: fx.Node, value: Tensor, changes: int) -> None:
+        """Do nothing."""
+
+    def makes(self, call: fx.Node, value: Any) -> Any:
+        """Return a layer's output plus ``zero``."""
+        if not isinstance(value, Tensor):
             return value
-        return _watched(n, module, value, self.zero, self.importance)
+        value = value + self.zero.to(value)
+        value.register_hook(partial(self._add, call, channel_axis(self.importance.layers[call], value.dim())))
+        return value
 
-    def clear(self) -> None:
-        """Let go of the values: with an output among them, the graph would hold itself alive through its hooks."""
-        self.env.clear()
+    def ran(self) -> None:
+        """Do nothing."""
 
-
-class _ModelWatch:
-    """Runs the model whose regions are the graph, as `_GraphWatch` runs a graph.
-
-    All calls of a layer add to the Γ of its first node.
-    """
-
-    def __init__(self, gm: fx.GraphModule, model: nn.Module, importance: Importance) -> None:
-        self.gm, self.model, self.importance = gm, model, importance
-        self.zero = torch.zeros((), requires_grad=True)
-
-    def run(self, inputs: Inputs) -> Any:
-        handles = []
-        open_for(self.model, layers(self.gm))
-        for name, module in layers(self.gm).items():
-            first, *others = calls(self.gm, name)
-            hook = self._hook(first, module)
-            handles.append(self.model.get_submodule(name).register_forward_hook(hook))
-            _, c_out, groups = channels_per_group(module)
-            weight = as_layer(module).weight
-            for node in others:
-                self.importance.sums[node] = Samples(
-                    weight.new_zeros(c_out * groups, c_out * groups, dtype=torch.float64)
-                )
-        try:
-            own = inputs.fresh()
-            return self.model(*own.args, **own.kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, node: fx.Node, module: nn.Module) -> Any:
-        def hook(_: nn.Module, args: Any, value: Tensor) -> Tensor:
-            return _watched(node, module, value, self.zero, self.importance)
-
-        return hook
-
-    def clear(self) -> None:
-        """Do nothing: this run holds no values."""
-
-
-def _watched(node: fx.Node, module: nn.Module, value: Tensor, zero: Tensor, importance: Importance) -> Tensor:
-    """Return a layer's output plus ``zero``; a backward pass adds g·gᵀ of its channels to the importance.
-
-    Without memory for that of one layer, its Γ is given up.
-    """
-    axis, sums = channel_axis(module, value.dim()), importance.sums
-
-    def add(gradient: Tensor) -> None:
-        if node in importance.failed:
+    def _add(self, call: fx.Node, axis: int, gradient: Tensor) -> None:
+        failed, sums = self.importance.failed, self.importance.sums
+        if call in failed:
             return
         rows = gradient.detach().movedim(axis, -1)
         count = rows.shape[-1]
         try:
-            if node not in sums:
-                sums[node] = Samples(rows.new_zeros(count, count, dtype=torch.float64))
-            sums[node].add(rows.reshape(len(rows) if rows.dim() > 1 else 1, -1, count))
+            if call not in sums:
+                sums[call] = Samples(rows.new_zeros(count, count, dtype=torch.float64))
+            sums[call].add(rows.reshape(len(rows) if rows.dim() > 1 else 1, -1, count))
         except Exception as error:
             if (reason := memory_failure(error, "calibration")) is None:
                 raise
-            importance.failed[node] = reason
-            sums.pop(node, None)
-
-    value = value + zero.to(value)
-    value.register_hook(add)
-    return value
+            failed[call] = reason
+            sums.pop(call, None)

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxlrd.calibration.batches import NO_INPUTS, examples, failure
+from fxlrd.calibration.common_reads import Axis, CommonReads, Reader
 from fxlrd.calibration.importance import Importance
 from fxlrd.calibration.metric import logits_among
 from fxlrd.calibration.padding import at_tokens, tokens_of
 from fxlrd.calibration.patches import patches
+from fxlrd.calibration.watching import run_watched, tells_calls_apart
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.failures import memory_failure
-from fxlrd.graph.captured import feed
+from fxlrd.graph.captured import runnable
 from fxlrd.graph.facts import job, output_moments, shape, statistics
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.operations import features_per_channel
-from fxlrd.graph.reached import ReachingInterpreter, reached
-from fxlrd.graph.run import evaluating
+from fxlrd.graph.run import evaluating, isolated
 from fxlrd.graph.surgery import layers, source
 from fxlrd.layers.fit import Moments, Statistics
 from fxlrd.layers.kinds import CONVS, Conv, channel_axis, channels_per_group, kernel_area
@@ -30,8 +31,6 @@ LARGEST = 8192
 """Tensors with more channels than this have no moments: each would take half a gigabyte."""
 PATCHES = 8
 """Patches sampled per batch, as a multiple of the patch length C·K."""
-Axis = tuple[int, int]
-"""The axis of a tensor's channels, and how many consecutive entries along it belong to one (after a flatten)."""
 
 
 def moments(node: fx.Node, axis: int, block: int = 1) -> Moments | None:
@@ -68,15 +67,17 @@ def sweep(
     shared = job(gm)
     measured = _Sweep(gm, outputs, patches)
     importance, remaining = Importance(gm, softmax), effects
+    watchers = (measured,) if tells_calls_apart(gm) else ()
     for i, inputs in enumerate(batches):
+        measured.begin(inputs)
         try:
-            with evaluating(gm), torch.no_grad():
-                measured.tokens = tokens_of(gm, inputs)
-                measured.run(*feed(gm, inputs))
             if remaining > 0:
-                remaining = remaining - examples(inputs) if importance.offer(inputs) else 0
+                remaining = remaining - examples(inputs) if importance.offer(inputs, *watchers) else 0
+            if not measured.complete:
+                _run(gm, inputs, measured)
         except Exception as error:
             raise failure(i, inputs, error) from error
+    measured.tensors.finish_run()
     importance.finish()
     if shared is not None:
         measured.exchange(shared)
@@ -86,6 +87,13 @@ def sweep(
     logits_among.record(gm, importance.logits)
 
 
+def _run(gm: fx.GraphModule, inputs: Inputs, measured: _Sweep) -> None:
+    """Run without gradients: the graph of regions itself where a run of the model does not tell their calls apart."""
+    model = runnable(gm) if tells_calls_apart(gm) else gm
+    with evaluating(model), isolated(model), torch.no_grad():
+        run_watched(gm, model, inputs, [measured])
+
+
 def forget_statistics(gm: fx.GraphModule) -> None:
     """Remove what `sweep` recorded."""
     for node in gm.graph.nodes:
@@ -93,8 +101,8 @@ def forget_statistics(gm: fx.GraphModule) -> None:
         statistics.drop(node)
 
 
-class _Sweep(ReachingInterpreter):
-    """Runs a graph and adds up the moments of the tensors that layers read and make.
+class _Sweep:
+    """Adds up the moments of the tensors that layers read and make, while runs are watched.
 
     What a layer reads is measured when it reads it: an operation in place may have changed it since it was made.
 
@@ -104,31 +112,31 @@ class _Sweep(ReachingInterpreter):
         blocks: by call of a linear layer behind a flatten, the entries of one channel.
         patch_readers: the calls of convs whose patches are measured.
         read_as: by call of a layer, the node that it reads and the number of changes in place before it does.
-        sums: the moments so far, by node, number of changes in place since its value was made, and axis.
+        tensors: the moments of what is read and made so far.
         patches: the moments of patches so far, by conv.
         reached: the calls of layers that were run.
-        failed: why moments were given up, by key of `sums` and axis, or by conv for patches.
+        failed: why moments were given up, by key of the moments of tensors, or by conv for patches.
         tokens: which positions of the inputs hold tokens, where not all do.
+        complete: whether the run of the present inputs is over.
         job: the processes that share the sums.
     """
 
     def __init__(self, gm: fx.GraphModule, outputs: bool, patches: int) -> None:
-        super().__init__(gm)
         self.gm = gm
         self.outputs = outputs
         self.layers: dict[fx.Node, tuple[nn.Module, fx.Node]] = {}
         self.blocks: dict[fx.Node, int] = {}
         self.patch_readers: set[fx.Node] = set()
-        self.sums: dict[tuple[fx.Node, int], dict[Axis, Moments]] = {}
+        self.tensors = CommonReads(self._rows)
         self.patches: dict[fx.Node, Moments] = {}
         self.read_as: dict[fx.Node, tuple[fx.Node, int]] = {}
         self.reached: set[fx.Node] = set()
-        self.failed: dict[Any, Reason] = {}
+        self.failed: dict[Reader | fx.Node, Reason] = {}
         self.tokens: Tensor | None = None
+        self.complete = False
         self.job = job(gm)
-        self._numbers: dict[Any, int] = {}
-        self._added: set[tuple[fx.Node, int, Axis]] = set()  # in this run
-        self._versions: dict[fx.Node, int] = {}
+        self._numbers: dict[Reader | fx.Node, int] = {}
+        self._added: set[Reader | fx.Node] = set()  # of the present inputs
         for node, module, read in _layer_calls(gm):
             self.layers[node] = module, read
             if isinstance(module, nn.Linear) and (block := features_per_channel(gm, read)) > 1:
@@ -137,66 +145,68 @@ class _Sweep(ReachingInterpreter):
             if isinstance(module, CONVS) and groups == 1 and 1 < kernel_area(module) <= patches // c_in:
                 self.patch_readers.add(node)
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def begin(self, inputs: Inputs) -> None:
+        """Begin with other inputs. A run of these that fails may be made again: nothing is added twice."""
+        self.tensors.finish_run()
+        self.tokens, self.complete = tokens_of(self.gm, inputs), False
         self._added.clear()
-        return super().run(*args, **kwargs)
 
-    def run_node(self, n: fx.Node) -> Any:
-        module, read = self.layers.get(n, (None, None))
-        if module is not None and read is not None and _is_real(value := self.env[read]):
-            changes = value._version - self._versions[read]
-            self.read_as[n] = read, changes
-            for block in {1, self.blocks.get(n, 1)}:
-                self._add(read, changes, value, module, block)
-            if n in self.patch_readers:
-                self._add_patches(n, module, value)
-        value = super().run_node(n)
-        if module is not None and reached(value):
-            self.reached.add(n)
-        if _is_real(value):
-            self._versions[n] = value._version
-            if module is not None and self.outputs:
-                self._add(n, 0, value, module, 1)
+    def reads(self, call: fx.Node, value: Tensor, changes: int) -> None:
+        """Add what a layer reads, unless it was added in this run."""
+        module, read = self.layers.get(call, (None, None))
+        if module is None or read is None or not value.is_floating_point():
+            return
+        self.read_as[call] = read, changes
+        for block in {1, self.blocks.get(call, 1)}:
+            self._add(read, changes, value, module, block)
+        if call in self.patch_readers:
+            self._unless_no_memory(call, lambda: self._add_patches(call, module, value))
+
+    def makes(self, call: fx.Node, value: Any) -> Any:
+        """Add what a layer makes, and return it."""
+        module, _ = self.layers.get(call, (None, None))
+        if module is not None:
+            self.reached.add(call)
+            if self.outputs and isinstance(value, Tensor) and value.is_floating_point():
+                self._add(call, 0, value, module, 1)
         return value
 
+    def ran(self) -> None:
+        """Note that all layers were run that these inputs reach."""
+        self.complete = True
+
     def _add(self, node: fx.Node, changes: int, value: Tensor, module: nn.Module, block: int) -> None:
-        """Add a tensor that the layer reads or makes, once in a run whatever the number of its readers."""
         axis = channel_axis(module, value.dim())
         count = value.shape[axis] // block
-        if count > LARGEST or (node, changes, (axis, block)) in self._added:
-            return
-        self._added.add((node, changes, (axis, block)))
-        by_axis = self.sums.setdefault((node, changes), {})
+        if count <= LARGEST:
+            reader = node, changes, (axis, block)
+            self._unless_no_memory(reader, lambda: self.tensors.add(reader, value, count))
 
-        def add() -> None:
-            if (axis, block) not in by_axis:
-                by_axis[axis, block] = Moments.empty(count, value.device)
-            rows = at_tokens(value.movedim(axis, -1), self.tokens)
-            by_axis[axis, block].add(rows.unflatten(-1, (count, block)).mT.reshape(-1, count))
-
-        self._unless_no_memory((node, changes, (axis, block)), by_axis, (axis, block), add)
+    def _rows(self, reader: Reader, value: Tensor) -> Tensor:
+        """Return a tensor as rows of channels (N×C)."""
+        axis, block = reader[2]
+        rows = at_tokens(value.detach().movedim(axis, -1), self.tokens)
+        count = rows.shape[-1] // block
+        return rows.unflatten(-1, (count, block)).mT.reshape(-1, count)
 
     def _add_patches(self, node: fx.Node, conv: nn.Module, value: Tensor) -> None:
         assert isinstance(conv, Conv)
+        if node not in self.patches:
+            self.patches[node] = Moments.empty(conv.weight[0].numel(), value.device)
+        sums = self.patches[node]
+        sums.add(patches(conv, value, PATCHES * len(sums.total)))
 
-        def add() -> None:
-            if node not in self.patches:
-                self.patches[node] = Moments.empty(conv.weight[0].numel(), value.device)
-            sums = self.patches[node]
-            sums.add(patches(conv, value, PATCHES * len(sums.total)))
-
-        self._unless_no_memory(node, self.patches, node, add)
-
-    def _unless_no_memory(self, what: Any, sums: dict[Any, Moments], key: Any, add: Callable[[], None]) -> None:
-        """Add to moments that were not given up yet. Without memory for it they are given up, and what they hold.
+    def _unless_no_memory(self, what: Reader | fx.Node, add: Callable[[], None]) -> None:
+        """Add to moments, once for the present inputs. Without memory for it they are given up, and what they hold.
 
         Those that another process adds up have none here.
         """
         number = self._numbers.setdefault(what, len(self._numbers))
-        if self.job is not None and not self.job.owns(number):
-            sums.setdefault(key, Moments.empty(1, torch.device("cpu")))
+        if what in self._added or what in self.failed:
             return
-        if what in self.failed:
+        self._added.add(what)
+        if self.job is not None and not self.job.owns(number):
+            self._sums(what).setdefault(what, Moments.empty(1, torch.device("cpu")))
             return
         try:
             add()
@@ -204,25 +214,24 @@ class _Sweep(ReachingInterpreter):
             if (reason := memory_failure(error, "calibration")) is None:
                 raise
             self.failed[what] = reason
-            sums.pop(key, None)
+            self._sums(what).pop(what, None)
+
+    def _sums(self, what: Reader | fx.Node) -> dict[Any, Moments]:
+        return self.tensors.moments if isinstance(what, tuple) else self.patches
 
     def exchange(self, shared: Job) -> None:
         """Give all processes the moments of all tensors, or why they were given up."""
         for what, number in self._numbers.items():
-            sums: dict[Any, Moments] = self.patches
-            key: Any = what
-            if isinstance(what, tuple):
-                node, changes, key = what
-                sums = self.sums[node, changes]
-            moments, reason = shared.owners((sums.pop(key, None), self.failed.get(what)), number)
+            sums = self._sums(what)
+            moments, reason = shared.owners((sums.pop(what, None), self.failed.get(what)), number)
             if moments is not None:
-                sums[key] = moments
+                sums[what] = moments
             if reason is not None:
                 self.failed[what] = reason
 
     def check(self) -> None:
         """Raise FxlrdError for moments that are not finite, or of no inputs."""
-        tensors = [(node, each) for (node, _), by_axis in self.sums.items() for each in by_axis.values()]
+        tensors = [(node, each) for (node, _, _), each in self.tensors.moments.items()]
         for node, each in [*tensors, *self.patches.items()]:
             if not bool(each.products.isfinite().all()):
                 dtype = next((p.dtype for p in self.gm.parameters()), torch.get_default_dtype())
@@ -236,18 +245,19 @@ class _Sweep(ReachingInterpreter):
     def record(self, importance: Importance) -> None:
         """Record the moments and the layers' statistics on the nodes."""
         made: dict[fx.Node, dict[Axis, Moments]] = {}
-        for (node, _), by_axis in sorted(self.sums.items(), key=lambda item: item[0][1]):
-            made.setdefault(node, {}).update(by_axis)
+        by_read: dict[tuple[fx.Node, int], dict[Axis, Moments]] = {}
+        for (node, changes, axis), each in sorted(self.tensors.moments.items(), key=lambda item: item[0][1]):
+            made.setdefault(node, {})[axis] = by_read.setdefault((node, changes), {})[axis] = each
         for node, by_axis in made.items():
             output_moments.record(node, by_axis)
         for node, (module, read) in self.layers.items():
-            sizes, by_axis = shape(read), self.sums.get(self.read_as.get(node, (read, 0)), {})
-            axis = None if sizes is None else channel_axis(module, len(sizes))
-            reads = [each for (a, block), each in by_axis.items() if block == 1 and axis in (None, a)]
+            sizes, by_axis = shape(read), by_read.get(self.read_as.get(node, (read, 0)), {})
+            along = None if sizes is None else channel_axis(module, len(sizes))
+            reads = [each for (a, block), each in by_axis.items() if block == 1 and along in (None, a)]
             one = reads[0] if len(reads) == 1 else None
             estimate = importance.estimate(node)
             importance.sums.pop(node, None)  # as large as all moments together
-            failure = self._failure(node, read, axis) or importance.failed.get(node)
+            failure = self._failure(node, read, along) or importance.failed.get(node)
             called = node in self.reached
             statistics.record(node, Statistics(one, self.patches.get(node), estimate, called, failure))
 
@@ -258,10 +268,6 @@ class _Sweep(ReachingInterpreter):
         tensor = self.read_as.get(node, (read, 0))
         keys = [key for key in self.failed if isinstance(key, tuple) and key[:2] == tensor]
         return next((self.failed[key] for key in keys if key[2][1] == 1 and axis in (None, key[2][0])), None)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _layer_calls(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module, fx.Node]]:

@@ -78,6 +78,14 @@ class Moments:
         rows = x[len(x) - min(due, len(x)) :]
         self.held_out += HeldOut(rows.sum(0), (rows.mT @ rows).float(), len(rows))
 
+    def remove(self, x: Tensor, held_out: HeldOut | None) -> None:
+        """Remove rows that were added last; ``held_out`` is what was held out before."""
+        x = x.detach().double()
+        self.products -= x.mT @ x
+        self.total -= x.sum(0)
+        self.count -= len(x)
+        self.held_out, self._ridge = held_out, None
+
     def __add__(self, other: Moments) -> Moments:
         """Return the moments of the positions of both."""
         both = self.held_out is not None and other.held_out is not None
