@@ -19,19 +19,18 @@ Where Γ is zero, no change of the layer reaches the model's output. Its errors 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fxlrd.allocation.factored import whitened_gram
 from fxlrd.errors import Reason
 from fxlrd.factor.basis import left_basis
 from fxlrd.factor.failures import check_finite
-from fxlrd.factor.whiten import Root
-from fxlrd.layers.build import decomposed, with_mean_output
-from fxlrd.layers.fit import Fit, input_root, metrics, output_root, roots
+from fxlrd.layers.fit import Fit, roots
 from fxlrd.layers.forms import Ranks, form, parameters, ranks_by_ratio
 from fxlrd.layers.kinds import as_layer, channels_per_group, kernel_area, kernel_share
 from fxlrd.layers.weights import weight_blocks
@@ -64,10 +63,7 @@ class Curve:
         used = fit._replace(importance=None) if fit is not None and silent else fit
         absolute = used is not None and used.importance is not None
         self.form = form(module)
-        if self.form == "svd":
-            self.energy, self.basis, self.root = _svd_energy(module, used)
-        else:
-            self.energy = _tucker_energy(_whitened(module, used))
+        self.energy = _svd_energy(module, used) if self.form == "svd" else _tucker_energy(_whitened(module, used))
         check_finite(self.energy)
         total = float(self.energy[tuple(-1 for _ in self._full)])
         self.scale = kernel_share(module) if absolute or total == 0 else (NEGLIGIBLE if silent else 1) / total
@@ -78,56 +74,15 @@ class Curve:
         total = float(self.energy[tuple(-1 for _ in at)])
         return self.scale * max(0.0, total - float(self.energy[at]))
 
-    def maker(self, ranks: Ranks) -> Callable[[], nn.Module]:
-        """Return what makes the layer's form at ``ranks``, as `fxlrd.layers.build.decomposed` does but for its balance.
-
-        An SVD form is made at once, since it takes little beside the curve, and the curve's matrices need not be kept.
-        """
-        if self.form != "svd" or self.fit is None:
-            module, fit = self.module, self.fit
-            return lambda: decomposed(module, ranks, 1, fit)[0]
-        made = self._svd(self.fit, ranks)
-        return lambda: made
-
-    def _svd(self, fit: Fit, ranks: Ranks) -> nn.Sequential:
-        (rank,) = ranks
-        weight = weight_blocks(self.module).double().flatten(2)
-        basis, root = self.basis[..., :rank], self.root
-        if weight.shape[1] <= weight.shape[2]:  # W' = K⁻ᵀ·Q·Qᵀ·Kᵀ·W
-            first, last = basis.mT, basis
-            if root is not None:
-                first, last = first @ root.root.mT, root.inverse.mT @ last
-            return with_mean_output(self.module, first @ weight, last, fit)
-        assert root is not None  # there is a fit
-        return with_mean_output(  # W' = W·R·Q·Qᵀ·R⁻¹
-            self.module, basis.mT @ root.inverse, weight @ (root.root @ basis), fit
-        )
-
     @property
     def _full(self) -> tuple[int, ...]:
         return tuple(n - 1 for n in self.energy.shape)
 
 
-def _svd_energy(module: nn.Module, fit: Fit | None) -> tuple[Tensor, Tensor, Root | None]:
-    """Return the energy retained at ranks 0…n, all groups together, and the singular vectors of the shorter side.
-
-    With a fit, the root of the shorter side's metric comes with them: that of the longer one is not needed, since
-
-        M = Kᵀ·W·R,   M·Mᵀ = Kᵀ·(W·G·Wᵀ)·K,   Mᵀ·M = Rᵀ·(Wᵀ·Γ·W)·R
-    """
-    weight = weight_blocks(module).double().flatten(2)
-    inputs, outputs = (None, None) if fit is None else metrics(module, fit)
-    if weight.shape[1] <= weight.shape[2]:
-        root = None if fit is None or fit.importance is None else output_root(module, fit.importance)
-        small = (weight if inputs is None else weight @ inputs) @ weight.mT
-    else:
-        root = None if fit is None else input_root(module, fit)
-        small = weight.mT @ (weight if outputs is None else outputs @ weight)
-    if root is not None:
-        small = root.root.mT @ small @ root.root
-    values, vectors = torch.linalg.eigh((small + small.mT) / 2)
-    energy = values.flip(-1).clamp_min(0).sum(0)
-    return torch.cat([energy.new_zeros(1), energy.cumsum(0)]), vectors.flip(-1), root
+def _svd_energy(module: nn.Module, fit: Fit | None) -> Tensor:
+    """Return the energy retained at ranks 0…n, all groups together."""
+    energy = torch.linalg.eigvalsh(whitened_gram(module, fit)[0]).flip(-1).clamp_min(0).sum(0)
+    return torch.cat([energy.new_zeros(1), energy.cumsum(0)])
 
 
 def _whitened(module: nn.Module, fit: Fit | None) -> Tensor:

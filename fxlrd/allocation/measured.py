@@ -15,14 +15,15 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
-from torch import fx, nn
+from torch import fx
 
-from fxlrd.allocation.choices import Choice, Curve
+from fxlrd.allocation.choices import Choice
+from fxlrd.allocation.factored import Factored
 from fxlrd.allocation.merges import Merging, interpolations, readers
 from fxlrd.allocation.trials import Modules, Trial, measure
 from fxlrd.calibration.batches import examples
@@ -32,6 +33,7 @@ from fxlrd.graph import cost
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.layer import Layer
 from fxlrd.layers.compose import fold_inputs
+from fxlrd.layers.forms import Ranks
 from fxlrd.progress import Progress
 
 POINTS = (1.0, 0.5)
@@ -56,17 +58,16 @@ def goals_of(shares: Sequence[float]) -> tuple[float, ...]:
     return (high * max(shares), low * min(shares))
 
 
-def trial_of_layer(layer: Layer, forms: Sequence[Choice], curve: Curve, goals: Sequence[float]) -> Trial:
+def trial_of_layer(layer: Layer, forms: Sequence[Choice], goals: Sequence[float], factored: Factored) -> Trial:
     """Return the layer's forms to try, of which the last of ``forms``, the original, is none."""
     *cheaper, original = forms
     picks = [cheaper[i] for i in _nearest([form.cost / original.cost for form in cheaper], goals)]
-    makers = [curve.maker(form.ranks) for form in picks if form.ranks is not None]
-    changes = tuple(partial(_evaluating, layer.name, maker) for maker in makers)
+    changes = tuple(partial(_formed, layer, form.ranks, factored) for form in picks if form.ranks is not None)
     return Trial(layer.name, (layer.name,), tuple(form.error for form in picks), changes)
 
 
-def _evaluating(name: str, maker: Callable[[], nn.Module]) -> Modules:
-    return {name: maker().eval()}
+def _formed(layer: Layer, ranks: Ranks, factored: Factored) -> Modules:
+    return {layer.name: factored.at(layer, ranks).eval()}
 
 
 def trial_of_group(gm: fx.GraphModule, name: str, merging: Merging, goals: Sequence[float]) -> Trial:

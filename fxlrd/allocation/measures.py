@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import fx, nn
 
 from fxlrd.allocation.choices import Choice, Curve, candidate_ranks, pareto
+from fxlrd.allocation.factored import fit_of
 from fxlrd.budget import Budget
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.graph import cost
@@ -245,7 +246,7 @@ def measure_of(budget: Budget, stopwatch: Stopwatch) -> Measure:
 
 def curve_of(layer: Layer) -> Curve:
     """Return the predicted errors of the layer's forms."""
-    return Curve(layer.module, layer.statistics.fit(layer.module) if layer.statistics is not None else None)
+    return Curve(layer.module, fit_of(layer))
 
 
 def forms_of(layer: Layer, measure: Measure, curve: Curve | None) -> list[Choice] | Reason:

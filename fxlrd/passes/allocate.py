@@ -22,6 +22,7 @@ from typing import ClassVar
 from torch import fx
 
 from fxlrd.allocation.choices import Choice
+from fxlrd.allocation.factored import Factored
 from fxlrd.allocation.measured import goals_of, measured, trial_of_group, trial_of_layer
 from fxlrd.allocation.measures import Flops, Measure, Params, curve_of, forms_of, measure_of
 from fxlrd.allocation.merges import Merging, mergings
@@ -139,6 +140,7 @@ class Allocate:
         """
         items: dict[str, list[Choice]] = {}
         trials: list[Trial] = []
+        factored = Factored()
 
         def visit(layer: Layer) -> Skip | None:
             reason = self._left_alone(layer)
@@ -149,7 +151,7 @@ class Allocate:
                     reason = forms
                 else:
                     if goals is not None and curve is not None and len(forms) > 1:
-                        trials.append(trial_of_layer(layer, forms, curve, goals))
+                        trials.append(trial_of_layer(layer, forms, goals, factored))
                     items[layer.name] = forms
             return None if reason is None else Skip(layer.name, reason)
 

@@ -90,18 +90,6 @@ def test_the_curve_of_an_upsampling_counts_each_output_once(module):
             assert found == pytest.approx(lost, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("given", ["moments", "effect"])
-@pytest.mark.parametrize("name", ["linear", "wide linear", "grouped conv1x1", "conv", "transposed1x1"])
-def test_the_curve_gives_the_forms_that_decompose_makes(name, given):
-    module = MODULES[name]().double()
-    fit = fit_for(module, given == "effect")
-    ranks = every_rank(module)[1]
-    c_in, _, groups = channels_per_group(module)
-    dims = module.weight.dim() - 2
-    x = torch.randn(3, c_in * groups, *[5] * dims).double()
-    assert torch.allclose(Curve(module, fit).maker(ranks)()(x), decomposed(module, ranks, fit=fit)[0](x), rtol=1e-7)
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_the_curve_falls_from_all_to_nothing(name):
     module = MODULES[name]().double()

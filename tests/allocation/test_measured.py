@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fxlrd import FxlrdError, capture
+from fxlrd.allocation.factored import Factored
 from fxlrd.allocation.measured import (
     WITHIN,
     WORK,
@@ -99,14 +100,13 @@ def test_the_forms_of_each_layer_with_a_choice_are_tried(monkeypatch):
 def order_agrees(gm, unseen: Inputs, inputs: int) -> float:
     """Return Spearman's correlation of errors at other ranks than those measured, with true ones on unseen inputs."""
     layers = [layer for layer in layers_of(gm) if layer.why_left_alone() is None]
-    curves = {layer.name: curve_of(layer) for layer in layers}
-    items = {layer.name: forms_of(layer, Params(), curves[layer.name]) for layer in layers}
+    items = {layer.name: forms_of(layer, Params(), curve_of(layer)) for layer in layers}
     cuttable = [layer for layer in layers if len(items[layer.name]) > 1]
     groups = mergings(gm, [*items], Params(), (), quiet)
 
     def trials(share):
         goals = goals_of([share])
-        of_layers = [trial_of_layer(layer, items[layer.name], curves[layer.name], goals) for layer in cuttable]
+        of_layers = [trial_of_layer(layer, items[layer.name], goals, Factored()) for layer in cuttable]
         return of_layers + [trial_of_group(gm, name, group, goals) for name, group in groups.items()]
 
     items, groups = measured(gm, items, groups, trials(0.5), held_out(gm), inputs, quiet)
