@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from fxlrd.errors import FxlrdError, VerificationError, one_line
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.compare import difference, rounding_of_kernels
+from fxlrd.graph.facts import Fact
 from fxlrd.graph.inputs import Inputs, map_tensors, tensors
 
 HOLDOUT_PERIOD = 5
@@ -132,8 +133,28 @@ Divisible = Callable[[Inputs, Inputs], bool]
 def rows_are_examples(gm: fx.GraphModule, inputs: Inputs, first_rows: Inputs) -> bool:
     """Whether the first axis of the inputs is a batch: the first rows alone give the first rows of the outputs.
 
-    It is not where the rows are the nodes of a graph, or the entries of one vector.
+    It is not where the rows are the nodes of a graph, or the entries of one vector. What is found for inputs of one
+    form holds for others of it: the graph has it as a fact, and so have copies of it.
     """
+    found, form = _rows_found(gm), _form(inputs)
+    if found is None:
+        _rows_found.record(gm, found := {})
+    if form not in found:
+        found[form] = _gives_rows(gm, inputs, first_rows)
+    return found[form]
+
+
+_rows_found: Fact[dict[str, bool]] = Fact("rows_are_examples", dict)
+"""Whether rows of inputs are examples, by the form of the inputs."""
+
+
+def _form(inputs: Inputs) -> str:
+    """Return what inputs are, whatever the lengths of their axes."""
+    leaves, structure = tree_flatten((inputs.args, inputs.kwargs))
+    return f"{structure} {[(leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]}"
+
+
+def _gives_rows(gm: fx.GraphModule, inputs: Inputs, first_rows: Inputs) -> bool:
     captured = captured_or_bare(gm)
     try:
         all_outputs, first_outputs = captured.outputs(gm, inputs), captured.outputs(gm, first_rows)

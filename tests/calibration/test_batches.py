@@ -19,7 +19,9 @@ from fxlrd.calibration.batches import (
     rows_are_examples,
     to_fit,
 )
+from fxlrd.graph.captured import Whole
 from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.surgery import fork
 
 X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12)
 
@@ -259,6 +261,22 @@ def test_rows_are_examples_only_if_the_outputs_are_cut_alike(model, inputs, want
     gm = capture(model, inputs)
     first = Inputs(tuple(t[:9] for t in inputs))
     assert rows_are_examples(gm, Inputs(inputs), first) is wanted
+
+
+def test_rows_are_compared_once_for_a_graph_its_copies_and_inputs_of_one_form(monkeypatch):
+    runs: list[int] = []
+    outputs = Whole.outputs
+
+    def counted(self, gm, inputs):
+        runs.append(len(inputs.args[0]))
+        return outputs(self, gm, inputs)
+
+    monkeypatch.setattr(Whole, "outputs", counted)
+    gm = capture(net(), X)
+    assert rows_are_examples(gm, Inputs((X,)), Inputs((X[:9],)))
+    assert rows_are_examples(fork(gm), Inputs((X[:8],)), Inputs((X[:7],)))
+    assert runs == [12, 9]
+    assert not rows_are_examples(gm, Inputs((X[0],)), Inputs((X[0, :4],)))
 
 
 def test_what_is_not_divisible_is_fitted_to_as_a_whole():
