@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fxlrd.factor.basis import magnitude, working
+from fxlrd.factor.products import gram
 
 POSITIONS = 256
 """Positions of one input that are sampled, evenly strided; the next inputs begin at others."""
@@ -45,19 +46,22 @@ class Samples:
         peak = magnitude(rows) if rows.numel() else 1.0  # squares of small gradients stay within range
         rows = (working(rows) if rows.device.type == "cpu" else rows.double()) / peak
         scale = peak**2 * positions / max(rows.shape[1], 1)
-        flat = rows.flatten(0, 1)
-        self.total += (flat.mT @ flat).double() * scale
+        self.total.add_(gram(rows.flatten(0, 1)), alpha=scale)
         small = rows @ rows.mT if rows.shape[1] < rows.shape[2] else rows.mT @ rows
         self.squares += float(small.double().square().sum()) * scale**2
         self.count += len(rows)
 
     def shrunk(self) -> Tensor:
         """Return Σ Γᵢ shrunk by the share of noise (module docstring); its trace stays."""
-        mean, identity = self.total.diagonal().mean(), torch.eye(len(self.total)).to(self.total)
-        deviation = float((self.total - mean * identity).square().sum())
-        noise = self.squares - float(self.total.square().sum()) / max(self.count, 1)
+        mean, size = self.total.diagonal().mean(), float(self.total.square().sum())
+        centred = self.total.clone()
+        centred.diagonal().sub_(mean)
+        deviation = float(centred.square().sum())
+        noise = self.squares - size / max(self.count, 1)
         rho = min(1.0, max(0.0, noise) / deviation) if deviation > 0 else 0.0
-        return (1 - rho) * self.total + rho * mean * identity
+        shrunk = (1 - rho) * self.total
+        shrunk.diagonal().add_(rho * mean)
+        return shrunk
 
 
 class Elsewhere(Samples):

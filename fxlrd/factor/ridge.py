@@ -24,49 +24,60 @@ _START = 6
 _ROUNDING = 1e-7
 """Least share: below it, the noise of rounding is what is fitted."""
 
+_ENOUGH = 256
+"""Positions held out that are looked at, at least; more where there are more than four times as many channels."""
+
 _NOTHING = 1e-6
 """Relative squared error below which the one half of the channels determines the other."""
 
 
 def best_ridge(covariance: Tensor, held_out: Tensor) -> float:
-    """Return ρ, of `GRID`, that predicts ``held_out`` best: the second moments (C×C) of other positions.
+    """Return ρ, of `GRID`, that predicts ``held_out`` best: other positions (N×C), about the mean of the fitted ones.
 
-    Both are about the mean of the positions that ``covariance`` (C×C) is of. The search goes downhill on the grid.
-    Runs in float64.
+    ``covariance`` (C×C) is that of the positions to fit to. Of many held out, some say enough. The search goes downhill
+    on the grid. Runs in float64.
     """
-    covariance, held_out = covariance.double(), held_out.double()
-    scale = (covariance + held_out).diagonal().clamp_min(0).sqrt()
+    width = len(covariance)
+    others = held_out[:: max(1, len(held_out) // max(_ENOUGH, width // 4))].double()
+    scale = (covariance.double().diagonal() + others.square().mean(0)).clamp_min(0).sqrt()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of a channel that is always the same
-    fitted, others = (moments / torch.outer(scale, scale) for moments in (covariance, held_out))
-    halves = torch.arange(0, len(scale), 2), torch.arange(1, len(scale), 2)
+    fitted, others = covariance.double() / torch.outer(scale, scale), others / scale
+    halves = [_Half(fitted, others, slice(i, None, 2), slice(1 - i, None, 2)) for i in (0, 1)]
     errors: dict[int, float] = {}
 
     def error(i: int) -> float:
         if i not in errors:
-            errors[i] = sum(
-                _prediction_error(fitted, others, reads, made, max(GRID[i], _ROUNDING))
-                for reads, made in (halves, halves[::-1])
-            )
+            errors[i] = sum(half.error(max(GRID[i], _ROUNDING)) for half in halves)
         return errors[i]
 
     at = _START
     for step in (-1, 1):
         while 0 <= at + step < len(GRID) and error(at + step) < error(at):
             at += step
-    return 0.0 if error(at) < _NOTHING * len(scale) else GRID[at]
+    return 0.0 if error(at) < _NOTHING * width else GRID[at]
 
 
-def _prediction_error(fitted: Tensor, others: Tensor, reads: Tensor, made: Tensor, ridge: float) -> float:
-    """Return the squared error, on ``others``, of the channels ``made`` predicted from those in ``reads``."""
-    inner = fitted[reads][:, reads] + ridge * torch.eye(len(reads)).to(fitted)
-    factor, failed = torch.linalg.cholesky_ex(inner)
-    if failed.item():
-        return torch.inf
-    weights = torch.cholesky_solve(fitted[reads][:, made], factor)  # reads × made
-    cross, carried = others[reads][:, made], others[reads][:, reads] @ weights
-    return float(others[made, made].sum() - 2 * (weights * cross).sum() + (weights * carried).sum())
+class _Half:
+    """Half of the channels, ``made``, as predicted from the other half, ``reads``."""
+
+    def __init__(self, fitted: Tensor, others: Tensor, reads: slice, made: slice) -> None:
+        self.inner, self.cross = fitted[reads, reads], fitted[reads, made]
+        self.given, self.wanted = others[:, reads].mT, others[:, made]
+
+    def error(self, ridge: float) -> float:
+        """Return the mean squared error of the positions held out, summed over the channels."""
+        inner = self.inner + ridge * torch.eye(len(self.inner)).to(self.inner)
+        factor, failed = torch.linalg.cholesky_ex(inner)
+        if failed.item():
+            return torch.inf
+        predicted = torch.cholesky_solve(self.given, factor).mT @ self.cross
+        return float((self.wanted - predicted).square().mean(0).sum())
 
 
 def with_ridge(moments: Tensor, ridge: float) -> Tensor:
     """Return moments (C×C) shrunk towards their diagonal: with ``ridge`` times that added, to the same variances."""
-    return (moments + ridge * moments.diagonal().diag()) / (1 + ridge)
+    if not ridge:
+        return moments
+    shrunk = moments / (1 + ridge)
+    shrunk.diagonal().copy_(moments.diagonal())
+    return shrunk

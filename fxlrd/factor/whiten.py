@@ -53,8 +53,10 @@ def regularised(second: Tensor, ridge: float = 0.0) -> Tensor:
     """Return ``second`` (…, C, C), symmetric, with a share of the mean variance added to every direction."""
     second = second.double()
     mean = second.diagonal(dim1=-2, dim2=-1).mean(-1)
-    floor = (mean * (RIDGE + ridge)).clamp_min(_NOTHING)[..., None, None]
-    return (second + second.mT) / 2 + floor * torch.eye(second.shape[-1]).to(second)
+    floor = (mean * (RIDGE + ridge)).clamp_min(_NOTHING)[..., None]
+    added = (second + second.mT) / 2
+    added.diagonal(dim1=-2, dim2=-1).add_(floor)
+    return added
 
 
 def root(second: Tensor, ridge: float = 0.0) -> Root:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxlrd.errors import Reason
+from fxlrd.factor.products import gram
 from fxlrd.factor.ridge import GRID, best_ridge, with_ridge
 from fxlrd.factor.whiten import Root, regularised, root
 from fxlrd.layers.kinds import channels_per_group, kernel_area
@@ -26,15 +27,18 @@ ENOUGH = 16
 
 @dataclass
 class HeldOut:
-    """Σ x (C) and Σ x·xᵀ (C×C) of some of the positions of a tensor. Float32 is exact enough to choose a ridge by."""
+    """Some of the positions of a tensor (N×C)."""
 
-    total: Tensor
-    products: Tensor
-    count: int = 0
+    rows: Tensor
+
+    @property
+    def count(self) -> int:
+        """The number of positions."""
+        return len(self.rows)
 
     def __add__(self, other: HeldOut) -> HeldOut:
-        """Return the sums over the positions of both."""
-        return HeldOut(self.total + other.total, self.products + other.products, self.count + other.count)
+        """Return the positions of both."""
+        return HeldOut(torch.cat([self.rows, other.rows]))
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Moments:
     """Running moments of one tensor's C channels over every position of every input.
 
     ``total`` (C) is Σ x, ``products`` (C×C) is Σ x·xᵀ, in float64; ``count`` is the number of positions. While those
-    are few, ``held_out`` has the sums over some of them.
+    are few, ``held_out`` has some of them.
     """
 
     total: Tensor
@@ -55,7 +59,7 @@ class Moments:
     def empty(cls, channels: int, device: torch.device) -> Moments:
         """Return the moments of no positions."""
         zeros = torch.zeros(channels, channels, dtype=torch.float64, device=device)
-        return cls(zeros[0].clone(), zeros, 0, HeldOut(zeros[0].clone(), zeros.float()))
+        return cls(zeros[0].clone(), zeros, 0, HeldOut(zeros[:0].float()))
 
     def add(self, x: Tensor) -> None:
         """Add the rows of ``x`` (N×C), in float64.
@@ -64,8 +68,8 @@ class Moments:
         squares fit would divide by it. The last rows are held out: with those of other inputs they have least in
         common.
         """
-        x = x.detach().double()
-        self.products += x.mT @ x
+        given, x = x.detach(), x.detach().double()
+        self.products += gram(x)
         self.total += x.sum(0)
         self.count += len(x)
         self._ridge = None
@@ -75,8 +79,7 @@ class Moments:
             self.held_out = None
             return
         due = (self.count + HELD_OUT - 2) // HELD_OUT - self.held_out.count
-        rows = x[len(x) - min(due, len(x)) :]
-        self.held_out += HeldOut(rows.sum(0), (rows.mT @ rows).float(), len(rows))
+        self.held_out += HeldOut(given[len(x) - min(due, len(x)) :])
 
     def remove(self, x: Tensor, held_out: HeldOut | None) -> None:
         """Remove rows that were added last; ``held_out`` is what was held out before."""
@@ -105,8 +108,11 @@ class Moments:
     @property
     def covariance(self) -> Tensor:
         """E[(x − mean)·(x − mean)ᵀ], positive semidefinite in spite of rounding where channels hardly vary."""
-        rounding = 1e-12 * self.second.diagonal()
-        return self.second - torch.outer(self.mean, self.mean) + rounding.diag()
+        second, mean = self.second, self.mean
+        rounding = 1e-12 * second.diagonal()
+        covariance = second.addr_(mean, mean, alpha=-1)
+        covariance.diagonal().add_(rounding)
+        return covariance
 
     @property
     def ridge(self) -> float:
@@ -125,10 +131,10 @@ class Moments:
         fitted = self.count - others.count
         if not others.count or not fitted:
             return GRID[-1]
-        mean = (self.total - others.total) / fitted
-        covariance = (self.products - others.products) / fitted - torch.outer(mean, mean)
-        cross = torch.outer(mean, others.total / others.count)
-        return best_ridge(covariance, others.products / others.count - cross - cross.mT + torch.outer(mean, mean))
+        rows = others.rows.double()
+        mean = (self.total - rows.sum(0)) / fitted
+        covariance = (self.products - gram(rows)) / fitted - torch.outer(mean, mean)
+        return best_ridge(covariance, rows - mean)
 
 
 @dataclass

@@ -51,8 +51,8 @@ def test_the_ridge_is_near_the_best_of_the_grid_for_regression_on_other_samples(
 
 
 def test_other_positions_of_the_same_moments_ask_for_no_ridge():
-    g = torch.randn(30, 200).double().cov()
-    assert best_ridge(g, g) == 0
+    x = torch.randn(30, 200).double()
+    assert best_ridge(x.cov(correction=0), (x - x.mean(1, keepdim=True)).mT) == 0
 
 
 def test_channels_that_never_vary_do_not_matter():
