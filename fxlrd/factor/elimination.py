@@ -33,10 +33,14 @@ How the units are found matters less than that G is shrunk where positions are f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+_TINY = float(np.finfo(np.float64).tiny)
 
 _BLOCKS = 48
 """Units are dropped in so many blocks: within one the order is found among candidates, all else is updated after it."""
@@ -49,6 +53,10 @@ _SINGULAR = 1e-14
 
 _INFLATION = 1e4
 """P is inverted anew where the largest variance inflation (diagonal of P, unit variances) has fallen by this factor."""
+
+
+_FILLED = 0.8
+"""Dropped units leave the matrices where fewer than this share of their units is left."""
 
 
 class Reading(NamedTuple):
@@ -92,23 +100,29 @@ def eliminate(readings: Sequence[Reading], fewest: int = 0) -> Elimination:
     """
     consumers = [_Consumer(reading) for reading in readings]
     count = len(consumers[0].precision)
-    remaining = torch.arange(count, device=consumers[0].precision.device)
-    dropped, losses = [remaining[:0]], [0.0]
-    while len(remaining) > fewest:
-        block, lost = _block(consumers, min(max(1, count // _BLOCKS), len(remaining) - fewest))
-        dropped.append(remaining[block])
+    units = torch.arange(count, device=consumers[0].precision.device)  # by their place in the consumers' matrices
+    free = torch.ones_like(units, dtype=torch.bool)
+    dropped, losses, remaining = [units[:0]], [0.0], count
+    while remaining > fewest:
+        block, lost = _block(consumers, free, min(max(1, count // _BLOCKS), remaining - fewest))
+        dropped.append(units[block])
         losses += lost
-        others = torch.ones(len(remaining), dtype=torch.bool, device=remaining.device)
-        others[block] = False
-        retained = others.nonzero().flatten()
-        remaining = remaining[retained]
+        free[block] = False
+        remaining -= len(block)
         for consumer in consumers:
-            consumer.drop(block, retained)
+            consumer.drop(block)
+        if remaining < _FILLED * len(units):
+            places = free.nonzero().flatten()
+            units, free = units[places], free[places]
+            for consumer in consumers:
+                consumer.move(places)
+        for consumer in consumers:
+            consumer.invert_anew(free)
     return Elimination(count, torch.cat(dropped), torch.tensor(losses, dtype=torch.float64).cumsum(0))
 
 
 class _Consumer:
-    """The state of one consumer, for units of unit variance: P and A of the units that remain."""
+    """The state of one consumer, for units of unit variance: P and A, with zeros where units were dropped."""
 
     def __init__(self, reading: Reading) -> None:
         second, importance = reading.second.double(), reading.importance.double()
@@ -119,24 +133,37 @@ class _Consumer:
         self.moments.diagonal().fill_(1)
         self.importance = importance * torch.outer(scale, scale)
         self.units = torch.arange(len(second), device=second.device)
-        self._invert()
+        self.precision = _inverse(self.moments)
+        self.inflation = self._inflation()
 
-    def _invert(self) -> None:
-        self.precision = _inverse(self.moments[self.units][:, self.units])
-        self.inflation = float(self.precision.diagonal().max())
-
-    def drop(self, dropped: Tensor, retained: Tensor) -> None:
-        """Let the retained units take over from the dropped ones."""
+    def drop(self, dropped: Tensor) -> None:
+        """Let the other units take over from the dropped ones."""
         p, a = self.precision, self.importance
         rows = p[dropped]
-        weights = torch.linalg.solve(rows[:, dropped], rows[:, retained])
-        cross = a[retained][:, dropped] @ weights
-        carried = weights.mT @ (a[dropped][:, dropped] @ weights)
-        self.units = self.units[retained]
-        self.importance = a[retained][:, retained] - cross - cross.mT + carried
-        self.precision = p[retained][:, retained] - rows[:, retained].mT @ weights
-        if len(retained) and float(self.precision.diagonal().max()) * _INFLATION < self.inflation:
-            self._invert()
+        weights = torch.linalg.solve(rows[:, dropped], rows)
+        half = a[:, dropped] - weights.mT @ (a[dropped][:, dropped] / 2)
+        a.addmm_(torch.cat([half, weights.mT], 1), torch.cat([weights, half.mT]), alpha=-1)
+        p.addmm_(rows.mT, weights, alpha=-1)
+        for matrix in (p, a):
+            matrix[dropped] = 0
+            matrix[:, dropped] = 0
+
+    def move(self, places: Tensor) -> None:
+        """Let go of all but the units at these places."""
+        self.units = self.units[places]
+        self.precision, self.importance = self.precision[places][:, places], self.importance[places][:, places]
+
+    def invert_anew(self, free: Tensor) -> None:
+        """Invert the moments of the units that are left anew where that makes P more exact: see `_INFLATION`."""
+        if not bool(free.any()) or self._inflation() * _INFLATION >= self.inflation:
+            return
+        places = free.nonzero().flatten()
+        units = self.units[places]
+        self.precision[places[:, None], places] = _inverse(self.moments[units][:, units])
+        self.inflation = self._inflation()
+
+    def _inflation(self) -> float:
+        return float(self.precision.diagonal().max())
 
 
 def _inverse(moments: Tensor) -> Tensor:
@@ -152,38 +179,49 @@ def _inverse(moments: Tensor) -> Tensor:
     return torch.cholesky_inverse(factor)
 
 
-def _block(consumers: Sequence[_Consumer], count: int) -> tuple[Tensor, list[float]]:
+def _block(consumers: Sequence[_Consumer], free: Tensor, count: int) -> tuple[Tensor, list[float]]:
     """Return the next ``count`` units to drop, in order, and the error that each adds."""
-    costs = sum(_costs(consumer.precision, consumer.importance) for consumer in consumers)
-    assert isinstance(costs, Tensor)
-    candidates = costs.sort(stable=True).indices[: count if count == 1 else _CANDIDATES * count]
-    local = [
-        (consumer.precision[candidates][:, candidates].cpu(), consumer.importance[candidates][:, candidates].cpu())
-        for consumer in consumers
-    ]
-    free = torch.ones(len(candidates), dtype=torch.bool)
-    chosen: list[int] = []
-    lost: list[float] = []
-    for _ in range(count):
-        costs = torch.stack([_costs(p, a) for p, a in local]).sum(0)
-        costs = torch.where(free, costs, torch.inf)
-        j = int(costs.argmin())
-        chosen.append(j)
-        lost.append(float(costs[j]))
-        free[j] = False
-        for p, a in local:
-            _drop_one(p, a, j)
+    costs = torch.stack([_costs(c.precision.diagonal(), c.importance.diagonal()) for c in consumers]).sum(0)
+    costs = torch.where(free, costs, torch.inf)
+    most = count if count == 1 else min(_CANDIDATES * count, int(free.sum()))
+    candidates = costs.sort(stable=True).indices[:most]
+    matrices = [[m[candidates][:, candidates].cpu() for m in (c.precision, c.importance)] for c in consumers]
+    precision, importance = (torch.stack(each).numpy() for each in zip(*matrices, strict=True))
+    chosen, lost = _order(precision, importance, count)
     return candidates[chosen], lost
 
 
 def _costs(precision: Tensor, importance: Tensor) -> Tensor:
-    """Return A_jj / P_jj of each unit."""
-    return importance.diagonal().clamp_min(0) / precision.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
+    """Return A_jj / P_jj of each unit, from the diagonals."""
+    return importance.clamp_min(0) / precision.clamp_min(_TINY)
 
 
-def _drop_one(precision: Tensor, importance: Tensor, j: int) -> None:
-    """Update P and A in place for dropping unit j; its own row and column become zero."""
-    row = precision[j] / precision[j, j]
-    precision -= torch.outer(precision[:, j], row)
-    cross = torch.outer(importance[:, j], row)
-    importance += importance[j, j] * torch.outer(row, row) - cross - cross.mT
+def _order(precision: Array, importance: Array, count: int) -> tuple[list[int], list[float]]:
+    """Return ``count`` of the units of P and A (consumers × units × units) in the order to drop them, and the errors.
+
+    Dropping unit j changes both by outer products of a row r and a column,
+
+        P ← P − pⱼ·rᵀ,    A ← A − h·rᵀ − r·hᵀ,    r = pⱼ / P_jj,   h = aⱼ − A_jj·r/2
+
+    of which only the diagonals and the rows of the chosen units are needed: these are computed when they are.
+    """
+    diagonals = [m.diagonal(axis1=1, axis2=2).copy() for m in (precision, importance)]
+    p, r, h = (np.zeros((len(precision), count, precision.shape[2])) for _ in range(3))
+    taken = np.zeros(precision.shape[2])
+    chosen: list[int] = []
+    lost: list[float] = []
+    for k in range(count):
+        with np.errstate(over="ignore"):
+            costs = (np.maximum(diagonals[1], 0) / np.maximum(diagonals[0], _TINY)).sum(0) + taken
+        j = int(costs.argmin())
+        chosen.append(j)
+        lost.append(float(costs[j]))
+        taken[j] = np.inf
+        to_p, to_r, to_h = (each[:, None, :k, j] for each in (p, r, h))
+        p[:, k] = precision[:, j] - (to_p @ r[:, :k])[:, 0]
+        r[:, k] = p[:, k] / p[:, k, j, None]
+        row = importance[:, j] - (to_h @ r[:, :k] + to_r @ h[:, :k])[:, 0]
+        h[:, k] = row - r[:, k] * (row[:, j, None] / 2)
+        diagonals[0] -= p[:, k] * r[:, k]
+        diagonals[1] -= 2 * h[:, k] * r[:, k]
+    return chosen, lost
