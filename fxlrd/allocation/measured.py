@@ -24,11 +24,12 @@ from torch import fx
 
 from fxlrd.allocation.choices import Choice
 from fxlrd.allocation.factored import Factored
-from fxlrd.allocation.merges import Merging, interpolations, readers
+from fxlrd.allocation.merges import Merging, readers
 from fxlrd.allocation.trials import Modules, Trial, measure
 from fxlrd.calibration.batches import examples
 from fxlrd.calibration.holdout import Holdout, first_held_out
 from fxlrd.errors import Reason
+from fxlrd.factor.interpolative import reconstruction
 from fxlrd.graph import cost
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.layer import Layer
@@ -84,10 +85,11 @@ def _reading(gm: fx.GraphModule, merging: Merging, count: int) -> Modules:
     read, retained = readers(gm, merging.group), merging.retained(count)
     assert not isinstance(read, Reason)
     modules = {}
-    for reader, made in zip(read, interpolations(read, retained), strict=True):
-        wide = made.matrix.new_zeros(len(made.matrix), len(made.matrix))
-        wide[:, retained] = made.matrix
-        folded = fold_inputs(reader.module, wide, reader.consumer.block, made.shift)
+    for reader in read:
+        matrix, shift = reconstruction(reader.second, retained, reader.ridge, reader.mean)
+        wide = matrix.new_zeros(len(matrix), len(matrix))
+        wide[:, retained] = matrix
+        folded = fold_inputs(reader.module, wide, reader.consumer.block, shift)
         modules[str(reader.consumer.node.target)] = folded.eval()
     return modules
 

@@ -24,25 +24,56 @@ from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls
 from fxlrd.layers.compose import input_importance, takes_shift
 from fxlrd.layers.fit import Moments
-from fxlrd.layers.kinds import channel_axis, depthwise
+from fxlrd.layers.kinds import as_layer, channel_axis, depthwise
 from fxlrd.progress import Progress
 
 _FEW = 16
 """Numbers of channels offered for a group, at most, where merges share layers: then the plan is found by search."""
 
 
-class Reader(NamedTuple):
-    """A consumer with the second moments G of what it reads and its importance A = Σ WᵀΓW over the kernel.
+@dataclass(frozen=True)
+class Reader:
+    """A consumer with the moments of what it reads and Γ of what it makes, where that was measured.
 
-    A consumer whose bias can take a constant has the covariance for G, and the ``mean`` of what it reads.
+    What follows from these is computed when it is asked for: it is as large as they are.
     """
 
     consumer: Consumer
     module: nn.Module
-    second: Tensor
-    weight: Tensor
-    ridge: float
-    mean: Tensor | None = None
+    moments: Moments
+    importance: Tensor | None
+
+    @property
+    def shifts(self) -> bool:
+        """Whether its bias can take a constant: then it has the covariance for G."""
+        return takes_shift(self.module)
+
+    @property
+    def second(self) -> Tensor:
+        """G, the second moments of what it reads."""
+        return self.moments.covariance if self.shifts else self.moments.second
+
+    @property
+    def mean(self) -> Tensor | None:
+        """The mean of what it reads, if its bias can take a constant."""
+        return self.moments.mean if self.shifts else None
+
+    @property
+    def ridge(self) -> float:
+        """How much G is to be regularised."""
+        return self.moments.ridge
+
+    @property
+    def weight(self) -> Tensor:
+        """A = Σ WᵀΓW over the kernel, the importance of the channels that it reads."""
+        return input_importance(self.module, self.consumer.block, self.importance)
+
+    @property
+    def matters(self) -> bool:
+        """Whether A is anything but zero, by one product with it."""
+        weight = as_layer(self.module).weight.detach().double().flatten(1)
+        one = weight @ torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+        return bool((one if self.importance is None else self.importance @ one).any())
 
 
 class Option(NamedTuple):
@@ -129,10 +160,7 @@ def readers(gm: fx.GraphModule, group: Group) -> list[Reader] | Reason:
                 "no-moments", "its output's moments are not known", "run calibrate first, on calibration inputs"
             )
         measured = statistics_of(calls(gm, str(consumer.node.target)))
-        weight = input_importance(module, consumer.block, None if measured is None else measured.importance)
-        shifts = takes_shift(module)
-        second = inputs.covariance if shifts else inputs.second
-        result.append(Reader(consumer, module, second, weight, inputs.ridge, inputs.mean if shifts else None))
+        result.append(Reader(consumer, module, inputs, None if measured is None else measured.importance))
     return result
 
 
@@ -165,12 +193,13 @@ def eliminated(read: Sequence[Reader], fewest: int) -> Elimination:
     """
     readings: list[Reading] = []
     for r in read:
+        given = r.second
         for i, (second, importance, ridge) in enumerate(readings):
-            if ridge == r.ridge and torch.equal(second, r.second):
+            if ridge == r.ridge and torch.equal(second, given):
                 readings[i] = Reading(second, importance + r.weight, ridge)
                 break
         else:
-            readings.append(Reading(r.second, r.weight, r.ridge))
+            readings.append(Reading(given, r.weight, r.ridge))
     return eliminate(readings, fewest)
 
 
@@ -227,7 +256,7 @@ def _measured_groups(gm: fx.GraphModule, names: Sequence[str], skip: Sequence[st
             continue
         done.update(producer.node for producer in group.producers)
         measured = all(statistics(reader.consumer.node) is not None for reader in read)
-        reaches_output = any(bool(reader.weight.any()) for reader in read)
+        reaches_output = any(reader.matters for reader in read)
         if measured and reaches_output and set(group.cut) <= set(names):
             groups[name] = group
     return groups

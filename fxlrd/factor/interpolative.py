@@ -38,9 +38,16 @@ def interpolate(
     ``second`` (C×C) are the second moments; with ``mean`` (C) the covariance, and then a constant is added.
     ``importance`` is A of the layer that reads the channels. ``ridge`` is that of `least_squares`.
     """
-    matrix = least_squares(second, retained, ridge)
-    shift = None if mean is None else mean.double() - matrix @ mean.double()[retained]
+    matrix, shift = reconstruction(second, retained, ridge, mean)
     return Interpolation(matrix, shift, residual(second, retained, matrix, importance))
+
+
+def reconstruction(
+    second: Tensor, retained: Tensor, ridge: float = 0.0, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return T and t of `interpolate`."""
+    matrix = least_squares(second, retained, ridge)
+    return matrix, None if mean is None else mean.double() - matrix @ mean.double()[retained]
 
 
 def least_squares(second: Tensor, retained: Tensor, ridge: float = 0.0) -> Tensor:
@@ -53,17 +60,27 @@ def least_squares(second: Tensor, retained: Tensor, ridge: float = 0.0) -> Tenso
     scale = inner.diagonal().clamp_min(0).sqrt()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of a dead channel
     inner = inner / torch.outer(scale, scale) + ridge * torch.eye(len(retained), dtype=g.dtype, device=g.device)
+    others = _others(retained, len(g))
+    cross = g[others][:, retained] / scale
     factor, failed = torch.linalg.cholesky_ex(inner)
     if not failed.item() and bool((factor.diagonal() > 1e-5).all()):
-        matrix = torch.cholesky_solve(g[retained] / scale[:, None], factor).mT
+        rebuilt = torch.cholesky_solve(cross.mT, factor).mT
     else:
         values, vectors = torch.linalg.eigh(inner)
         # A relative cut-off drops the directions that do not occur in the calibration inputs.
         inverse = torch.where(values > values[-1] * 1e-10, 1 / values.clamp_min(_TINY), 0.0)
-        matrix = ((g[:, retained] / scale @ vectors) * inverse) @ vectors.mT
-    matrix = matrix / scale
+        rebuilt = ((cross @ vectors) * inverse) @ vectors.mT
+    matrix = g.new_zeros(len(g), len(retained))
     matrix[retained] = torch.eye(len(retained), dtype=g.dtype, device=g.device)
+    matrix[others] = rebuilt / scale
     return matrix
+
+
+def _others(retained: Tensor, count: int) -> Tensor:
+    """Return the channels, of so many, that are not retained."""
+    dropped = torch.ones(count, dtype=torch.bool, device=retained.device)
+    dropped[retained] = False
+    return dropped.nonzero().flatten()
 
 
 def residual(second: Tensor, retained: Tensor, matrix: Tensor, importance: Tensor) -> float:
@@ -73,8 +90,9 @@ def residual(second: Tensor, retained: Tensor, matrix: Tensor, importance: Tenso
 
 
 def lost(second: Tensor, retained: Tensor, matrix: Tensor, importance: Tensor) -> float:
-    """Return tr(A·R), R the second moments of x − T·x[S]."""
-    g = second.double()
-    cross = matrix @ g[retained]
-    r = g - cross - cross.mT + matrix @ g[retained][:, retained] @ matrix.mT
-    return max((importance * r).sum().item(), 0.0)
+    """Return tr(A·R), R the second moments of x − T·x[S], where T[S] is the identity."""
+    g, others = second.double(), _others(retained, len(second))
+    t = matrix[others]
+    cross = t @ g[retained][:, others]
+    r = g[others][:, others] - cross - cross.mT + t @ g[retained][:, retained] @ t.mT
+    return max((importance[others][:, others] * r).sum().item(), 0.0)

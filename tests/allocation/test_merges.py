@@ -264,6 +264,8 @@ def test_what_is_lost_is_that_of_the_data():
     x = torch.randn(300, 20, dtype=torch.float64) @ torch.randn(20, 20).double()
     w, kept = torch.randn(6, 20).double(), torch.tensor([1, 4, 5, 17])
     g, a = x.mT @ x / 300, w.mT @ w
-    for matrix in (least_squares(g, kept), least_squares(g, kept, 0.1), torch.randn(20, 4).double()):
+    other = torch.randn(20, 4).double()
+    other[kept] = torch.eye(4).double()
+    for matrix in (least_squares(g, kept), least_squares(g, kept, 0.1), other):
         wanted = ((x - x[:, kept] @ matrix.mT) @ w.mT).square().sum(1).mean().item()
         assert lost(g, kept, matrix, a) == pytest.approx(wanted, rel=1e-9)
