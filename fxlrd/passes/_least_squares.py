@@ -78,7 +78,7 @@ class LeastSquares:
 
         Without a ``constant`` the bias is zero: budgets count parameters, so that a layer gets no bias that had none.
         """
-        read, weight, width = self.read, self.weight, self.weight.shape[1]
+        read, weight = self.read, self.weight
         mean = self.total / max(read.count, 1)
         inner, cross = read.second, self.cross / max(read.count, 1)
         if constant:
@@ -88,8 +88,10 @@ class LeastSquares:
         scale = inner.diagonal().mean() * self.ridge
         if not scale > 0:
             return None
-        regularised = with_ridge(inner, read.ridge) + scale * torch.eye(width, dtype=inner.dtype, device=inner.device)
-        change = torch.linalg.solve(regularised, (cross - weight @ inner).mT).mT
+        wanted = (cross - weight @ inner).mT
+        regularised = with_ridge(inner, read.ridge)
+        regularised.diagonal().add_(scale)
+        change = torch.cholesky_solve(wanted, torch.linalg.cholesky(regularised)).mT
         weight = weight + change
         bias = (mean - weight @ read.mean) * constant
         check_finite(weight, bias)
