@@ -17,6 +17,7 @@ SECTIONS = {
     "import_time": [{}],
     "decomposition": [{}],
     "memory": [{}],
+    "scaling": [{}],
     "search": [{}],
     "table1": [{}],
     "table2": [{}],

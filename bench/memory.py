@@ -68,27 +68,36 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def warmed_up() -> None:
+    """Import what is imported lazily, by compressing a small model."""
+    import torch
+    from torch import nn
+
+    import fxlrd
+
+    fxlrd.compress(nn.Sequential(nn.Linear(64, 64)), torch.zeros(1, 64), measure=False)
+
+
 def measure(name: str, way: str) -> dict[str, int]:
     """Return the bytes of the model before and after, and the peak of compressing it, in this process.
 
     ``way`` is compress, inplace, or layer: only the largest layer is decomposed, by itself.
     """
     import torch
-    from torch import nn
 
     import fxlrd
 
     torch.manual_seed(0)
-    fxlrd.compress(nn.Sequential(nn.Linear(64, 64)), torch.zeros(1, 64), measure=False)  # what is imported lazily
+    warmed_up()
     make, shape = MODELS[name]
     if way == "layer":
         return _measure_layer(make)
     start = resident(peak=False)
     model = make()
-    before = _bytes(model)
+    before = size_of(model)
     reset_peak()
     result = fxlrd.compress(model, torch.randn(shape), ratio=2.0, measure=False, inplace=way == "inplace").model
-    return {"in": before, "out": _bytes(result), "peak": resident(peak=True) - start}
+    return {"in": before, "out": size_of(result), "peak": resident(peak=True) - start}
 
 
 def _measure_layer(make: Callable[[], Any]) -> dict[str, int]:
@@ -109,10 +118,11 @@ def _measure_layer(make: Callable[[], Any]) -> dict[str, int]:
         nn.init.zeros_(layer.bias)
     reset_peak()
     factors, _ = decomposed(layer, ranks_by_ratio(layer, 2.0))
-    return {"in": _bytes(layer), "out": _bytes(factors), "peak": resident(peak=True) - start}
+    return {"in": size_of(layer), "out": size_of(factors), "peak": resident(peak=True) - start}
 
 
-def _bytes(model: Any) -> int:
+def size_of(model: Any) -> int:
+    """Return the bytes of a module's parameters and buffers."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 

@@ -118,6 +118,7 @@ def test_activation_scaled_factors_are_the_best_for_the_scaled_weight():
         ("fig5", []),
         ("attained", []),
         ("tables456", ["--systems", "original;Vanilla LRD"]),
+        ("scaling", []),
         ("peers", ["--here", "--methods", "original;torch-pruning, 30 %;fxlrd lrd"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
