@@ -35,8 +35,8 @@ from fxlrd.graph.inputs import tensors
 logits_among: Fact[tuple[bool, ...]] = Fact("logits_among", tuple)
 """Which of the model's output tensors are logits: on a graph that was calibrated."""
 
-_ENTRIES = 2**22
-"""About so many numbers are worked on at a time."""
+_ENTRIES = 2**19
+"""About so many numbers are worked on at a time: what is made of them then stays in a cache, and on the heap."""
 
 
 def logits_of(value: Any, softmax: bool | None = None, rows: Tensor | None = None) -> tuple[bool, ...]:

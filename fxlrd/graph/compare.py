@@ -11,7 +11,7 @@ from torch import Tensor
 from fxlrd.errors import VerificationError
 from fxlrd.graph.precision import TF32_EPS, uses_tf32
 
-_ENTRIES = 2**20
+_ENTRIES = 2**18
 """Entries that are compared at a time."""
 
 
