@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -38,6 +39,12 @@ class Holdout:
         errors = [self._squared(gm, *pair) for pair in zip(self.inputs, self.outputs, strict=True)]
         error = math.sqrt(sum(errors) / len(errors))
         return error if math.isfinite(error) else math.inf
+
+    def first(self, rows: int) -> Holdout:
+        """Return the first batches, until their outputs have so many rows: a token's logits are one, or an image's."""
+        counts = itertools.accumulate(sum(t.numel() // max(1, t.shape[-1]) for t in b if t.dim()) for b in self.outputs)
+        enough = 1 + sum(count < rows for count in counts)
+        return replace(self, inputs=self.inputs[:enough], outputs=self.outputs[:enough])
 
     def _squared(self, gm: fx.GraphModule, inputs: Inputs, original: list[Tensor]) -> float:
         tokens = tokens_of(gm, inputs)

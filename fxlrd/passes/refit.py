@@ -15,7 +15,9 @@ original's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -23,17 +25,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxlrd.calibration.batches import as_batches, as_inputs, first_examples, rows_are_examples, to_fit
+from fxlrd.calibration.batches import as_batches, as_inputs, examples, first_examples, rows_are_examples, to_fit
 from fxlrd.calibration.holdout import Disabled, TooFew, held_out, keep_if_better, reference
 from fxlrd.calibration.padding import tokens_of
 from fxlrd.calibration.stepper import Stepper
 from fxlrd.errors import Reason
 from fxlrd.graph.captured import captured_or_bare
-from fxlrd.graph.facts import FACTORS, provenance
+from fxlrd.graph.facts import FACTORS, provenance, shape
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.settings import settings_restored
 from fxlrd.graph.surgery import calls, source
-from fxlrd.layers.kinds import LAYERS, TRANSPOSED, as_layer, op
+from fxlrd.layers.kinds import LAYERS, TRANSPOSED, as_layer, channel_axis, op
 from fxlrd.passes._least_squares import CALLED_AGAIN, NOT_FINITE, LeastSquares
 from fxlrd.passes._refit_regions import WORSE, refit_regions
 from fxlrd.passes.contract import PassResult, Site, Skip
@@ -46,6 +48,9 @@ RIDGE = 1e-3
 WIDEST = 2304
 """Layers with a larger fan-in than this are left alone: the fit would take too long."""
 
+ENOUGH, FEWEST = 8, 8192
+"""Positions for each number that a layer reads, and for each layer, from which on further inputs are left out."""
+
 NO_LAYER = Reason("no-layer", "it is no layer")
 
 
@@ -54,7 +59,8 @@ class Refit:
     """Refit the last factor of each decomposed layer, and each merged layer, to the original's outputs.
 
     ``calibration`` are batches as for `Calibrate`, of which the first ``inputs`` examples are used: their activations
-    are in memory all at once. ``guard`` keeps the result only where that lowers the error on the inputs that
+    are in memory all at once. Fewer are used where these give each layer positions enough (`ENOUGH`), as sequences of
+    many tokens do. ``guard`` keeps the result only where that lowers the error on the inputs that
     `Calibrate` was asked to hold out. Needs `Calibrate` before the first pass that rewrites. Raises FxlrdError for data
     that is empty, does not fit the model or is not finite.
     """
@@ -85,7 +91,7 @@ class Refit:
             return run.result()
         batches = first_examples(
             to_fit(as_inputs(run.gm, as_batches(self.calibration)), divisible=partial(rows_are_examples, original)),
-            self.inputs,
+            min(self.inputs, _inputs_enough(run.gm, original, places)),
         )
         with evaluating(run.gm), evaluating(original), settings_restored(), torch.no_grad():
             if captured_or_bare(gm).user_forward:
@@ -132,6 +138,19 @@ def _place(gm: fx.GraphModule, original: fx.GraphModule, name: str, nodes: list[
     if (width := as_layer(module).weight[0].numel()) > WIDEST:
         return Reason("too-wide", f"it reads {width} numbers for each output, more than {WIDEST}")
     return Place(last[0], original_calls[0])
+
+
+def _inputs_enough(gm: fx.GraphModule, original: fx.GraphModule, places: Mapping[str, Place]) -> int:
+    """Return how many examples give each layer `ENOUGH` positions, by the shapes for the example inputs."""
+    given, enough = examples(captured_or_bare(original).inputs), 1
+    for place in places.values():
+        module, made = gm.get_submodule(str(place.call.target)), shape(place.original)
+        if made is None:
+            return sys.maxsize
+        width, channels = as_layer(module).weight[0].numel(), made[channel_axis(module, len(made))]
+        positions = max(ENOUGH * width, FEWEST)
+        enough = max(enough, math.ceil(positions * given * channels / max(math.prod(made), 1)))
+    return enough
 
 
 def _refit(

@@ -151,3 +151,9 @@ def test_held_out_rows_are_cut_only_where_they_are_examples(forward, cut):
 def test_a_vector_without_a_batch_is_held_out_whole():
     gm = capture(net(), X[0])
     assert [each.args[0].shape for each in first_held_out(gm, held_out_of(gm, [Inputs((X[0],))]), 4)] == [(6,)]
+
+
+def test_the_first_batches_have_so_many_rows_of_outputs():
+    outputs = tuple([torch.zeros(2, 5, 7)] for _ in range(4))
+    held = Holdout(tuple(Inputs((torch.zeros(2),)) for _ in range(4)), outputs)
+    assert [len(held.first(rows).inputs) for rows in (1, 10, 11, 39, 40, 41, 99)] == [1, 1, 2, 4, 4, 4, 4]

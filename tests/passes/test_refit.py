@@ -179,6 +179,17 @@ def test_only_so_many_inputs_are_used():
     assert Refit([*read, images(4) / 0], inputs=4)(gm).modified
 
 
+@pytest.mark.parametrize(("width", "count"), [(1, 5), (2, 9)])
+def test_inputs_beyond_those_that_give_each_layer_enough_positions_are_left_out(width, count, monkeypatch):
+    net, taken = nn.Sequential(nn.Linear(16, 16)).double(), []
+    gm = decomposed(net, torch.randn(2, 5, 16).double(), ranks=width)
+    monkeypatch.setattr("fxlrd.passes.refit.ENOUGH", 20)  # 20 or 40 positions: 4 or 8 inputs of 5
+    monkeypatch.setattr("fxlrd.passes.refit.FEWEST", 4)
+    batches = (taken.append(1) or torch.randn(1, 5, 16).double() for _ in range(99))
+    Refit(batches)(gm)
+    assert len(taken) == count  # one of the first five is held out
+
+
 def test_provenance_stays():
     net, x = model().eval(), images(32)
     after = Refit(x)(decomposed(net, x)).graph_module
