@@ -84,7 +84,7 @@ class Moments:
     def remove(self, x: Tensor, held_out: HeldOut | None) -> None:
         """Remove rows that were added last; ``held_out`` is what was held out before."""
         x = x.detach().double()
-        self.products -= x.mT @ x
+        self.products -= gram(x)
         self.total -= x.sum(0)
         self.count -= len(x)
         self.held_out, self._ridge = held_out, None
