@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import fx, nn
 
 from fxlrd.allocation.choices import NEGLIGIBLE
@@ -55,6 +57,11 @@ _TIMES = 3.0
 _SMALL = 1e-3
 """Errors that are not worth a word whatever was predicted."""
 
+INCOMPARABLE = (
+    "on held-out inputs the outputs have other shapes than the original's, as where a detector finds other boxes, or "
+    "are not finite: their error is not known; compress the model without what selects boxes (NMS)"
+)
+
 
 def doubt_of_plan(gm: fx.GraphModule) -> str | None:
     """Return a warning where a plan that was carried out moves the outputs on held-out inputs far beyond prediction."""
@@ -64,6 +71,8 @@ def doubt_of_plan(gm: fx.GraphModule) -> str | None:
     error = inputs.error(gm)
     if error <= max(_TIMES * plan.predicted, _SMALL):
         return None
+    if math.isinf(error):
+        return INCOMPARABLE
     return (
         f"the output error on held-out inputs is {error:.2g}, {error / plan.predicted:.1f} times what allocate "
         f"predicted ({plan.predicted:.2g}): give more calibration inputs or a larger budget"

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from fxlrd import Pipeline, capture
-from fxlrd.allocation.doubts import doubt_of_plan
+from fxlrd.allocation.doubts import INCOMPARABLE, doubt_of_plan
 from fxlrd.allocation.plan import Plan, planned
+from fxlrd.calibration.holdout import held_out, record_calibrated
 from fxlrd.passes import Calibrate, Decompose
 
 
@@ -31,6 +34,14 @@ def test_without_inputs_held_out_nothing_is_doubted():
     gm = calibrated(holdout=False)
     planned.record(gm, Plan({"0": (4,)}, predicted=1e-9))
     assert doubt_of_plan(Decompose()(gm).graph_module) is None
+
+
+def test_outputs_of_other_shapes_are_not_an_error_of_infinity():
+    gm = calibrated(holdout=True)
+    planned.record(gm, Plan({"0": (4,)}, predicted=1e-2))
+    inputs = held_out(gm)
+    record_calibrated(gm, replace(inputs, outputs=tuple([t[1:] for t in each] for each in inputs.outputs)))
+    assert doubt_of_plan(Decompose()(gm).graph_module) == INCOMPARABLE
 
 
 def test_a_pipeline_says_so_once_at_its_end():

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import fxlrd
+from fxlrd.report.table import headline, output_error
 
 
 def test_the_table_of_ranks_shows_ranks_also_where_factors_are_fitted_to_data():
@@ -26,3 +27,11 @@ def test_sites_have_ranks_before_and_after():
     decomposed, snapped = result.report.ledger
     assert [(site.ranks_before, site.ranks) for site in decomposed.sites] == [(None, (8,)), (None, (8,))]
     assert all(site.ranks_before == (8,) and site.ranks in ((6,), (7,), None) for site in snapped.sites)
+
+
+def test_an_output_error_that_is_not_known_is_said_to_be_so(report):
+    data = report.to_dict()
+    data = data | {"settings": data["settings"] | {"output_error": None}}
+    row = next(line for line in headline(data).splitlines() if line.startswith("output error"))
+    assert row.split("  ")[-1] == "not known: outputs of other shapes, or none"
+    assert output_error(data) is None, "those of the passes are of regions"
