@@ -17,12 +17,16 @@ _PASSES = ("calibrate", "allocate", "decompose", "snap", "merge", "branch", "ref
 _MEASURES = ("latency=", "params=", "flops=", "layers=")
 _PACKAGES = ("torchvision", "timm")
 _DATA = (".txt", ".jsonl", ".csv", ".npy", ".pt")
+_ZSH = """# The code below calls compdef, which compinit defines.
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
+
+"""
 
 
 def shell_code(shell: str) -> str:
     """Return what a shell evaluates to complete the command line. Raises FxlrdError where argcomplete is missing."""
     code: str = _argcomplete().shellcode(["fxlrd"], shell=shell)
-    return code
+    return _ZSH + code if shell == "zsh" else code
 
 
 def complete(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 
@@ -35,6 +36,32 @@ def test_a_shell_is_offered_commands_models_and_values(tmp_path):
     assert offered("fxlrd compress x:y --preset m", tmp_path) == {"merge"}
     assert offered("fxlrd compress x:y --calibration p", tmp_path) == {"photos/"}
     assert offered("fxlrd compress x:y --fi", tmp_path) == {"--finetune"}
+
+
+FIRST_WORDS = {
+    "zsh": ["zsh", "-f", "-c", "{code}; print -r -- ${_comps[fxlrd]}"],
+    "fish": ["fish", "--no-config", "-c", "{code}; complete -C 'fxlrd compress x:y --preset m'"],
+}
+"""How to start a shell without the user's settings, let it evaluate the code, and ask what it has made of it."""
+
+
+@pytest.mark.parametrize(("shell", "answer"), [("zsh", "_python_argcomplete"), ("fish", "merge")])
+def test_a_shell_without_settings_completes(shell, answer, tmp_path):
+    pytest.importorskip("argcomplete")
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell}")
+    command = tmp_path / "fxlrd"
+    command.write_text(f"#!{sys.executable}\nfrom fxlrd.cli import main\nmain()\n")
+    command.chmod(0o755)
+    folders = [str(tmp_path), os.environ["PATH"]]
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join(folders),
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    words = [word.replace("{code}", completion.shell_code(shell)) for word in FIRST_WORDS[shell]]
+    done = subprocess.run(words, env={**environment, "HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert done.stdout.split() == [answer], done.stderr
 
 
 def test_names_of_a_package_are_listed_once(tmp_path, monkeypatch):
