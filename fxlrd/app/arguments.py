@@ -70,7 +70,7 @@ def _model_options() -> Parser:
     group.add_argument("--device", default="cpu", help="where to run and time (default: cpu)")
     group.add_argument("--channels-last", action="store_true", help="channels_last memory format")
     group = parser.add_argument_group(_COMPRESSION)
-    group.add_argument("--ratio", type=float, help="compression ratio of each layer (default: 2)")
+    group.add_argument("--ratio", type=float, metavar="R", help="compression ratio of each layer (default: 2)")
     group.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave layers alone: name or glob")
     timed = group.add_mutually_exclusive_group()
     timed.add_argument("--compile", action="store_true", help="time under Inductor with frozen weights")
@@ -100,7 +100,7 @@ def _page_option() -> Parser:
 
 
 def _add_threads(parser: Any) -> None:
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
 
 
 def _group(parser: Any, title: str) -> Any:
@@ -161,7 +161,12 @@ def _add_ranks(subparsers: Any, parents: list[Parser]) -> None:
     text = "show each layer's rank by ratio and by timing"
     example = "fxlrd ranks torchvision:resnet50 --batch 8 --channels-last"
     parser = subparsers.add_parser("ranks", parents=parents, help=text, description=text, example=example, usage=_USAGE)
-    parser.add_argument("--search", choices=["grid", "algorithm1"], default="grid")
+    parser.add_argument(
+        "--search",
+        choices=["grid", "algorithm1"],
+        default="grid",
+        help="which ranks are timed: a grid, or the paper's Algorithm 1 (default: grid)",
+    )
 
 
 def _add_diff(subparsers: Any, parents: list[Parser]) -> None:
