@@ -81,15 +81,26 @@ def _narrows(original: Original, gm: fx.GraphModule, groups: Sequence[Group]) ->
     """Whether the model does with narrower layers what it does with zeros in their place."""
     halves = [(group, _half(group, seed=i)) for i, group in enumerate(groups)]
     sizes = original.inputs.first_rows(), _larger(original)
-    ways: list[Way] = [_as_called, *(partial(_on, inputs=each) for each in sizes if each is not None), _in_training]
-    changes = _Changes(gm)
+    ways: list[Way] = [_as_called, *(partial(_on, inputs=each) for each in sizes if each is not None)]
+    zeros, narrow = _Changes(gm), _Changes(gm)
     for group, retained in halves:
-        changes.zero(group, retained)
-    expected = [_outcome(way, original, changes.modules) for way in ways]
-    changes = _Changes(gm)  # in the place of the others: each have up to half of all weights
+        zeros.zero(group, retained)
+    expected = [_outcome(way, original, zeros.modules) for way in ways]
+    shapes = _outcome(_shapes_in_training, original, zeros.modules)
+    zeros.modules = {}  # each have up to half of all weights
     for group, retained in halves:
-        changes.cut(group, retained)
-    return all(_alike(*each, original, changes.modules) for each in zip(ways, expected, strict=True))
+        narrow.cut(group, retained)
+    if not all(_alike(*each, original, narrow.modules) for each in zip(ways, expected, strict=True)):
+        return False
+    return _alike(_in_training, shapes, original, narrow.modules) or _never_trains(original, gm, halves)
+
+
+def _never_trains(original: Original, gm: fx.GraphModule, halves: Sequence[tuple[Group, Tensor]]) -> bool:
+    """Whether the model fails in a backward pass anyway, so that training says nothing of narrower layers."""
+    zeros = _Changes(gm)
+    for group, retained in halves:
+        zeros.zero(group, retained)
+    return _outcome(_in_training, original, zeros.modules) is None
 
 
 def _larger(original: Original) -> Inputs | None:
@@ -127,19 +138,34 @@ def _on(original: Original, modules: Mapping[str, nn.Module], inputs: Inputs) ->
     return tensors(run(_with(structural_copy(original.model), modules), inputs))
 
 
+def _shapes_in_training(original: Original, modules: Mapping[str, nn.Module]) -> list[Tensor]:
+    """Return the shapes of the outputs in training mode: values depend on what dropout draws."""
+    return _training(original, modules, backward=_no_backward)
+
+
 def _in_training(original: Original, modules: Mapping[str, nn.Module]) -> list[Tensor]:
-    """Return the shapes of the outputs in training mode, after a backward pass: values depend on what dropout draws."""
+    """`_shapes_in_training`, after a backward pass."""
+    return _training(original, modules, backward=torch.autograd.backward)
+
+
+def _no_backward(_: Sequence[Tensor]) -> None:
+    """Do nothing."""
+
+
+def _training(
+    original: Original, modules: Mapping[str, nn.Module], backward: Callable[[Sequence[Tensor]], None]
+) -> list[Tensor]:
     model, inputs = _with(aliasing_copy(original.model), modules), original.inputs.first_rows(_FEW) or original.inputs
     try:
         with guarding_weights(model) as guard:
-            return _trained(model, inputs)
+            return _trained(model, inputs, backward)
     except Exception:
         if guard.written is None:
             raise
-    return _trained(_with(independent_copy(original.model), modules), inputs)
+    return _trained(_with(independent_copy(original.model), modules), inputs, backward)
 
 
-def _trained(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def _trained(model: nn.Module, inputs: Inputs, backward: Callable[[Sequence[Tensor]], None]) -> list[Tensor]:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_leaf:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # together they are as large as the model
@@ -148,7 +174,7 @@ def _trained(model: nn.Module, inputs: Inputs) -> list[Tensor]:
         outputs = tensors(called_on(model, inputs))
         sums = [t.sum() for t in outputs if t.requires_grad]
         if sums:
-            torch.autograd.backward(sums)
+            backward(sums)
     return [torch.tensor(t.shape) for t in outputs]
 
 
