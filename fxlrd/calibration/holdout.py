@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,12 +19,30 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import fork
 
 
+class Outputs(Sequence[list[Tensor]]):
+    """The outputs of a graph for inputs, each made when it is first asked for: logits of many tokens are large."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Inputs]) -> None:
+        self._gm, self._inputs = fork(gm), inputs
+        self._made: dict[int, list[Tensor]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of inputs."""
+        return len(self._inputs)
+
+    def __getitem__(self, i: Any) -> Any:
+        """Return the outputs for the inputs ``i``."""
+        if i not in self._made:
+            self._made[i] = outputs(self._gm, self._inputs[i])
+        return self._made[i]
+
+
 @dataclass(frozen=True)
 class Holdout:
     """Inputs that are in no fit, with the outputs of the original model for them, and which of those are logits."""
 
     inputs: tuple[Inputs, ...]
-    outputs: tuple[list[Tensor], ...]
+    outputs: Sequence[list[Tensor]]
     logits: tuple[bool, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Holdout:
@@ -42,9 +59,12 @@ class Holdout:
 
     def first(self, rows: int) -> Holdout:
         """Return the first batches, until their outputs have so many rows: a token's logits are one, or an image's."""
-        counts = itertools.accumulate(sum(t.numel() // max(1, t.shape[-1]) for t in b if t.dim()) for b in self.outputs)
-        enough = 1 + sum(count < rows for count in counts)
-        return replace(self, inputs=self.inputs[:enough], outputs=self.outputs[:enough])
+        first: list[list[Tensor]] = []
+        for batch in self.outputs:
+            first.append(batch)
+            if sum(t.numel() // max(1, t.shape[-1]) for made in first for t in made if t.dim()) >= rows:
+                break
+        return replace(self, inputs=self.inputs[: len(first)], outputs=first)
 
     def _squared(self, gm: fx.GraphModule, inputs: Inputs, original: list[Tensor]) -> float:
         tokens = tokens_of(gm, inputs)
@@ -99,7 +119,7 @@ def held_out_of(gm: fx.GraphModule, inputs: Iterable[Inputs]) -> Holdout | TooFe
     inputs = tuple(inputs)
     if not inputs:
         return TooFew()
-    return Holdout(inputs, tuple(outputs(gm, each) for each in inputs), logits_among(gm) or ())
+    return Holdout(inputs, Outputs(gm, inputs), logits_among(gm) or ())
 
 
 def first_held_out(gm: fx.GraphModule, held: Holdout, count: int) -> list[Inputs]:

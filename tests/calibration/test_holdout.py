@@ -157,3 +157,14 @@ def test_the_first_batches_have_so_many_rows_of_outputs():
     outputs = tuple([torch.zeros(2, 5, 7)] for _ in range(4))
     held = Holdout(tuple(Inputs((torch.zeros(2),)) for _ in range(4)), outputs)
     assert [len(held.first(rows).inputs) for rows in (1, 10, 11, 39, 40, 41, 99)] == [1, 1, 2, 4, 4, 4, 4]
+
+
+def test_outputs_of_the_original_are_made_when_they_are_asked_for_and_once(monkeypatch):
+    gm, made = capture(net().double(), X.double()), []
+    monkeypatch.setattr("fxlrd.calibration.holdout.outputs", lambda *args: made.append(1) or outputs(*args))
+    held = held_out_of(gm, [Inputs((X.double() + i,)) for i in range(3)])
+    assert not made
+    held.first(1)
+    assert len(made) == 1
+    assert held.error(gm) == held.error(gm) == 0
+    assert len(made) == 3 + 6  # and the graph's own, twice
