@@ -154,17 +154,26 @@ class Problem:
 
     def _topped_up(self, plan: Plan, budget: float) -> Plan:
         """Let the merged groups retain more channels with the rest of the budget, all else as it is."""
+        retained = dict(plan.retained)
+        uncut = [choice.cost for choice in self._chosen(plan)]
         while True:
-            more = [
-                Plan(plan.ranks, {**plan.retained, group: larger})
-                for group, count in plan.retained.items()
+            gains = [
+                (self._gain(group, count, larger), group, larger)
+                for group, count in retained.items()
                 for larger in self.groups[group].options
                 if larger > count
             ]
-            fits = [p for p in more if self.cost(p) <= budget and self.error(p) < self.error(plan)]
-            if not fits:
-                return plan
-            plan = min(fits, key=self.error)
+            for gain, group, larger in sorted(gains, key=lambda each: -each[0]):
+                if gain > 0 and sum(uncut, self._merged_cost({**retained, group: larger})) <= budget:
+                    retained[group] = larger
+                    break
+            else:
+                return Plan(plan.ranks, retained) if retained != plan.retained else plan
+
+    def _gain(self, group: str, count: int, larger: int) -> float:
+        """Return by how much the error falls where a group retains a larger number of channels."""
+        options = self.groups[group].options
+        return options[count].error - options[larger].error
 
     def _improved(self, plan: Plan, budget: float) -> Plan:
         """Move one group or two at a time to their next numbers of channels while that helps: λ is a coarse grid."""
@@ -218,6 +227,15 @@ class Problem:
 
     def _stepped(self, plan: Plan, budget: float) -> Plan:
         """Move one group at a time."""
+        least = self.error(plan)
+
+        def better(retained: Retained) -> None:
+            nonlocal plan, least
+            trial = self._filled(retained, budget)
+            if trial is not None and (error := self.error(trial)) < least:
+                plan, least = trial, error
+
+        better(plan.retained)
         before = None
         while before is not plan:
             before = plan
@@ -225,9 +243,8 @@ class Problem:
                 counts = [*sorted(merging.options), None]
                 at = counts.index(plan.retained.get(group))
                 for count in counts[max(0, at - 1) : at + 2]:
-                    trial = self._filled(_moved(plan.retained, group, count), budget)
-                    if trial is not None and self.error(trial) < self.error(plan):
-                        plan = trial
+                    if count != plan.retained.get(group):
+                        better(_moved(plan.retained, group, count))
         return plan
 
     @cached_property
