@@ -27,7 +27,7 @@ from fxlrd.calibration.samples import Elsewhere, Samples
 from fxlrd.calibration.watching import Watcher, run_watched
 from fxlrd.errors import Reason
 from fxlrd.factor.failures import memory_failure
-from fxlrd.graph.captured import captured_or_bare, runnable
+from fxlrd.graph.captured import runnable
 from fxlrd.graph.facts import job
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.run import evaluating, isolated
@@ -91,11 +91,13 @@ class Importance:
     def offer(self, inputs: Inputs, *others: Watcher) -> bool:
         """Add a batch, whose run ``others`` watch too, and those that wait, or let it wait; return whether that worked.
 
-        Where it waits, or an earlier one fails, it is not run.
+        Where an earlier one fails, it is not run.
         """
-        if self._waits(inputs):
-            self.waiting.append(inputs)
-            return True
+        if self._undecided(inputs):
+            made, others = self._outputs(inputs, others), ()
+            if self._says_too_little(made):
+                self.waiting.append(inputs)
+                return True
         return self.finish() and self.add(inputs, *others)
 
     def finish(self) -> bool:
@@ -103,15 +105,22 @@ class Importance:
         waiting, self.waiting = self.waiting, []
         return all(map(self.add, waiting))
 
-    def _waits(self, inputs: Inputs) -> bool:
-        """Whether to decide with the next batches whether outputs are logits: so far there is a matrix of few rows."""
-        if self.logits or self.softmax is not None or (not self.waiting and examples(inputs) >= ENOUGH):
-            return False
-        made = captured_or_bare(self.gm).outputs(self.gm, inputs)
+    def _undecided(self, inputs: Inputs) -> bool:
+        """Whether it is to be decided with the next batches whether outputs are logits."""
+        decided = self.logits or self.softmax is not None
+        return not decided and not (not self.waiting and examples(inputs) >= ENOUGH)
+
+    def _says_too_little(self, made: list[Tensor]) -> bool:
+        """Whether the outputs are so far a matrix of few rows."""
         if len(made) != 1 or made[0].dim() != 2:
             return False
         self._matrices.append(made[0])
         return sum(map(len, self._matrices)) < ENOUGH
+
+    def _outputs(self, inputs: Inputs, watchers: Sequence[Watcher]) -> list[Tensor]:
+        model = runnable(self.gm)
+        with evaluating(model), isolated(model), torch.no_grad():
+            return tensors(run_watched(self.gm, model, inputs, watchers))
 
     def _rows(self) -> Tensor | None:
         matrices, self._matrices = self._matrices, []
