@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
+from fxlrd.graph.writes import changes_in_place
 from fxlrd.layers.fit import HeldOut, Moments
 
 Axis = tuple[int, int]
@@ -77,7 +78,7 @@ class CommonReads:
         moments = self.moments[reader]
         awaited = {other for other, leader in self._leaders.items() if leader == reader}
         values = value.detach() if awaited else None
-        read = _Read(reader, weakref.ref(value), value._version, moments.held_out, first, awaited, values)
+        read = _Read(reader, weakref.ref(value), changes_in_place(value), moments.held_out, first, awaited, values)
         moments.add(self.rows_of(reader, value))
         self._run[reader] = read
 
@@ -97,7 +98,7 @@ class CommonReads:
 
     def _same(self, reader: Reader, value: Tensor) -> Iterator[_Read]:
         for read in self._run.values():
-            if read.reader[2] == reader[2] and read.tensor() is value and read.version == value._version:
+            if read.reader[2] == reader[2] and read.tensor() is value and read.version == changes_in_place(value):
                 yield read
 
     def _leave(self, reader: Reader) -> None:
@@ -107,7 +108,7 @@ class CommonReads:
         if read is not None and reader in read.awaited:
             read.awaited.discard(reader)
             assert read.values is not None
-            if read.values._version == read.version:
+            if changes_in_place(read.values) == read.version:
                 own.remove(self.rows_of(reader, read.values), read.before)
             else:  # changed in place since: its own start anew
                 own = Moments.empty(len(shared.total), shared.total.device)

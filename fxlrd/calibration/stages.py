@@ -13,6 +13,7 @@ from fxlrd.calibration.batches import failure
 from fxlrd.calibration.course import UnitCall, run_units
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.resuming import units
+from fxlrd.graph.writes import changes_in_place
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _run(
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             nonlocal last
             tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            read = _Read(tensor, 0 if tensor is None else tensor._version)
+            read = _Read(tensor, 0 if tensor is None else changes_in_place(tensor))
             same = tensor is not None and tensor is last.tensor and read.version == last.version
             calls.append(_LayerCall(layer, unit or (layer if layer in names else ""), same))
             last = read

@@ -17,6 +17,7 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.reached import ReachingInterpreter, reached
 from fxlrd.graph.regions import rewritten
 from fxlrd.graph.surgery import calls, layers, source
+from fxlrd.graph.writes import changes_in_place
 
 
 class Watcher(Protocol):
@@ -72,13 +73,13 @@ class _GraphRun(ReachingInterpreter):
         read = self.calls.get(n)
         if read is not None and isinstance(value := self.env[read], Tensor):
             for watcher in self.watchers:
-                watcher.reads(n, value, value._version - self._versions[read])
+                watcher.reads(n, value, changes_in_place(value) - self._versions[read])
         value = super().run_node(n)
         if n in self.calls and reached(value):
             for watcher in self.watchers:
                 value = watcher.makes(n, value)
         if isinstance(value, Tensor):
-            self._versions[n] = value._version
+            self._versions[n] = changes_in_place(value)
         return value
 
 
@@ -111,9 +112,9 @@ class _ModelRun:
             value = args[0] if args else None
             if read is None or not isinstance(value, Tensor):
                 return
-            tensor, version = self._first_read.setdefault(read, (value.data_ptr(), value._version))
+            tensor, version = self._first_read.setdefault(read, (value.data_ptr(), changes_in_place(value)))
             for watcher in self.watchers:
-                watcher.reads(call, value, value._version - version if tensor == value.data_ptr() else 0)
+                watcher.reads(call, value, changes_in_place(value) - version if tensor == value.data_ptr() else 0)
 
         return hook
 

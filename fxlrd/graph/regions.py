@@ -8,6 +8,7 @@ names.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.placing import put
 from fxlrd.graph.run import run, set_mode
 from fxlrd.graph.surgery import called, chained
+from fxlrd.graph.writes import changes_in_place
 from fxlrd.layers.absorbed import in_place_of
 from fxlrd.layers.described import DescribedFactors
 from fxlrd.layers.kinds import LAYERS, OPTIONS
@@ -38,7 +40,10 @@ DESCRIBING = dict.fromkeys(name for kind in LAYERS for name in (*OPTIONS[kind], 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module while its model ran: arguments in forward's order and output, tensors copied."""
+    """One call of a module while its model ran: arguments in forward's order and output, tensors copied.
+
+    Calls may share copies: copy them again for what may write into them.
+    """
 
     arguments: tuple[Any, ...]
     output: Any
@@ -110,12 +115,12 @@ def _watching(
     model: nn.Module, names: Collection[str], take: Callable[[str, Call], None], calls: dict[str, list[Call]]
 ) -> Iterator[None]:
     open_: dict[str, list[Any]] = {name: [] for name in names}
-    handles = []
+    handles, clones = [], _Clones()
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             wanted = len(calls.get(name, ())) < CALLS
-            open_[name].append(copies(bound(module, args, kwargs)) if wanted else None)
+            open_[name].append(clones.of(bound(module, args, kwargs)) if wanted else None)
 
         return hook
 
@@ -123,7 +128,7 @@ def _watching(
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             arguments = open_[name].pop()
             if arguments is not None:
-                take(name, Call(arguments, copies(output)))
+                take(name, Call(arguments, clones.of(output)))
 
         return hook
 
@@ -136,6 +141,26 @@ def _watching(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Clones:
+    """Copies tensors, each once as long as it stays as it is: query, key and value read the same one."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+
+    def of(self, value: Any) -> Any:
+        """Return the value with copies of its tensors, which are not to be written into."""
+        return tree_map(lambda v: self._of(v) if isinstance(v, Tensor) else v, value)
+
+    def _of(self, tensor: Tensor) -> Tensor:
+        if tensor.is_inference():
+            return tensor.detach().clone()
+        tensor_then, changes, clone = self._made.get(id(tensor), (None, 0, tensor))
+        if tensor_then is None or tensor_then() is not tensor or changes != changes_in_place(tensor):
+            clone = tensor.detach().clone()
+            self._made[id(tensor)] = weakref.ref(tensor), changes_in_place(tensor), clone
+        return clone
 
 
 def bound(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:

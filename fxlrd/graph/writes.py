@@ -90,3 +90,8 @@ def address(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr() or id(tensor)
     except (RuntimeError, NotImplementedError):  # a tensor subclass without a storage
         return id(tensor)
+
+
+def changes_in_place(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place: 0 under torch.inference_mode(), which does not count that."""
+    return 0 if tensor.is_inference() else tensor._version
