@@ -1,127 +1,143 @@
-"""python -m bench.int8 [--quick] [--json FILE]: int8 beside fxlrd and on top of it, under Inductor on a CPU.
+"""int8 beside fxlrd and on top of it, on a CPU: under Inductor (torchao's PT2E) and in ONNX Runtime (static, QDQ).
 
-Of ResNet-50 and ViT-B/16 with random weights, at batch 1 and 8: the original in fp32 and in int8 (torchao's PT2E), and
-what fxlrd makes of it, in fp32 and in int8, with forms chosen by fp32 times and by int8 times (``compile="int8"``), all
-side by side. Of the embedded network also the accuracy, on 2,000 test images; ranges of activations are measured on the
-calibration images. Needs torchao; without it the benchmark says so.
+``python -m bench.int8 [--only MODEL] [--quick] [--json FILE]`` prints the original, the presets, and `auto` with forms
+chosen by fp32 times and by int8 times (``compile="int8"``), each in fp32 and in int8, of a runtime all side by side;
+speed is against the original in fp32 there. Stored in a JSON file (default build/bench/int8.json); a cell that is
+there is not measured again. ResNet-50 and ViT-B/16 have random weights, at batch 1 and 8. Of the embedded network, at
+batch 50, also the accuracy, on 2,000 test images; ranges of activations are measured on its 1,024 calibration images.
+
+Targets of `auto` by int8 times over the original in int8 under Inductor: the embedded network 1.4 times at 0.3 points,
+ResNet-50 2 times at batch 8. Needs torchao; without onnx, onnxscript and onnxruntime that runtime is left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 import fxlrd
+from bench import settings
+from bench.cells import Cells, Rows
+from bench.models import image_model
+from bench.onnx_runtime import PACKAGES, in_onnx_runtime
+from bench.settings import Setting, parser, read
+from bench.systems import ORIGINAL
 from fxlrd.app import fashion
-from fxlrd.files import write_out
 from fxlrd.graph.run import evaluating
 from fxlrd.timing.clock import compare
 from fxlrd.timing.inductor import compiled
 from fxlrd.timing.int8 import quantized
 
-BATCH = 50
-"""Images a call of the embedded network, as the calibration images allow."""
-Chosen = dict[str, dict[str, Any]]
-CHOSEN: Chosen = {
-    "auto, by fp32 times": {"budget": fxlrd.Budget(latency=0.6), "compile": True},
-    "auto, by int8 times": {"budget": fxlrd.Budget(latency=0.7), "compile": "int8"},
-}
-"""Options of compress: by int8 times, a budget is a share of the original's time in int8."""
-PRESETS: Chosen = {
-    "ranks": {"preset": "ranks", "compile": True},
-    "merge": {"preset": "merge"},
-    **CHOSEN,
-}
-QUICK: Chosen = {"lrd": {"preset": "lrd"}}
+MODELS = {"fashion": (50,), "resnet50": (1, 8), "vit_b_16": (1, 8)}
+"""Batches of each model; those of the embedded network as its calibration images allow."""
+IMAGES = 40
+"""Random images to calibrate with."""
+BUDGETS = {"fashion": 0.7}
+"""A budget of latency by int8 times, which is a share of the original's time in int8."""
+BUDGET = 0.45
+"""That of models with random weights, whose errors say nothing."""
+Call = Callable[[Tensor], Tensor]
+
+
+def presets(name: str, quick: bool) -> dict[str, dict[str, Any]]:
+    """Return what `compress` is called with, by the name of a row."""
+    if quick:
+        return {"lrd": {"preset": "lrd"}}
+    by_int8 = fxlrd.Budget(latency=BUDGETS.get(name, BUDGET))
+    return {
+        "ranks": {"preset": "ranks", "compile": True},
+        "merge": {"preset": "merge"},
+        "auto, by fp32 times": {"budget": fxlrd.Budget(latency=0.6), "compile": True},
+        "auto, by int8 times": {"budget": by_int8, "compile": "int8"},
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench.int8", description="int8 beside fxlrd and on top of it.")
-    parser.add_argument("--quick", action="store_true", help="the embedded network, decomposed: tests the script")
-    parser.add_argument("--only", action="append", metavar="MODEL", help="fashion, resnet50, vit_b_16; repeatable")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures after each model")
-    arguments = parser.parse_args(argv)
+    options = parser("int8")
+    options.add_argument("--only", action="append", choices=MODELS, metavar="MODEL", help=", ".join(MODELS))
+    arguments = read(options, argv)
     if importlib.util.find_spec("torchao") is None:
         print("bench.int8: skipped: it needs torchao (pip install torchao)")
         return
-    rows: list[dict[str, Any]] = []
-    names = arguments.only or (["fashion"] if arguments.quick else ["fashion", "resnet50", "vit_b_16"])
-    for measured in _rows(names, QUICK if arguments.quick else PRESETS):
-        rows += measured
-        print(tabulate(measured, headers="keys", floatfmt=".4g"), flush=True)
-        if arguments.json is not None:
-            write_out(arguments.json, json.dumps(rows, indent=1) + "\n")
+    title = "int8 beside low rank and on top of it"
+    results = settings.results(arguments, title, rows, budgets={**BUDGETS, "others": BUDGET})
+    for name in arguments.only or (["fashion"] if arguments.quick else MODELS):
+        for batch in MODELS[name]:
+            subject = Subject(name, batch, arguments)
+            for runtime in _runtimes():
+                results.cell(f"{name}, batch {batch}, {runtime}", lambda s=subject, r=runtime: s.figures(r))
+    results.write()
+    print(results.text())
 
 
-def _rows(names: Sequence[str], presets: Chosen) -> Iterator[list[dict[str, Any]]]:
-    for name in names:
+def _runtimes() -> list[str]:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"ONNX Runtime is left out: it needs {', '.join(missing)}")
+    return ["Inductor"] if missing else ["Inductor", "ONNX Runtime"]
+
+
+class Subject:
+    """A model at a batch, and what the presets make of it."""
+
+    def __init__(self, name: str, batch: int, arguments: Namespace) -> None:
+        self.name, self.arguments = name, arguments
+        self.test: tuple[Tensor, Tensor] | None = None
+        self.models: dict[str, nn.Module] = {}
         if name == "fashion":
-            model = fashion.trained().to(memory_format=torch.channels_last)
-            images = fashion.calibration()
-            yield _measured(name, model, images[:BATCH], list(images.split(BATCH)), presets, fashion.test())
-            continue
-        for batch in (1, 8):
-            model, images = _model(name, max(batch, 40))
-            yield _measured(f"{name}, batch {batch}", model, images[:batch], list(images.split(8)), presets)
+            self.model: nn.Module = fashion.trained().to(memory_format=torch.channels_last)
+            images, self.test = fashion.calibration(), fashion.test()
+            self.calibration = list(images.split(batch))[: len(images) // batch]
+        else:
+            self.model, images = image_model(name, Setting("Inductor", "channels_last", "fp32", IMAGES))
+            self.calibration = list(images.split(8))
+        self.x = images[:batch]
 
+    def made(self) -> Mapping[str, nn.Module]:
+        """Return the original and what each preset makes of it, made once for both runtimes."""
+        if not self.models:
+            self.models = {ORIGINAL: self.model}
+            for preset, options in presets(self.name, self.arguments.quick).items():
+                data = None if options.get("preset") in ("lrd", "ranks") else self.calibration
+                result = fxlrd.compress(self.model, self.x, calibration=data, measure=False, **options)
+                self.models[preset] = result.model
+        return self.models
 
-def _model(name: str, images: int) -> tuple[nn.Module, Tensor]:
-    from torchvision import models
-
-    torch.manual_seed(0)
-    model = getattr(models, name)().eval().to(memory_format=torch.channels_last)
-    return model, torch.randn(images, 3, 224, 224).to(memory_format=torch.channels_last)
-
-
-def _measured(
-    name: str,
-    model: nn.Module,
-    x: Tensor,
-    calibration: list[Tensor],
-    presets: Chosen,
-    test: tuple[Tensor, Tensor] | None = None,
-) -> list[dict[str, Any]]:
-    """Return the figures of a model and of what each preset makes of it, in fp32 and in int8."""
-    models = {"original": model}
-    for preset, options in presets.items():
-        data = None if options.get("preset") in ("lrd", "ranks") else calibration
-        models[preset] = fxlrd.compress(model, x, calibration=data, measure=False, **options).model
-    calls: dict[str, Callable[[Tensor], Tensor]] = {}
-    with torch.no_grad(), evaluating(nn.ModuleList(models.values())):
-        for made, each in models.items():
-            calls[f"{made}, fp32"] = compiled(each)
-            calls[f"{made}, int8"] = compiled(quantized(each, (x,), {}, partial(_run, batches=calibration, like=x)))
-        timings = compare({variant: partial(call, x) for variant, call in calls.items()}, x.device, 4.0 * len(calls))
-        accuracies = {variant: _accuracy(call, x, *test) for variant, call in calls.items()} if test else {}
-    return [
-        {
-            name: variant,
-            "ms": timing.seconds * 1e3,
-            "speed": 1 / timing.ratio,
-            "spread": timing.spread / timing.ratio**2,
-            **({"accuracy": accuracies[variant]} if test else {}),
+    def figures(self, runtime: str) -> dict[str, Any]:
+        """Return seconds, ratio, spread and, of the embedded network, accuracy, by model and precision."""
+        x, calls = self.x, dict[str, Call]()
+        torch.compiler.reset()
+        with torch.no_grad(), evaluating(nn.ModuleList(self.made().values())):
+            for name, model in self.made().items():
+                calls[f"{name}, fp32"], calls[f"{name}, int8"] = self._calls(model, runtime)
+            seconds = max(4.0, self.arguments.seconds / 10) * len(calls) if not self.arguments.quick else 1.0
+            timings = compare({variant: partial(call, x) for variant, call in calls.items()}, x.device, seconds)
+            right = {v: {"accuracy": _accuracy(call, x, *self.test)} if self.test else {} for v, call in calls.items()}
+        return {
+            variant: {"seconds": t.seconds, "ratio": t.ratio, "spread": t.spread, **right[variant]}
+            for variant, t in timings.items()
         }
-        for variant, timing in timings.items()
-    ]
+
+    def _calls(self, model: nn.Module, runtime: str) -> tuple[Call, Call]:
+        alike = [batch for batch in torch.cat(self.calibration).split(len(self.x)) if len(batch) == len(self.x)]
+        if runtime == "Inductor":
+            return compiled(model), compiled(quantized(model, (self.x,), {}, partial(_run, batches=alike)))
+        return in_onnx_runtime(model, self.x), in_onnx_runtime(model, self.x, alike)
 
 
-def _run(prepared: nn.Module, batches: Sequence[Tensor], like: Tensor) -> None:
+def _run(prepared: nn.Module, batches: Sequence[Tensor]) -> None:
     """Run what observes ranges of activations; an export is for one batch size."""
-    for batch in torch.cat([*batches]).split(len(like)):
-        if len(batch) == len(like):
-            prepared(batch)
+    for batch in batches:
+        prepared(batch)
 
 
-def _accuracy(call: Callable[[Tensor], Tensor], like: Tensor, images: Tensor, labels: Tensor) -> float:
+def _accuracy(call: Call, like: Tensor, images: Tensor, labels: Tensor) -> float:
     """Return the share of right answers (0…1)."""
     right = sum(
         int((call(x).argmax(1) == y).sum())
@@ -129,6 +145,19 @@ def _accuracy(call: Callable[[Tensor], Tensor], like: Tensor, images: Tensor, la
         if len(x) == len(like)
     )
     return right / (len(labels) // len(like) * len(like))
+
+
+def rows(cells: Cells) -> Rows:
+    table: Rows = []
+    for key, cell in cells.items():
+        alone = cell["original, int8"]
+        for variant, own in cell.items():
+            row = {"model, batch, runtime": key, "variant": variant, "ms": f"{own['seconds'] * 1e3:.4g}"}
+            row["speed-up over fp32"] = f"{1 / own['ratio']:.2f} ± {own['spread'] / own['ratio'] ** 2:.2f}"
+            row["over int8 alone"] = f"{alone['ratio'] / own['ratio']:.2f}"
+            row["accuracy %"] = f"{100 * own['accuracy']:.2f}" if "accuracy" in own else ""
+            table.append(row)
+    return table
 
 
 if __name__ == "__main__":
