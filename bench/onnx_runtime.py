@@ -41,7 +41,7 @@ def _exported(module: nn.Module, x: Tensor, folder: Path) -> Path:
 
 def _quantized(path: Path, calibration: Sequence[Tensor]) -> Path:
     """Return the file of the quantized model: ONNX Runtime's own steps, convs and matrices with a scale a channel."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc, unused-ignore]
@@ -54,5 +54,6 @@ def _quantized(path: Path, calibration: Sequence[Tensor]) -> Path:
 
     ready, done = path.with_name("ready.onnx"), path.with_name("int8.onnx")
     quant_pre_process(os.fspath(path), os.fspath(ready))  # BatchNorms into convs
-    quantize_static(ready, done, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}  # what VNNI multiplies
+    quantize_static(ready, done, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, **types)
     return done
