@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fxlrd.passes.allocate import Allocate
 from fxlrd.pipeline import Pipeline
 from fxlrd.report.rows import LayerRow
 from fxlrd.timing.clock import Timing
@@ -25,11 +26,19 @@ def advice(pipeline: Pipeline, rows: Sequence[LayerRow], timing: Timing | None) 
     if timing is not None and not timing.faster():
         texts.append(
             f"not faster than the original here: {1 / timing.ratio:.2f}× its speed; "
-            "try a larger ratio, the ranks preset, or another batch size"
+            f"try {_faster_by(pipeline)}, or another batch size"
         )
     if not _reads_data(pipeline) and any(row.ranks and (row.error or 0.0) > _LOSSY for row in rows):
         texts.append(UNFITTED)
     return texts
+
+
+def _faster_by(pipeline: Pipeline) -> str:
+    """Return which option may make the result faster. A plan does not read the others."""
+    budgets = [each.budget for each in pipeline.passes if isinstance(each, Allocate)]
+    if not budgets:
+        return "a larger ratio, the ranks preset"
+    return "a smaller share" if budgets[0].measure == "latency" else "a budget of latency"
 
 
 def _reads_data(pipeline: Pipeline) -> bool:

@@ -61,3 +61,11 @@ def test_a_result_that_is_not_faster_is_no_success():
     assert advice(pipeline, [], Timing(1.0, 0.5, 0.1)) == []
     (text,) = advice(pipeline, [], Timing(1.0, 0.95, 0.1))
     assert text.startswith("not faster than the original here: 1.05× its speed; try a larger ratio")
+
+
+@pytest.mark.parametrize(
+    ("budget", "remedy"), [("params=0.5", "a budget of latency"), ("latency=0.9", "a smaller share")]
+)
+def test_a_plan_that_is_not_faster_is_advised_what_plans_read(budget, remedy):
+    (text,) = advice(Pipeline.parse(f"allocate{{{budget}}},decompose"), [], Timing(1.0, 1.02, 0.1))
+    assert text.endswith(f"; try {remedy}, or another batch size")
