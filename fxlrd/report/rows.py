@@ -50,7 +50,8 @@ class LayerRow:
         op: its type, such as Conv2d; of a weight that no layer holds, the type of the module around it.
         shape: of its weight in the original.
         decision: original, svd, tucker2, merged, branched or skipped.
-        ranks: of its low-rank form, None in the place of a mode that is not cut; None if it has no such form.
+        ranks: of its low-rank form, or the channels that a merged layer reads and makes, None in the place of a mode
+            that is not cut; None if it has no such form.
         params: of the modules that now make its output.
         flops: of these (2 × multiply-adds); None if the layer is no part of the graph.
         latency_ms: of one call in its present form, where a pass measured it, else None.
