@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxlrd.layers.kinds import Conv, spatial_dims
 
@@ -29,12 +29,23 @@ def patches(conv: Conv, x: Tensor, most: int | None = None) -> Tensor:
         pads += [total // 2, total - total // 2]
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     x = F.pad((x if x.dim() == dims + 2 else x[None]).detach(), pads, mode=mode)
+    windows = x
     for i, (span, stride, dilation) in enumerate(zip(spans, conv.stride, conv.dilation, strict=True)):
-        x = x.unfold(2 + i, span + 1, stride)[..., ::dilation]
-    windows = x.movedim(1, 1 + dims)  # N, positions…, C, k…: still a view
+        windows = windows.unfold(2 + i, span + 1, stride)[..., ::dilation]
+    windows = windows.movedim(1, 1 + dims)  # N, positions…, C, k…: still a view
     count = math.prod(windows.shape[: 1 + dims])
-    sampled = torch.arange(0, count, 1 if most is None else stride_for(count, most), device=x.device)
+    every = 1 if most is None else stride_for(count, most)
+    if every == 1 and isinstance(conv, nn.Conv2d):
+        return _by_entry(F.unfold(x, conv.kernel_size, conv.dilation, stride=conv.stride))
+    sampled = torch.arange(0, count, every, device=x.device)
     return windows[torch.unravel_index(sampled, windows.shape[: 1 + dims])].flatten(1).double()
+
+
+def _by_entry(columns: Tensor) -> Tensor:
+    """Return columns (N, C·K, positions) as rows in float64: a view of what is stored by C·K, which takes no gather."""
+    count, width, positions = columns.shape
+    stored = columns.new_empty((width, count, positions), dtype=torch.float64)
+    return stored.copy_(columns.movedim(1, 0)).flatten(1).mT
 
 
 def _padding(conv: Conv) -> tuple[int | None, ...]:
