@@ -13,6 +13,7 @@ from torch import fx
 from fxlrd import spec
 from fxlrd.allocation.doubts import doubt_of_plan
 from fxlrd.errors import FxlrdError, one_line, unknown
+from fxlrd.freed import give_back_freed
 from fxlrd.graph import cost
 from fxlrd.graph.captured import captured, captured_or_bare
 from fxlrd.graph.inputs import Inputs
@@ -197,6 +198,7 @@ class Execution:
         if self._callback is not None:
             _call(self._callback, self.graph_module, step, result.graph_module)
         self.graph_module = result.graph_module
+        give_back_freed()  # what a pass needed meanwhile is no help to the next
 
     def branch(self) -> Execution:
         """Return another execution that goes on from here and leaves this one as it is."""

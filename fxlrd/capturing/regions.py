@@ -42,6 +42,7 @@ from fxlrd.capturing.watch import (
 from fxlrd.capturing.whole import original_of
 from fxlrd.capturing.widths import fixed_widths
 from fxlrd.errors import CaptureError, Reason
+from fxlrd.freed import give_back_freed
 from fxlrd.graph import cost
 from fxlrd.graph.captured import Regions, added_params, captured, propagate_values
 from fxlrd.graph.code import let_write
@@ -139,6 +140,8 @@ def capture_regions_of(original: Original) -> fx.GraphModule:
     record = replace(record, fixed_widths=fixed_widths(original, gm), described=observation.described)
     record = replace(record, not_stems=not_stems(original, gm))
     captured.record(gm, replace(record, warnings=_fast_path_warnings(original.users, modules)))
+    del calls
+    give_back_freed()  # what calls of the regions have been recorded is more than all weights
     return gm
 
 
