@@ -31,7 +31,8 @@ class Workload:
     @cached_property
     def _runs(self) -> list[tuple[Callable[..., Any], Inputs]]:
         # Made at the first call, in eval mode: a trace for Inductor bakes the mode in.
-        return [(served(module, self.under_inductor), inputs) for module, inputs in self.parts]
+        forms = {module: served(module, self.under_inductor) for module in self.modules}
+        return [(forms[module], inputs) for module, inputs in self.parts]
 
     def __call__(self) -> list[Any]:
         """Run each module once and return their outputs."""
