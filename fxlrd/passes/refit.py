@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -32,6 +32,7 @@ from fxlrd.calibration.stepper import Stepper
 from fxlrd.errors import Reason
 from fxlrd.graph.captured import captured_or_bare
 from fxlrd.graph.facts import FACTORS, provenance, shape
+from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.settings import settings_restored
 from fxlrd.graph.surgery import calls, source
@@ -89,10 +90,10 @@ class Refit:
             return run.result()
         if not places:
             return run.result()
-        batches = first_examples(
-            to_fit(as_inputs(run.gm, as_batches(self.calibration)), divisible=partial(rows_are_examples, original)),
-            min(self.inputs, _inputs_enough(run.gm, original, places)),
-        )
+        divisible = partial(rows_are_examples, original)
+        readable = to_fit(as_inputs(run.gm, as_batches(self.calibration)), divisible=divisible)
+        enough = _inputs_enough(run.gm, original, places)
+        batches = first_examples(_until_enough(readable, original, enough), self.inputs)
         with evaluating(run.gm), evaluating(original), settings_restored(), torch.no_grad():
             if captured_or_bare(gm).user_forward:
                 replaceable = {name: place.call for name, place in places.items()}
@@ -151,6 +152,16 @@ def _inputs_enough(gm: fx.GraphModule, original: fx.GraphModule, places: Mapping
         positions = max(ENOUGH * width, FEWEST)
         enough = max(enough, math.ceil(positions * given * channels / max(math.prod(made), 1)))
     return enough
+
+
+def _until_enough(batches: Iterable[Inputs], gm: fx.GraphModule, enough: float) -> Iterator[Inputs]:
+    """Yield batches until they have the positions of ``enough`` examples without padding."""
+    for inputs in batches:
+        yield inputs
+        tokens = tokens_of(gm, inputs)
+        enough -= examples(inputs) * (1.0 if tokens is None else float(tokens.double().mean()))
+        if enough <= 0:
+            return
 
 
 def _refit(

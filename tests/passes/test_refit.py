@@ -190,6 +190,27 @@ def test_inputs_beyond_those_that_give_each_layer_enough_positions_are_left_out(
     assert len(taken) == count  # one of the first five is held out
 
 
+def test_padding_is_no_position_that_a_layer_is_fitted_to(monkeypatch):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x, attention_mask):
+            return self.layer(x) * attention_mask[..., None]
+
+    def batch(tokens=4):
+        mask = (torch.arange(4) < tokens).expand(1, 4).double()
+        return {"x": torch.randn(1, 4, 16).double(), "attention_mask": mask}
+
+    taken = []
+    gm = decomposed(Masked().double(), batch(), ranks=1)
+    monkeypatch.setattr("fxlrd.passes.refit.ENOUGH", 20)
+    monkeypatch.setattr("fxlrd.passes.refit.FEWEST", 4)
+    Refit(taken.append(1) or batch(tokens=2) for _ in range(99))(gm)  # 20 positions: 10 inputs of 2 tokens
+    assert len(taken) == 12  # two are held out
+
+
 def test_provenance_stays():
     net, x = model().eval(), images(32)
     after = Refit(x)(decomposed(net, x)).graph_module
