@@ -140,7 +140,7 @@ def test_the_network_is_that_with_interpolative_factors(name):
     unseen = images(2, size)
     out = gm(unseen)
     assert relative_error(out, interpolated(original, result)(unseen)) < 1e-9
-    assert relative_error(out, model(unseen)) > 1e-6, "something was cut"
+    assert relative_error(out, model(unseen)) > 1e-8, "something was cut, and more than equality allows"
 
 
 @pytest.mark.slow
