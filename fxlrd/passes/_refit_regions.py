@@ -62,7 +62,7 @@ WORSE = Reason("not-better", "held-out inputs fit better as it was")
 PARTS, RISE = 4, 0.03
 """Parts of the layers, after each of which held-out inputs are asked; by how much their error may rise in between."""
 
-ROWS_ASKED = 2048
+ROWS_ASKED = 16384
 """Rows of outputs of inputs held out that say whether the error falls: it is that of the same inputs each time."""
 
 

@@ -49,7 +49,7 @@ RIDGE = 1e-3
 WIDEST = 2304
 """Layers with a larger fan-in than this are left alone: the fit would take too long."""
 
-ENOUGH, FEWEST = 8, 8192
+ENOUGH, FEWEST = 32, 65536
 """Positions for each number that a layer reads, and for each layer, from which on further inputs are left out."""
 
 NO_LAYER = Reason("no-layer", "it is no layer")
