@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxlrd.errors import FxlrdError
+from fxlrd.graph.inputs import Inputs
 from fxlrd.layers.kinds import LAYERS
 from fxlrd.timing.int8 import quantized
 
@@ -22,23 +23,17 @@ def check(compile: Compile) -> None:
         raise FxlrdError(f'compile={compile!r}: give True, False or "int8"')
 
 
-def served(module: nn.Module, under_inductor: Compile) -> Callable[..., Any]:
+def served(module: nn.Module, inputs: Inputs, under_inductor: Compile) -> Callable[..., Any]:
     """Return what is called to run the module: itself, or the module `compiled`, also quantised."""
     if under_inductor == "int8":
-        return compiled_in_int8(module)
+        return compiled_in_int8(module, inputs)
     return compiled(module) if under_inductor else module
 
 
-def compiled_in_int8(module: nn.Module) -> Callable[..., Any]:
-    """Return the module `quantized`, under Inductor; it is made at its first call."""
-    made: list[Callable[..., Any]] = []
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not made:
-            made.append(compiled(quantized(module, args, kwargs, lambda prepared: prepared(*args, **kwargs))))
-        return made[0](*args, **kwargs)
-
-    return call
+def compiled_in_int8(module: nn.Module, inputs: Inputs) -> Callable[..., Any]:
+    """Return the module `quantized`, under Inductor; ranges of activations are those for ``inputs``."""
+    args, kwargs = inputs.args, inputs.kwargs
+    return compiled(quantized(module, args, kwargs, lambda prepared: prepared(*args, **kwargs)))
 
 
 def compiled(module: nn.Module) -> Callable[..., Any]:

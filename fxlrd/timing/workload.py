@@ -30,9 +30,13 @@ class Workload:
 
     @cached_property
     def _runs(self) -> list[tuple[Callable[..., Any], Inputs]]:
-        # Made at the first call, in eval mode: a trace for Inductor bakes the mode in.
-        forms = {module: served(module, self.under_inductor) for module in self.modules}
+        # Made late, in eval mode: a trace for Inductor bakes the mode in.
+        forms = {module: served(module, inputs, self.under_inductor) for module, inputs in self.parts}
         return [(forms[module], inputs) for module, inputs in self.parts]
+
+    def prepare(self) -> None:
+        """Make what its first call compiles. An export for int8 makes torch forget what was compiled before."""
+        self._runs  # noqa: B018
 
     def __call__(self) -> list[Any]:
         """Run each module once and return their outputs."""
@@ -48,6 +52,8 @@ def time_workloads(
     """
     modules = nn.ModuleList(module for workload in workloads.values() for module in workload.modules)
     with torch.no_grad(), unmoved(modules), evaluating(modules):
+        for workload in workloads.values():
+            workload.prepare()
         return timer(workloads, device, seconds=seconds)
 
 

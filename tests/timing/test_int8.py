@@ -6,9 +6,11 @@ from torch import nn
 
 import fxlrd
 from fxlrd import FxlrdError
+from fxlrd.graph.inputs import Inputs
 from fxlrd.passes import Allocate, Snap
 from fxlrd.timing.cache import Setting
 from fxlrd.timing.inductor import served
+from fxlrd.timing.models import time_models
 from tests.support.timers import WeightTimer
 
 CPU = torch.device("cpu")
@@ -30,14 +32,14 @@ def test_another_way_to_compile_is_refused():
     with pytest.raises(FxlrdError, match="compile='int4': give True, False or \"int8\""):
         fxlrd.compress(nn.Linear(32, 32), torch.zeros(2, 32), compile="int4")
     with pytest.raises(FxlrdError, match="CPUs only"):
-        served(nn.Linear(4, 4), "int8")(torch.zeros(2, 4, device="meta"))
+        served(nn.Linear(4, 4), Inputs.of(torch.zeros(2, 4, device="meta")), "int8")
 
 
 def test_without_torchao_the_error_says_what_to_install(monkeypatch):
     for name in ("torchao", "torchao.quantization.pt2e.quantize_pt2e"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
     with pytest.raises(FxlrdError, match="pip install torchao"):
-        served(nn.Linear(4, 4), "int8")(torch.zeros(2, 4))
+        served(nn.Linear(4, 4), Inputs.of(torch.zeros(2, 4)), "int8")
 
 
 @pytest.mark.slow
@@ -49,7 +51,7 @@ def test_layers_and_models_are_timed_as_torchao_quantises_them():
         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.Flatten(), nn.Linear(4096, 8)
     )
     net, x = net.eval(), torch.randn(4, 32, 8, 8)
-    call = served(net, "int8")
+    call = served(net, Inputs.of(x), "int8")
     error = (call(x) - net(x)).norm() / net(x).norm()
     assert 1e-4 < error < 0.1, "in int8 it is not exact, and not wrong"
     timer = WeightTimer(lambda name, weights: 1e-3 * weights)
@@ -57,3 +59,14 @@ def test_layers_and_models_are_timed_as_torchao_quantises_them():
     assert result.report.settings["compile"] == "int8"
     assert "Inductor in int8" in result.report.settings["mode"]
     assert result.model(x).dtype == torch.float32
+
+
+def test_all_are_quantised_before_any_is_compiled(monkeypatch):
+    """An export makes torch forget what was compiled before: that would then run without frozen weights."""
+    done = []
+    monkeypatch.setattr("fxlrd.timing.inductor.quantized", lambda module, *_: done.append("quantised") or module)
+    monkeypatch.setattr("fxlrd.timing.inductor.compiled", lambda module: lambda x: done.append("run") or module(x))
+    models = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
+    time_models(models, Inputs.of(torch.zeros(2, 4)), under_inductor="int8", seconds=0.0)
+    assert done[:2] == ["quantised"] * 2
+    assert "quantised" not in done[2:]
