@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +39,24 @@ def _exported(module: nn.Module, x: Tensor, folder: Path) -> Path:
     return path
 
 
+class _Batches:
+    """What ONNX Runtime measures ranges with: a batch a call, None after the last."""
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        self.batches = iter(batches)
+
+    def get_next(self) -> dict[str, Any] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {INPUT: batch.contiguous().numpy()}
+
+
 def _quantized(path: Path, calibration: Sequence[Tensor]) -> Path:
     """Return the file of the quantized model: ONNX Runtime's own steps, convs and matrices with a scale a channel."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc, unused-ignore]
-        def __init__(self) -> None:
-            self.batches: Iterator[Tensor] = iter(calibration)
-
-        def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {INPUT: batch.contiguous().numpy()}
 
     ready, done = path.with_name("ready.onnx"), path.with_name("int8.onnx")
     quant_pre_process(os.fspath(path), os.fspath(ready))  # BatchNorms into convs
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}  # what VNNI multiplies
-    quantize_static(ready, done, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, **types)
+    quantize_static(ready, done, _Batches(calibration), quant_format=QuantFormat.QDQ, per_channel=True, **types)
     return done

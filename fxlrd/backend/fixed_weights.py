@@ -9,6 +9,7 @@ are read after a write that torch counts. They are detached, which shares the co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,9 +57,9 @@ def _saved(weights: Sequence[Tensor]) -> Tensor:
         return result
 
 
-def _unwritten(saved: Tensor) -> bool:
+def _unwritten(saved: Any) -> bool:
     """Whether no counter has changed since the weights were saved."""
     try:
-        return saved.grad_fn.saved_tensors is not None  # type: ignore[union-attr]
+        return saved.grad_fn.saved_tensors is not None
     except RuntimeError:
         return False

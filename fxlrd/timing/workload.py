@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,19 +26,21 @@ class Workload:
         self.modules = [module for module, _ in parts]
         self.parts = list(parts)
         self.under_inductor = under_inductor
-
-    @cached_property
-    def _runs(self) -> list[tuple[Callable[..., Any], Inputs]]:
-        # Made late, in eval mode: a trace for Inductor bakes the mode in.
-        forms = {module: served(module, inputs, self.under_inductor) for module, inputs in self.parts}
-        return [(forms[module], inputs) for module, inputs in self.parts]
+        self._runs: list[tuple[Callable[..., Any], Inputs]] = []
 
     def prepare(self) -> None:
-        """Make what its first call compiles. An export for int8 makes torch forget what was compiled before."""
-        self._runs  # noqa: B018
+        """Make what a call runs, once: in eval mode, since a trace for Inductor bakes the mode in.
+
+        What is compared is prepared before any of it is called. Making one for int8 exports it, and an export makes
+        torch forget what was compiled before.
+        """
+        if not self._runs:
+            forms = {module: served(module, inputs, self.under_inductor) for module, inputs in self.parts}
+            self._runs = [(forms[module], inputs) for module, inputs in self.parts]
 
     def __call__(self) -> list[Any]:
         """Run each module once and return their outputs."""
+        self.prepare()
         return [run(*inputs.args, **inputs.kwargs) for run, inputs in self._runs]
 
 

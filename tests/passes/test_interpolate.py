@@ -123,11 +123,22 @@ NETWORKS = {
 }
 
 
+def settled(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return the model with BatchNorm statistics of ``x``: with others, random networks make the same of any image."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model(x)
+    return model.eval()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_network_is_that_with_interpolative_factors(name):
     build, size, count, some = NETWORKS[name]
-    model, x = randomised(build()), images(4, size)
+    model, x = settled(randomised(build()), images(16, size)), images(4, size)
     original = calibrated(model, x)
     result = Merge(ratio=1.6)(original)
     assert len(result.sites) == count
@@ -140,7 +151,7 @@ def test_the_network_is_that_with_interpolative_factors(name):
     unseen = images(2, size)
     out = gm(unseen)
     assert relative_error(out, interpolated(original, result)(unseen)) < 1e-9
-    assert relative_error(out, model(unseen)) > 1e-8, "something was cut, and more than equality allows"
+    assert relative_error(out, model(unseen)) > 1e-6, "something was cut"
 
 
 @pytest.mark.slow
