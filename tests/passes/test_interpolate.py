@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torchvision import models, ops
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
