@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxlrd.timing.clock import Timing, compare
-from fxlrd.timing.inductor import served
+from fxlrd.timing.inductor import compiled
 
 PROMPT, DECODED = 256, 64
 
@@ -40,7 +40,7 @@ def _tokens(model: Any, batch: int, length: int) -> Tensor:
 
 
 def _prefill(model: Any, ids: Tensor, compile: bool) -> Callable[[], object]:
-    call = served(model, compile)
+    call = compiled(model) if compile else model
     return lambda: call(input_ids=ids, use_cache=False, logits_to_keep=1)
 
 
@@ -48,7 +48,7 @@ def _decode(model: Any, first: Tensor, compile: bool) -> Callable[[], object]:
     """Return the decoding, with a cache of fixed size, made by an eager step: one graph serves every step after."""
     from transformers import StaticCache
 
-    call = served(model, compile)
+    call = compiled(model) if compile else model
     cache = StaticCache(config=model.config, max_cache_len=DECODED + 1)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with torch.no_grad():
