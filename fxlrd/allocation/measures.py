@@ -48,6 +48,11 @@ class Measure(Protocol):
         """The numbers of channels of a group that are priced, at most."""
         ...
 
+    @property
+    def vector(self) -> int:
+        """How many channels are computed at once: fewer cost as much."""
+        ...
+
     def multiple(self, module: nn.Module) -> int:
         """Return the multiple that the ranks of a layer's forms are to be of, all groups together."""
         ...
@@ -91,6 +96,11 @@ class Computed:
     def widths(self) -> int:
         """Many: each costs next to nothing."""
         return 48
+
+    @property
+    def vector(self) -> int:
+        """One: each channel costs."""
+        return 1
 
     def multiple(self, module: nn.Module) -> int:
         """Return 1: all ranks are worth a try."""
@@ -187,10 +197,15 @@ class Latency:
         """Few: each is timed."""
         return 10
 
+    @property
+    def vector(self) -> int:
+        """Sixteen in int8, as a vector of 512 bits holds sums of products; else one."""
+        return 16 if self.stopwatch.under_inductor == "int8" else 1
+
     def multiple(self, module: nn.Module) -> int:
         """Return a hardware multiple: kernels work in vectors and tiles."""
         c_in, c_out, groups = channels_per_group(module)
-        return 16 if min(c_in, c_out) * groups >= 256 else 8
+        return max(16 if min(c_in, c_out) * groups >= 256 else 8, self.vector)
 
     def priced(self, layer: Layer, forms: Sequence[Choice], fitted: bool) -> list[Choice] | Reason:
         """Time the forms that no other beats in error and parameters, at most eight, and the original."""

@@ -230,7 +230,7 @@ def mergings(
 
 def _merging(gm: fx.GraphModule, group: Group, measure: Measure, most: int) -> Merging | None:
     """Return a group with at most ``most`` options; None where it is too narrow for any."""
-    read, counts = readers(gm, group), _counts(group.channels, most)
+    read, counts = readers(gm, group), _counts(group.channels, most, measure.vector)
     if not counts or isinstance(read, Reason):
         return None
     elimination, shares = eliminated(read, min(counts)), measure.shares(gm, group, counts)
@@ -262,9 +262,13 @@ def _measured_groups(gm: fx.GraphModule, names: Sequence[str], skip: Sequence[st
     return groups
 
 
-def _counts(channels: int, most: int) -> list[int]:
-    """Return the numbers of channels that a group may retain, ascending: hardware multiples, at most ``most``."""
+def _counts(channels: int, most: int, vector: int) -> list[int]:
+    """Return the numbers of channels that a group may retain, ascending: hardware multiples, at most ``most``.
+
+    They are multiples of the ``vector``, if there are any.
+    """
     step = 16 if channels >= 256 else 8 if channels >= 64 else 4
+    step = max(step, vector) if channels > vector else step
     counts = list(range(step, channels, step))
     stride = max(1, math.ceil(len(counts) / most))
     return counts[::-1][::stride][::-1]

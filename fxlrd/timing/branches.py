@@ -37,7 +37,7 @@ def time_branches(
         x = example(tuple(shape), place.dtype, place.layout, place.device)
         blocks = torch.full((count, makes, reads, *weight.shape[2:]), 1e-2, dtype=weight.dtype, device=weight.device)
         module = resized(core, from_blocks(core, blocks), None, groups=count)
-        return Workload([(module, Inputs((x,)))], stopwatch.under_inductor)
+        return Workload([(module, Inputs((x,)))], stopwatch.under_inductor, inside=True)
 
     variants = {str(count): partial(workload, count) for count in branches}
     return stopwatch.times(f"branches: {place.signature}", place.device, variants)

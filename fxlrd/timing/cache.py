@@ -69,9 +69,10 @@ def cache_folder() -> Path:
 
 _LARGEST = 2**22
 """Bytes; an entry has some hundred for each variant."""
-_FORMAT = 2
-_OLDER = (1,)
-"""Formats whose files are replaced without a word. Those of format 1 hold seconds, and nothing to compare them with."""
+_FORMAT = 3
+_OLDER = (1, 2)
+"""Formats whose files are replaced without a word. Those of format 1 hold seconds, and nothing to compare them with;
+those of format 2 times of convs in int8 that read and write fp32."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def time_group(gm: fx.GraphModule, group: Group, ranks: Sequence[int], stopwatch
     device = next(gm.get_submodule(str(group.producers[0].node.target)).parameters()).device
 
     def workload(rank: int) -> Workload:
-        return Workload([_cut(gm, node, how, rank) for node, how in parts], stopwatch.under_inductor)
+        return Workload([_cut(gm, node, how, rank) for node, how in parts], stopwatch.under_inductor, inside=True)
 
     key = f"channel group, ratios to {ranks[0]} channels: {' + '.join(texts)}"
     return stopwatch.times(key, device, {str(rank): partial(workload, rank) for rank in ranks})

@@ -11,7 +11,7 @@ from torch import fx, nn
 from fxlrd.errors import FxlrdError
 from fxlrd.graph.inputs import Inputs
 from fxlrd.layers.kinds import LAYERS
-from fxlrd.timing.int8 import quantized
+from fxlrd.timing.int8 import between_convs, quantized
 
 Compile = bool | Literal["int8"]
 """How modules are timed: eagerly, under Inductor with frozen weights, or under Inductor in int8."""
@@ -23,17 +23,28 @@ def check(compile: Compile) -> None:
         raise FxlrdError(f'compile={compile!r}: give True, False or "int8"')
 
 
-def served(module: nn.Module, inputs: Inputs, under_inductor: Compile) -> Callable[..., Any]:
-    """Return what is called to run the module: itself, or the module `compiled`, also quantised."""
+def served(module: nn.Module, inputs: Inputs, under_inductor: Compile, inside: bool = False) -> Callable[..., Any]:
+    """Return what is called to run the module: itself, or the module `compiled`, also quantised.
+
+    ``inside`` says that the module is a layer, or its factors, inside a model.
+    """
     if under_inductor == "int8":
-        return compiled_in_int8(module, inputs)
+        return compiled_in_int8(module, inputs, inside)
     return compiled(module) if under_inductor else module
 
 
-def compiled_in_int8(module: nn.Module, inputs: Inputs) -> Callable[..., Any]:
-    """Return the module `quantized`, under Inductor; ranges of activations are those for ``inputs``."""
+def compiled_in_int8(module: nn.Module, inputs: Inputs, inside: bool = False) -> Callable[..., Any]:
+    """Return the module `quantized`, under Inductor; ranges of activations are those for ``inputs``.
+
+    Convs ``inside`` a model read and write int8.
+    """
     args, kwargs = inputs.args, inputs.kwargs
-    return compiled(quantized(module, args, kwargs, lambda prepared: prepared(*args, **kwargs)))
+    converted = quantized(module, args, kwargs, lambda prepared: prepared(*args, **kwargs))
+    if not inside or any(isinstance(m, nn.Linear) for m in module.modules()):
+        return compiled(converted)
+    between, x = between_convs(converted, *args)
+    run = compiled(between)
+    return lambda *_: run(x)
 
 
 def compiled(module: nn.Module) -> Callable[..., Any]:

@@ -57,7 +57,7 @@ def time_ranks(place: Place, ranks: Sequence[Ranks], stopwatch: Stopwatch) -> di
 
     def workload(ranks: Ranks | None) -> Workload:
         module = place.original if ranks is None else skeleton(place.original, ranks)
-        return Workload([(module, inputs())], stopwatch.under_inductor)
+        return Workload([(module, inputs())], stopwatch.under_inductor, inside=True)
 
     variants = {ORIGINAL: partial(workload, None)} | {ranks_text(each): partial(workload, each) for each in ranks}
     return stopwatch.times(place.signature, place.device, variants)

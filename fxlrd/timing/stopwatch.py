@@ -28,7 +28,7 @@ from fxlrd.timing.clock import Timer, Timing, compare, once
 from fxlrd.timing.inductor import Compile, check
 from fxlrd.timing.models import device_of
 from fxlrd.timing.multiply import reference_kernel
-from fxlrd.timing.workload import Workload, time_workloads
+from fxlrd.timing.workload import Workload, prepare, time_workloads
 
 REFERENCE, REFERENCE_ALONE = "reference", "reference, alone"
 """The names that the reference kernel is timed by: repeated as often as fits, and once."""
@@ -121,6 +121,7 @@ class Stopwatch:
         if entry is not None:
             timings = time_workloads(workloads, device, self.seconds, self.timer)
             return replace(entry, timings={**_ratios(timings), **entry.timings})
+        prepare(workloads.values())  # also those that are not called at once
         repeats, kernel = self._kernel_as_long_as(next(iter(workloads.values())), device)
         timings = time_workloads({**workloads, REFERENCE: kernel}, device, self.seconds, self.timer)
         reference = timings.pop(REFERENCE)

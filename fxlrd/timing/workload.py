@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,13 +20,15 @@ class Workload:
     """Modules with their inputs; a call runs each once and returns their outputs.
 
     ``modules`` holds them as they are in eager mode: a timer whose times are a formula, as in tests, can read their
-    weights.
+    weights. ``inside`` says that they are layers inside a model, which is a difference in int8.
     """
 
-    def __init__(self, parts: Sequence[tuple[nn.Module, Inputs]], under_inductor: Compile = False) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[nn.Module, Inputs]], under_inductor: Compile = False, inside: bool = False
+    ) -> None:
         self.modules = [module for module, _ in parts]
         self.parts = list(parts)
-        self.under_inductor = under_inductor
+        self.under_inductor, self.inside = under_inductor, inside
         self._runs: list[tuple[Callable[..., Any], Inputs]] = []
 
     def prepare(self) -> None:
@@ -35,13 +38,21 @@ class Workload:
         torch forget what was compiled before.
         """
         if not self._runs:
-            forms = {module: served(module, inputs, self.under_inductor) for module, inputs in self.parts}
+            forms = {module: served(module, inputs, self.under_inductor, self.inside) for module, inputs in self.parts}
             self._runs = [(forms[module], inputs) for module, inputs in self.parts]
 
     def __call__(self) -> list[Any]:
         """Run each module once and return their outputs."""
         self.prepare()
         return [run(*inputs.args, **inputs.kwargs) for run, inputs in self._runs]
+
+
+def prepare(workloads: Iterable[Workload]) -> None:
+    """Prepare workloads that will be compared, or be the first of such, before any of them is called."""
+    workloads = list(workloads)
+    with torch.no_grad(), _evaluating(workloads):
+        for workload in workloads:
+            workload.prepare()
 
 
 def time_workloads(
@@ -51,11 +62,16 @@ def time_workloads(
 
     Afterwards each module has its mode and its buffers' values again: a forward may count its calls or fill a cache.
     """
-    modules = nn.ModuleList(module for workload in workloads.values() for module in workload.modules)
-    with torch.no_grad(), unmoved(modules), evaluating(modules):
-        for workload in workloads.values():
-            workload.prepare()
+    prepare(workloads.values())
+    with torch.no_grad(), _evaluating(workloads.values()):
         return timer(workloads, device, seconds=seconds)
+
+
+@contextmanager
+def _evaluating(workloads: Iterable[Workload]) -> Iterator[None]:
+    modules = nn.ModuleList(module for workload in workloads for module in workload.modules)
+    with unmoved(modules), evaluating(modules):
+        yield
 
 
 _LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import fxlrd
 from fxlrd import FxlrdError
@@ -10,7 +10,10 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.passes import Allocate, Snap
 from fxlrd.timing.cache import Setting
 from fxlrd.timing.inductor import served
+from fxlrd.timing.int8 import between_convs, quantized
+from fxlrd.timing.layers import Place, time_ranks
 from fxlrd.timing.models import time_models
+from fxlrd.timing.stopwatch import Stopwatch
 from tests.support.timers import WeightTimer
 
 CPU = torch.device("cpu")
@@ -61,12 +64,49 @@ def test_layers_and_models_are_timed_as_torchao_quantises_them():
     assert result.model(x).dtype == torch.float32
 
 
-def test_all_are_quantised_before_any_is_compiled(monkeypatch):
-    """An export makes torch forget what was compiled before: that would then run without frozen weights."""
+@pytest.fixture
+def done(monkeypatch):
+    """What is done in int8, in its order: "quantised" and "run"."""
     done = []
     monkeypatch.setattr("fxlrd.timing.inductor.quantized", lambda module, *_: done.append("quantised") or module)
     monkeypatch.setattr("fxlrd.timing.inductor.compiled", lambda module: lambda x: done.append("run") or module(x))
+    return done
+
+
+def test_all_are_quantised_before_any_is_compiled(done):
+    """An export makes torch forget what was compiled before: that would then run without frozen weights."""
     models = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
     time_models(models, Inputs.of(torch.zeros(2, 4)), under_inductor="int8", seconds=0.0)
     assert done[:2] == ["quantised"] * 2
     assert "quantised" not in done[2:]
+
+
+def test_a_layer_is_not_run_before_its_forms_are_quantised(done):
+    place = Place(nn.Linear(64, 64), (2, 64), torch.float32, "contiguous", CPU)
+    time_ranks(place, [(8,), (16,)], Stopwatch("int8", seconds=0.0, cached=False))
+    assert done[:3] == ["quantised"] * 3
+    assert "quantised" not in done[3:]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_conv_inside_a_model_reads_and_writes_int8():
+    pytest.importorskip("torchao", reason="no torchao: pip install torchao")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(16, 8, 1, bias=False), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 32, 1)).eval()
+    x = torch.randn(2, 16, 8, 8)
+    converted = quantized(net, (x,), {}, lambda prepared: prepared(x))
+    inside, q = between_convs(converted, x)
+    made, expected = inside(q), converted(x)
+    assert q.dtype == made.dtype == torch.uint8
+    scale, zero = next(node for node in inside.graph.nodes if node.op == "output").args[0][0].args[1:3]
+    assert ((made.double() - zero) * scale - expected).abs().max() < 0.5 * scale + 1e-6, "rounded, and no more"
+    calls = [str(node.target) for node in inside.graph.nodes if node.op == "call_function"]
+    ours, theirs = calls, [str(n.target) for n in converted.graph.nodes if n.op == "call_function"]
+    assert sorted(ours) == sorted(theirs), "the conversion of the input is gone, that of the output is new"
+
+
+def test_what_could_not_be_quantised_is_timed_as_it_is():
+    net = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1)))
+    x = torch.zeros(1, 3, 2, 2)
+    assert between_convs(net, x) == (net, x)
