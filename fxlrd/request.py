@@ -22,6 +22,7 @@ from fxlrd.pipeline import Pipeline
 from fxlrd.sharing import Job
 from fxlrd.timing.clock import Timer, compare
 from fxlrd.timing.inductor import Compile, check
+from fxlrd.timing.int8 import check_installed
 
 DEFAULT_PRESET = "lrd"
 BUDGET_PRESET = "auto"
@@ -100,9 +101,11 @@ def pipeline_for(
 ) -> Pipeline:
     """Return the passes that these options of `fxlrd.compress` ask for.
 
-    Raises FxlrdError for options that exclude each other, or that no pass of the pipeline has.
+    Raises FxlrdError for options that exclude each other, that no pass of the pipeline has, or that need a package.
     """
     check(compile)
+    if compile == "int8":
+        check_installed()  # before inputs are calibrated with, which may take long
     passes = _chosen(preset, pipeline, budget)
     if ratio is not None:
         _check_takes_ratio(passes, pipeline, budget)

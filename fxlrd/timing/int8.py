@@ -11,6 +11,7 @@ activations in fp32, and is timed with its conversions.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,14 @@ from torch import Tensor, fx, nn
 
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.graph.inputs import tensors
+
+QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
+
+
+def check_installed() -> None:
+    """Raise FxlrdError where torchao is not installed."""
+    if importlib.util.find_spec("torchao") is None:
+        raise FxlrdError("compile: int8 needs torchao, which is not installed: pip install torchao")
 
 
 def quantized(
@@ -32,11 +41,10 @@ def quantized(
     """
     if any(t.device.type != "cpu" for t in tensors((args, kwargs))):
         raise FxlrdError("compile: int8 is timed on CPUs only; use compile=True on this device")
-    try:
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-    except ImportError as error:
-        raise FxlrdError("compile: int8 needs torchao, which is not installed: pip install torchao") from error
+    check_installed()
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     try:
@@ -59,12 +67,12 @@ def between_convs(converted: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     What reads fp32, since it could not be quantised, is returned as it is.
     """
     assert isinstance(converted, fx.GraphModule)
-    quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
     gm = fx.GraphModule(converted, converted.graph)
     (read,) = (node for node in gm.graph.nodes if node.op == "placeholder")
-    first = next((node for node in read.users if node.target is quantize), None)
+    first = next((node for node in read.users if str(node.target) == QUANTIZE), None)
     if first is None:
         return converted, x
+    quantize: Any = first.target
     made = converted(x)
     low, high = min(0.0, float(made.min())), max(0.0, float(made.max()))
     scale = max(high - low, 1e-6) / 255

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import fx, nn
 
 import fxlrd
 from fxlrd import FxlrdError
+from fxlrd.allocation.measures import Latency
+from fxlrd.allocation.merges import mergings
 from fxlrd.graph.inputs import Inputs
-from fxlrd.passes import Allocate, Snap
+from fxlrd.passes import Allocate, Calibrate, Snap
+from fxlrd.progress import quiet
+from fxlrd.request import pipeline_for
 from fxlrd.timing.cache import Setting
 from fxlrd.timing.inductor import served
 from fxlrd.timing.int8 import between_convs, quantized
@@ -39,10 +45,15 @@ def test_another_way_to_compile_is_refused():
 
 
 def test_without_torchao_the_error_says_what_to_install(monkeypatch):
-    for name in ("torchao", "torchao.quantization.pt2e.quantize_pt2e"):
-        monkeypatch.setitem(__import__("sys").modules, name, None)
+    monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(FxlrdError, match="pip install torchao"):
         served(nn.Linear(4, 4), Inputs.of(torch.zeros(2, 4)), "int8")
+
+
+def test_without_torchao_nothing_is_begun(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(FxlrdError, match="pip install torchao"):
+        pipeline_for(budget=fxlrd.Budget(latency=0.5), calibration=[torch.zeros(2, 4)], compile="int8")
 
 
 @pytest.mark.slow
@@ -86,6 +97,20 @@ def test_a_layer_is_not_run_before_its_forms_are_quantised(done):
     time_ranks(place, [(8,), (16,)], Stopwatch("int8", seconds=0.0, cached=False))
     assert done[:3] == ["quantised"] * 3
     assert "quantised" not in done[3:]
+
+
+@pytest.mark.parametrize(
+    ("compile", "rank", "widths"),
+    [("int8", 16, [16, 32, 48]), (True, 8, [*range(8, 64, 8)]), (False, 8, [*range(8, 64, 8)])],
+)
+def test_in_int8_channels_are_multiples_of_its_vectors(monkeypatch, compile, rank, widths):
+    monkeypatch.setattr(Latency, "shares", lambda self, gm, group, counts: dict.fromkeys(counts, 0.5))
+    measure = Latency(Stopwatch(compile))
+    assert measure.multiple(nn.Linear(64, 64)) == rank
+    net, x = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.randn(128, 8)
+    gm = Calibrate([x])(fxlrd.capture(net, x)).graph_module
+    (merging,) = mergings(gm, ["0", "2"], measure, (), quiet).values()
+    assert [*merging.options] == widths
 
 
 @pytest.mark.slow
