@@ -53,13 +53,12 @@ def augmented(images: Tensor, labels: Tensor, batch: int) -> Iterator[tuple[Tens
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 50) -> float:
     """Return the share of right answers, in eval mode."""
     was = model.training
     model.eval()
-    right = sum(
-        (model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500), strict=True)
-    )
+    pairs = zip(images.split(batch), labels.split(batch), strict=True)
+    right = sum((model(x).argmax(1) == y).sum().item() for x, y in pairs)
     model.train(was)
     return right / len(labels)
 
