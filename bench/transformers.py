@@ -31,7 +31,7 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from bench import asvd, generation, pretrained
-from bench.cells import Results
+from bench.cells import Cells, Results, Rows, machine
 from fxlrd import Budget, frontier
 from fxlrd.capturing.model import capture_any
 from fxlrd.graph.captured import runnable
@@ -53,6 +53,7 @@ class Smollm2:
 
     name = "smollm2"
     skip = ("lm_head",)
+    title = "SmolLM2-135M, perplexity ×"
     figure = "perplexity, × that of the original"
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -90,6 +91,7 @@ class Minilm:
 
     name = "minilm"
     skip = ()
+    title = "MiniLM-L6, cosine"
     figure = "mean cosine to the original's embeddings"
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -238,6 +240,17 @@ class Bench:
         return {workload: {name: _as_dict(t) for name, t in timings.items()} for workload, timings in timed.items()}
 
 
+def rows(cells: Cells) -> Rows:
+    """Return the fidelities by model and method, a column for each share of the layers' parameters."""
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for key, cell in cells.items():
+        name, *method, share = key.split(", ")
+        if "speed" not in method:
+            row = table.setdefault((name, ", ".join(method)), {"": MODELS[name].title, "method": ", ".join(method)})
+            row[share] = f"{cell['fidelity']:.4g}" if "fidelity" in cell else cell["error"]
+    return list(table.values())
+
+
 def _as_dict(timing: Timing) -> dict[str, float]:
     return asdict(timing)
 
@@ -262,7 +275,12 @@ def main() -> None:
     kept = ("sequences", "length", "held_out", "sentences")
     settings = {name: getattr(arguments, name) for name in kept}
     settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    results = Results(arguments.json, settings)
+    about = {
+        "title": "Transformers without training: perplexity of SmolLM2, cosine of MiniLM's embeddings to the original's",
+        "machine": machine(torch.device("cpu")),
+        "command": "python -m bench.transformers",
+    }
+    results = Results(arguments.json, settings, about, rows)
     for name in names:
         torch.manual_seed(0)
         bench = Bench(

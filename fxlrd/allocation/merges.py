@@ -73,7 +73,7 @@ class Reader:
         """Whether A is anything but zero, by one product with it."""
         weight = as_layer(self.module).weight.detach().double().flatten(1)
         one = weight @ torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-        return bool((one if self.importance is None else self.importance @ one).any())
+        return bool((one if self.importance is None else self.importance.double() @ one).any())
 
 
 class Option(NamedTuple):

@@ -39,6 +39,8 @@ PROBES = 2
 """Backward passes for a batch, each with new random signs, until there were `FEW` rows of outputs: then one."""
 FEW = 64
 """Rows of outputs (classes of an image, of a token) from which on others say more than further signs for the same."""
+MANY, FEWEST = 4096, 16
+"""Rows of outputs, as those of a language model for 16 sequences of 256 tokens, and inputs that are enough for Γ."""
 ENOUGH = 16
 """Rows of outputs by which it is decided whether a matrix is one of logits; smaller batches wait until there are."""
 
@@ -70,7 +72,7 @@ class Importance:
         self.sums: dict[fx.Node, Samples] = {}
         self.failed: dict[fx.Node, Reason] = {}
         self.probes = 0
-        self.rows = 0
+        self.rows = self.inputs = 0
         self.generator = torch.Generator().manual_seed(0)
         if (shared := job(gm)) is not None:
             self.sums.update({node: Elsewhere() for i, node in enumerate(_calls(gm)) if not shared.owns(i)})
@@ -87,6 +89,11 @@ class Importance:
             self.sums, self.probes = {}, 0
             return False
         return True
+
+    @property
+    def enough(self) -> bool:
+        """Whether Γ is known so well that further inputs are not worth a backward pass."""
+        return self.rows >= MANY and self.inputs >= FEWEST
 
     def offer(self, inputs: Inputs, *others: Watcher) -> bool:
         """Add a batch, whose run ``others`` watch too, and those that wait, or let it wait; return whether that worked.
@@ -144,6 +151,7 @@ class Importance:
                 graph = i + 1 < probes
                 torch.autograd.grad([t for t, _ in outputs], zero, starts, retain_graph=graph, allow_unused=True)
                 self.probes += 1
+            self.inputs += examples(inputs)
             self.rows += sum(t.numel() // (t.shape[-1] if t.dim() else 1) for t, _ in outputs)
 
     def _leave_others_empty(self) -> None:
@@ -151,9 +159,7 @@ class Importance:
         for name, module in layers(self.gm).items():
             _, c_out, groups = channels_per_group(module)
             for node in calls(self.gm, name)[1:]:
-                self.sums[node] = Samples(
-                    as_layer(module).weight.new_zeros(c_out * groups, c_out * groups, dtype=torch.float64)
-                )
+                self.sums[node] = Samples.none(as_layer(module).weight, c_out * groups)
 
     def start(self, output: Tensor, logits: bool) -> Tensor:
         """Return v to start a backward pass with."""
@@ -170,15 +176,16 @@ class Importance:
         self.probes = min(shared.gathered(self.probes))  # none where one of them has no memory for a backward pass
 
     def gamma(self, node: fx.Node) -> Tensor | None:
-        """Return the mean Γ (S×S, float64) of a layer's call, or None where no finite gradient reached it."""
+        """Return the mean Γ (S×S) of a layer's call, or None where no finite gradient reached it."""
+        return self.sums[node].sum().div_(self.probes) if self._measured(node) else None
+
+    def _measured(self, node: fx.Node) -> bool:
         samples = self.sums.get(node)
-        if samples is None or not self.probes or not bool(samples.total.isfinite().all()):
-            return None
-        return samples.total / self.probes
+        return samples is not None and self.probes > 0 and bool(samples.total.isfinite().all())
 
     def estimate(self, node: fx.Node) -> Tensor | None:
         """Return Γ of a layer's call, shrunk by the share of it that is noise: what a fit can go by."""
-        return None if self.gamma(node) is None else self.sums[node].shrunk() / self.probes
+        return self.sums[node].shrunk().div_(self.probes) if self._measured(node) else None
 
 
 class _Gradients:
@@ -213,7 +220,7 @@ class _Gradients:
         count = rows.shape[-1]
         try:
             if call not in sums:
-                sums[call] = Samples(rows.new_zeros(count, count, dtype=torch.float64))
+                sums[call] = Samples.none(rows, count)
             sums[call].add(rows.reshape(len(rows) if rows.dim() > 1 else 1, -1, count))
         except Exception as error:
             if (reason := memory_failure(error, "calibration")) is None:

@@ -58,7 +58,8 @@ def sweep(
         batches: the inputs, each of which is run once.
         outputs: measure what layers make, besides what they read.
         patches: measure patches too where a conv's kernel reads at most so many numbers.
-        effects: the number of inputs on which the importance of the layers' outputs is measured.
+        effects: the number of inputs on which the importance of the layers' outputs is measured; fewer will do where
+            outputs have many rows, as those of language models.
         softmax: whether the model's outputs are logits, for that; None where their names tell.
 
     Raises:
@@ -71,7 +72,7 @@ def sweep(
     for i, inputs in enumerate(batches):
         measured.begin(inputs)
         try:
-            if remaining > 0:
+            if remaining > 0 and not importance.enough:
                 remaining = remaining - examples(inputs) if importance.offer(inputs, *watchers) else 0
             if not measured.complete:
                 _run(gm, inputs, measured)

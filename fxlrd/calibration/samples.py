@@ -24,15 +24,27 @@ POSITIONS = 256
 """Positions of one input that are sampled, evenly strided; the next inputs begin at others."""
 WIDE = 1024
 """Layers with more outputs than this are sampled at a quarter of the positions, at the cost of others."""
+_RANGE = 30
+"""Sums in units within this power of two of 1 are within the range of float32."""
 
 
 @dataclass
 class Samples:
-    """The sum of Γᵢ (S×S, float64) over samples, that of ‖Γᵢ‖², and the number of samples."""
+    """The sum of Γᵢ (S×S) over samples, that of ‖Γᵢ‖², both in units of ``unit``², and the number of samples.
+
+    Sums are in the precision of the gradients, float32 of a float32 model: an estimate of less noise than its own, to
+    which a share of its mean is added wherever it is used. They take as much memory as a model of wide layers itself.
+    """
 
     total: Tensor
     squares: float = 0.0
     count: int = 0
+    unit: float = 0.0
+
+    @classmethod
+    def none(cls, like: Tensor, width: int) -> Samples:
+        """Return the sum of no samples of gradients ``like`` these, of so many outputs."""
+        return cls(working(like[:0]).new_zeros(width, width))
 
     def add(self, rows: Tensor) -> None:
         """Add samples: gradients (n, positions, S), of which at most `POSITIONS` a sample, in place of all others.
@@ -43,25 +55,36 @@ class Samples:
         stride = math.ceil(rows.shape[1] / most)
         first = self.count % stride
         positions, rows = rows.shape[1], rows[:, first::stride]
-        peak = magnitude(rows) if rows.numel() else 1.0  # squares of small gradients stay within range
+        self.count += len(rows)
+        if not bool(rows.any()):
+            return
+        peak = magnitude(rows)  # squares of small gradients stay within range
+        self.unit = self.unit or peak
         rows = (working(rows) if rows.device.type == "cpu" else rows.double()) / peak
-        scale = peak**2 * positions / max(rows.shape[1], 1)
-        self.total.add_(gram(rows.flatten(0, 1)), alpha=scale)
+        scale = (peak / self.unit) ** 2 * positions / max(rows.shape[1], 1)
+        self.total.add_(gram(rows.flatten(0, 1)).to(self.total.dtype), alpha=scale)
         small = rows @ rows.mT if rows.shape[1] < rows.shape[2] else rows.mT @ rows
         self.squares += float(small.double().square().sum()) * scale**2
-        self.count += len(rows)
+
+    def sum(self) -> Tensor:
+        """Return Σ Γᵢ."""
+        return self._in_units(self.total.clone())
 
     def shrunk(self) -> Tensor:
         """Return Σ Γᵢ shrunk by the share of noise (module docstring); its trace stays."""
-        mean, size = self.total.diagonal().mean(), float(self.total.square().sum())
-        centred = self.total.clone()
-        centred.diagonal().sub_(mean)
-        deviation = float(centred.square().sum())
+        width, size = len(self.total), float(torch.linalg.vector_norm(self.total, dtype=torch.float64)) ** 2
+        mean = float(self.total.diagonal().double().mean())
+        deviation = size - width * mean**2
         noise = self.squares - size / max(self.count, 1)
         rho = min(1.0, max(0.0, noise) / deviation) if deviation > 0 else 0.0
         shrunk = (1 - rho) * self.total
         shrunk.diagonal().add_(rho * mean)
-        return shrunk
+        return self._in_units(shrunk)
+
+    def _in_units(self, total: Tensor) -> Tensor:
+        """Return a sum times ``unit``², in float64 where float32 might not hold that."""
+        within = 2.0**-_RANGE <= self.unit <= 2.0**_RANGE
+        return (total if within or not self.unit else total.double()).mul_(self.unit**2 if self.unit else 1.0)
 
 
 class Elsewhere(Samples):

@@ -149,7 +149,7 @@ def input_importance(module: nn.Module, block: int = 1, importance: Tensor | Non
     """
     weight, _ = _double(module)
     by_channel = weight.unflatten(1, (-1, block)).movedim(1, -1)  # S … C
-    weighted = by_channel if importance is None else torch.tensordot(importance, by_channel, 1)
+    weighted = by_channel if importance is None else torch.tensordot(importance.double(), by_channel, 1)
     return by_channel.flatten(0, -2).mT @ weighted.flatten(0, -2)
 
 

@@ -1,7 +1,8 @@
 """Statistics of a layer on calibration inputs, and what its factors are fitted to.
 
 With C input channels, S output channels and a kernel of K positions: moments of the input (C×C), of the patches that
-the kernel is applied to (C·K × C·K, channel-major), and the importance Γ of the output (S×S). All in float64.
+the kernel is applied to (C·K × C·K, channel-major), and the importance Γ of the output (S×S). All in float64 but Γ,
+which is an estimate and in the precision of the model.
 """
 
 from __future__ import annotations

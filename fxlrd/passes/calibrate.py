@@ -41,11 +41,12 @@ class Calibrate:
     tuples of positional arguments, or dicts. It is read once. ``outputs=False`` leaves out what layers make.
     ``patches`` is the largest number of inputs to a kernel (channels × positions) for which moments of patches are
     measured. ``effects`` is the number of inputs on which the layers' effects on the model's output are measured, by
-    two backward passes. ``metric`` is the unit of these effects: "squared", the relative squared error of outputs, or
-    "softmax", the change of the probabilities that softmax makes of them; without it, that for what the model names
-    logits, or gives as a classifier does (fxlrd/calibration/metric.py). ``holdout`` holds every fifth batch out of the
-    fit, with the model's outputs for it, so that later passes can check what they do. To inputs that are all alike
-    nothing is fitted, with a warning. Positions that an argument ``attention_mask`` says are padding do not count.
+    backward passes: 16 of them will do where outputs have thousands of rows, as those for texts. ``metric`` is the unit
+    of these effects: "squared", the relative squared error of outputs, or "softmax", the change of the probabilities
+    that softmax makes of them; without it, that for what the model names logits, or gives as a classifier does
+    (fxlrd/calibration/metric.py). ``holdout`` holds every fifth batch out of the fit, with the model's outputs for it,
+    so that later passes can check what they do. To inputs that are all alike nothing is fitted, with a warning.
+    Positions that an argument ``attention_mask`` says are padding do not count.
     Raises FxlrdError for data that is empty, does not fit the model or is not finite.
     """
 

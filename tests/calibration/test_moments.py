@@ -8,7 +8,7 @@ from torch import nn
 
 from fxlrd import FxlrdError, capture
 from fxlrd.calibration.batches import as_batches, as_inputs
-from fxlrd.calibration.importance import Importance
+from fxlrd.calibration.importance import FEWEST, MANY, Importance
 from fxlrd.calibration.moments import LARGEST, PATCHES, moments, sweep
 from fxlrd.calibration.patches import patches
 from fxlrd.factor.ridge import GRID
@@ -509,3 +509,16 @@ def test_moments_are_of_what_is_really_read(outputs):
     if outputs:
         made = moments(node(capture(model, x), "enter"), 1)
         assert made is None, "a sweep writes to its own graph only"
+
+
+@pytest.mark.parametrize(("rows", "backwards"), [(MANY // FEWEST, FEWEST), (1, 5 * FEWEST)])
+def test_outputs_of_many_rows_need_few_inputs_for_effects(monkeypatch, rows, backwards):
+    added = []
+    add = Importance._add
+    monkeypatch.setattr(Importance, "_add", lambda self, x, others: added.append(x) or add(self, x, others))
+    batches = [torch.randn(4, rows, 3) for _ in range(5 * FEWEST // 4)]
+    gm = swept(nn.Sequential(nn.Linear(3, 2)), batches, effects=5 * FEWEST)
+    assert sum(len(inputs.args[0]) for inputs in added) == backwards
+    measured = statistics(node(gm, "0"))
+    assert measured.input_moments.count == 5 * FEWEST * rows, "moments are those of all inputs"
+    assert measured.importance.isfinite().all()
