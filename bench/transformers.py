@@ -276,7 +276,7 @@ def main() -> None:
     settings = {name: getattr(arguments, name) for name in kept}
     settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     about = {
-        "title": "Transformers without training: perplexity of SmolLM2, cosine of MiniLM's embeddings to the original's",
+        "title": "Transformers without training: perplexity, and cosine of embeddings, against the original",
         "machine": machine(torch.device("cpu")),
         "command": "python -m bench.transformers",
     }
