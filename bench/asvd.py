@@ -53,15 +53,17 @@ def scaled_svd(weight: Tensor, magnitudes: Tensor, rank: int, alpha: float = ALP
 
 @torch.no_grad()
 def refactor(gm: fx.GraphModule, magnitudes: Mapping[str, Tensor], alpha: float = ALPHA) -> None:
-    """Put activation-scaled factors in place of those of a graph module that `decompose` made, at their ranks."""
+    """Put activation-scaled factors in place of those of a graph module that `decompose` made, at their ranks.
+
+    Raises KeyError for a layer without magnitudes.
+    """
     factors: dict[str, dict[str, nn.Linear]] = {}
     for node in gm.graph.find_nodes(op="call_module"):
         origin = provenance(node)
         if origin is not None and origin.role in ("first", "last") and isinstance(origin.original, nn.Linear):
             factors.setdefault(origin.name, {"original": origin.original})[origin.role] = gm.get_submodule(node.target)
     for name, own in factors.items():
-        if name in magnitudes:
-            rank = own["first"].out_features
-            first, last = scaled_svd(own["original"].weight, magnitudes[name], rank, alpha)
-            own["first"].weight.copy_(first)
-            own["last"].weight.copy_(last)
+        rank = own["first"].out_features
+        first, last = scaled_svd(own["original"].weight, magnitudes[name], rank, alpha)
+        own["first"].weight.copy_(first)
+        own["last"].weight.copy_(last)

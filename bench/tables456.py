@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--systems", help="only these, separated by semicolons")
     arguments = read(options, argv)
-    title = "Tables 4 to 6: accuracy of the trained network after the same training"
+    title = f"Tables 4 to 6: accuracy of the trained network after {arguments.steps} steps of training"
     results = settings.results(arguments, title, rows, steps=arguments.steps, lr=LR, batch=128)
     subject = Subject(arguments)
     systems = arguments.systems.split(";") if arguments.systems else _systems(arguments)

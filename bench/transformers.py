@@ -136,7 +136,8 @@ def _whitened(subject: Smollm2 | Minilm, shares: list[float]) -> dict[float, nn.
 
 def _scaled(subject: Smollm2 | Minilm, shares: list[float]) -> dict[float, nn.Module]:
     gm = capture_any(subject.model, Inputs.of(subject.calibration[0]))
-    linears = {layer.origin: layer.module for layer in layers_of(gm) if isinstance(layer.module, nn.Linear)}
+    names = [layer.origin for layer in layers_of(gm) if isinstance(layer.module, nn.Linear)]
+    linears = {name: module for name in names if isinstance(module := subject.model.get_submodule(name), nn.Linear)}
     magnitudes = asvd.mean_magnitudes(linears, lambda: [subject.model(**batch) for batch in subject.calibration])
     passes = {share: Decompose(ratio=1 / share, skip=subject.skip) for share in shares}
     models = {share: each(gm, bar).graph_module for share, each in passes.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,27 @@ def test_activation_scaled_factors_are_the_best_for_the_scaled_weight():
     (rank,) = (module.out_features for name, module in made.named_modules() if name.endswith("first"))
     first, last = scaled_svd(layer.weight, magnitudes["0"], rank)
     torch.testing.assert_close(made(x), x @ (last @ first).T + layer.bias, rtol=1e-9, atol=1e-12)
+
+
+def test_factors_of_a_model_that_keeps_its_own_forward_are_scaled_by_what_its_layers_read():
+    from bench.asvd import scaled_svd
+    from bench.transformers import _scaled
+
+    class Untraced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+
+        def forward(self, x):
+            y = self.first(x).relu()
+            return self.second(y) if float(y.sum()) >= 0 else y
+
+    torch.manual_seed(0)
+    model, x = Untraced().double(), torch.randn(40, 12, dtype=torch.float64) * torch.logspace(-2, 1, 12)
+    subject = SimpleNamespace(model=model, calibration=[{"x": x}], skip=())
+    made = _scaled(subject, [0.5])[0.5]
+    first, last = scaled_svd(model.first.weight, x.abs().mean(0), made.first.first.out_features)
+    torch.testing.assert_close(made.first(x), x @ (last @ first).T + model.first.bias, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow
