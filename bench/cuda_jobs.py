@@ -22,9 +22,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lrd": {"preset": "lrd"},
     "ranks": {"preset": "ranks"},
     "merge": {"preset": "merge"},
-    "auto": {"budget": fxlrd.Budget(latency=0.6)},
+    "auto": {"preset": "auto"},
 }
-"""Options of compress by the name of the row; the last two get calibration inputs."""
+"""Options of compress by the name of the row; the last two get calibration inputs, the last one a budget."""
 Row = dict[str, dict[str, float]]
 
 
@@ -43,6 +43,7 @@ class Scale:
     positions: int
     step: int
     seconds: float
+    budget: fxlrd.Budget
 
 
 FULL = Scale(
@@ -64,6 +65,7 @@ FULL = Scale(
     positions=14,
     step=16,
     seconds=4.0,
+    budget=fxlrd.Budget(latency=0.6),
 )
 QUICK = Scale(
     models=("tiny",),
@@ -84,6 +86,7 @@ QUICK = Scale(
     positions=4,
     step=8,
     seconds=0.01,
+    budget=fxlrd.Budget(params=0.6),  # a model as small as that may not get faster
 )
 
 
@@ -137,7 +140,7 @@ def _compressing(scale: Scale, device: torch.device, name: str) -> Row:
     for preset in PRESETS:
         before = _reset_peak(device)
         start = time.perf_counter()
-        _compressed(model, x, calibration, preset)
+        _compressed(scale, model, x, calibration, preset)
         seconds = time.perf_counter() - start
         rows[preset] = {"seconds": seconds, "peak MiB": (_peak(device) - before) / 2**20}
     return rows
@@ -155,12 +158,13 @@ def _variants(
 ) -> tuple[dict[str, nn.Module], Tensor]:
     """Return the original and what each preset makes of it, and the inputs to time them with."""
     model, x, calibration = _model(scale, device, name, dtype, batch)
-    return {"original": model} | {p: _compressed(model, x, calibration, p) for p in PRESETS}, x
+    return {"original": model} | {p: _compressed(scale, model, x, calibration, p) for p in PRESETS}, x
 
 
-def _compressed(model: nn.Module, x: Tensor, calibration: list[Tensor], preset: str) -> nn.Module:
+def _compressed(scale: Scale, model: nn.Module, x: Tensor, calibration: list[Tensor], preset: str) -> nn.Module:
     data = calibration if preset in ("merge", "auto") else None
-    return fxlrd.compress(model, x, calibration=data, measure=False, **PRESETS[preset]).model
+    budget = scale.budget if preset == "auto" else None
+    return fxlrd.compress(model, x, calibration=data, budget=budget, measure=False, **PRESETS[preset]).model
 
 
 def _model(
