@@ -53,11 +53,11 @@ def augmented(images: Tensor, labels: Tensor, batch: int) -> Iterator[tuple[Tens
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 50) -> float:
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the share of right answers, in eval mode."""
     was = model.training
     model.eval()
-    pairs = zip(images.split(batch), labels.split(batch), strict=True)
+    pairs = zip(images.split(50), labels.split(50), strict=True)  # fewer numbers at a time stay in a cache
     right = sum((model(x).argmax(1) == y).sum().item() for x, y in pairs)
     model.train(was)
     return right / len(labels)

@@ -89,10 +89,10 @@ class Subject:
     def figures(self, system: str) -> dict[str, Any]:
         """Return depth, parameters, FLOPs and the accuracy before any training."""
         model = self.made(system)
-        return {**counts(capture(model, self.calibration[0][:1]), 1), "top1": self.top1(_quick(model))}
+        return {**counts(capture(model, self.calibration[0][:1]), 1), "top1": self.top1(_channels_last(model))}
 
     def trained(self, system: str, seed: int) -> dict[str, float]:
-        model = _quick(self.made(system))
+        model = _channels_last(self.made(system))
         finetune(model, self.loader, epochs=1, lr=LR, seed=seed, progress=False)
         return {"top1": self.top1(model)}
 
@@ -107,7 +107,7 @@ class Subject:
         return speed.infer(models, x, setting, arguments.seconds)
 
 
-def _quick(model: nn.Module) -> nn.Module:
+def _channels_last(model: nn.Module) -> nn.Module:
     """Return a copy in the layout in which CPUs run and train convs faster."""
     return copy.deepcopy(model).to(memory_format=torch.channels_last)
 

@@ -40,7 +40,8 @@ PROBES = 2
 FEW = 64
 """Rows of outputs (classes of an image, of a token) from which on others say more than further signs for the same."""
 MANY, FEWEST = 4096, 16
-"""Rows of outputs, as those of a language model for 16 sequences of 256 tokens, and inputs that are enough for Γ."""
+"""Positions of sequences in outputs, and inputs, that are enough for Γ. SmolLM2 at 0.6 of its layers, fitted
+to 64 sequences of 256 tokens: perplexity × 1.58 with Γ from 16 of them, × 1.63 from all. Of images it is not known."""
 ENOUGH = 16
 """Rows of outputs by which it is decided whether a matrix is one of logits; smaller batches wait until there are."""
 
@@ -72,7 +73,7 @@ class Importance:
         self.sums: dict[fx.Node, Samples] = {}
         self.failed: dict[fx.Node, Reason] = {}
         self.probes = 0
-        self.rows = self.inputs = 0
+        self.rows = self.positions = self.inputs = 0
         self.generator = torch.Generator().manual_seed(0)
         if (shared := job(gm)) is not None:
             self.sums.update({node: Elsewhere() for i, node in enumerate(_calls(gm)) if not shared.owns(i)})
@@ -93,7 +94,7 @@ class Importance:
     @property
     def enough(self) -> bool:
         """Whether Γ is known so well that further inputs are not worth a backward pass."""
-        return self.rows >= MANY and self.inputs >= FEWEST
+        return self.positions >= MANY and self.inputs >= FEWEST
 
     def offer(self, inputs: Inputs, *others: Watcher) -> bool:
         """Add a batch, whose run ``others`` watch too, and those that wait, or let it wait; return whether that worked.
@@ -152,6 +153,8 @@ class Importance:
                 torch.autograd.grad([t for t, _ in outputs], zero, starts, retain_graph=graph, allow_unused=True)
                 self.probes += 1
             self.inputs += examples(inputs)
+            sequences = [t for t, _ in outputs if t.dim() == 3]
+            self.positions += sum(t[..., 0].numel() if tokens is None else int(tokens.sum()) for t in sequences)
             self.rows += sum(t.numel() // (t.shape[-1] if t.dim() else 1) for t, _ in outputs)
 
     def _leave_others_empty(self) -> None:

@@ -59,7 +59,7 @@ def sweep(
         outputs: measure what layers make, besides what they read.
         patches: measure patches too where a conv's kernel reads at most so many numbers.
         effects: the number of inputs on which the importance of the layers' outputs is measured; fewer will do where
-            outputs have many rows, as those of language models.
+            outputs are those of long sequences, as of language models.
         softmax: whether the model's outputs are logits, for that; None where their names tell.
 
     Raises:

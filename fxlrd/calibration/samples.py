@@ -30,10 +30,11 @@ _RANGE = 30
 
 @dataclass
 class Samples:
-    """The sum of Γᵢ (S×S) over samples, that of ‖Γᵢ‖², both in units of ``unit``², and the number of samples.
+    """The sum of Γᵢ (S×S) over samples, that of ‖Γᵢ‖², and the number of samples.
 
-    Sums are in the precision of the gradients, float32 of a float32 model: an estimate of less noise than its own, to
-    which a share of its mean is added wherever it is used. They take as much memory as a model of wide layers itself.
+    Gradients are in units of ``unit``, a power of two above the largest one so far: their squares stay within range.
+    Sums are in the precision of the gradients, float32 of a float32 model. That is enough for an estimate, to which a
+    share of its mean is added wherever it is used; and those of wide layers take as much memory as the model itself.
     """
 
     total: Tensor
@@ -59,7 +60,9 @@ class Samples:
         if not bool(rows.any()):
             return
         peak = magnitude(rows)  # squares of small gradients stay within range
-        self.unit = self.unit or peak
+        if peak > self.unit:
+            less = (self.unit / peak) ** 2
+            self.total, self.squares, self.unit = self.total.mul_(less), self.squares * less**2, peak
         rows = (working(rows) if rows.device.type == "cpu" else rows.double()) / peak
         scale = (peak / self.unit) ** 2 * positions / max(rows.shape[1], 1)
         self.total.add_(gram(rows.flatten(0, 1)).to(self.total.dtype), alpha=scale)
@@ -84,7 +87,7 @@ class Samples:
     def _in_units(self, total: Tensor) -> Tensor:
         """Return a sum times ``unit``², in float64 where float32 might not hold that."""
         within = 2.0**-_RANGE <= self.unit <= 2.0**_RANGE
-        return (total if within or not self.unit else total.double()).mul_(self.unit**2 if self.unit else 1.0)
+        return (total if within else total.double()).mul_(self.unit**2)
 
 
 class Elsewhere(Samples):

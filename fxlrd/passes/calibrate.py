@@ -41,7 +41,7 @@ class Calibrate:
     tuples of positional arguments, or dicts. It is read once. ``outputs=False`` leaves out what layers make.
     ``patches`` is the largest number of inputs to a kernel (channels × positions) for which moments of patches are
     measured. ``effects`` is the number of inputs on which the layers' effects on the model's output are measured, by
-    backward passes: 16 of them will do where outputs have thousands of rows, as those for texts. ``metric`` is the unit
+    backward passes: 16 of them will do where outputs have thousands of positions of sequences. ``metric`` is the unit
     of these effects: "squared", the relative squared error of outputs, or "softmax", the change of the probabilities
     that softmax makes of them; without it, that for what the model names logits, or gives as a classifier does
     (fxlrd/calibration/metric.py). ``holdout`` holds every fifth batch out of the fit, with the model's outputs for it,

@@ -286,16 +286,15 @@ def test_outputs_of_nothing_but_zeros_are_no_division_by_zero():
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 5, 6), (6,)])
 def test_channels_are_those_of_the_last_axis_of_a_linear(shape):
-    net, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(shape)
+    net, x = nn.Sequential(nn.Linear(6, 4)).double(), randn(*shape)
     gm = capture(net, x)
     importance = Importance(gm)
     (inputs,) = as_inputs(gm, [x])
     importance.add(inputs)
     assert importance.gamma(node(gm, "0")).shape == (4, 4)
     count = x.numel() // 6
-    wanted = count / net(x).detach().double().square().sum()
-    diagonal = importance.gamma(node(gm, "0")).diagonal()
-    torch.testing.assert_close(diagonal.double(), wanted.expand(4), rtol=1e-5, atol=0)
+    wanted = count / net(x).detach().square().sum()
+    torch.testing.assert_close(importance.gamma(node(gm, "0")).diagonal(), wanted.expand(4), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -357,9 +356,21 @@ def test_gradients_of_any_size_are_squared_in_float32(size):
     samples.add(rows.float() * size)
     wanted = torch.einsum("nps,npt->st", rows, rows)
     assert samples.sum().dtype == (torch.float32 if size == 1 else torch.float64), "the square of 1e30 is not in range"
-    torch.testing.assert_close(samples.sum().double() / size / size, wanted, rtol=1e-5, atol=1e-5)
+    rounding = 21 * torch.finfo(torch.float32).eps * float(wanted.diagonal().max())  # of 21 positions
+    torch.testing.assert_close(samples.sum().double() / size / size, wanted, rtol=0, atol=rounding)
     squares = sum(float((r.mT @ r).square().sum()) for r in rows)
     assert samples.squares * (samples.unit / size) ** 4 == pytest.approx(squares, rel=1e-5)
+
+
+def test_gradients_of_very_different_sizes_are_added_up_in_float32():
+    rows, samples = randn(2, 7, 4), Samples.none(torch.zeros(1), 4)
+    samples.add(rows.float() * 1e-30)
+    samples.add(rows.float())
+    samples.add(rows.float() * 1e-30)
+    wanted = torch.einsum("nps,npt->st", rows, rows)
+    rounding = 14 * torch.finfo(torch.float32).eps * float(wanted.diagonal().max())  # of 14 positions
+    torch.testing.assert_close(samples.sum().double(), wanted, rtol=0, atol=rounding)
+    assert samples.count == 6
 
 
 def test_further_signs_are_drawn_while_rows_of_outputs_are_few():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -511,14 +513,16 @@ def test_moments_are_of_what_is_really_read(outputs):
         assert made is None, "a sweep writes to its own graph only"
 
 
-@pytest.mark.parametrize(("rows", "backwards"), [(MANY // FEWEST, FEWEST), (1, 5 * FEWEST)])
-def test_outputs_of_many_rows_need_few_inputs_for_effects(monkeypatch, rows, backwards):
+@pytest.mark.parametrize(
+    ("shape", "backwards"), [((MANY // FEWEST,), FEWEST), ((1,), 5 * FEWEST), ((2, MANY // FEWEST), 5 * FEWEST)]
+)
+def test_outputs_for_long_sequences_need_few_inputs_for_effects(monkeypatch, shape, backwards):
     added = []
     add = Importance._add
     monkeypatch.setattr(Importance, "_add", lambda self, x, others: added.append(x) or add(self, x, others))
-    batches = [torch.randn(4, rows, 3) for _ in range(5 * FEWEST // 4)]
+    batches = [torch.randn(4, *shape, 3) for _ in range(5 * FEWEST // 4)]
     gm = swept(nn.Sequential(nn.Linear(3, 2)), batches, effects=5 * FEWEST)
     assert sum(len(inputs.args[0]) for inputs in added) == backwards
     measured = statistics(node(gm, "0"))
-    assert measured.input_moments.count == 5 * FEWEST * rows, "moments are those of all inputs"
+    assert measured.input_moments.count == 5 * FEWEST * math.prod(shape), "moments are those of all inputs"
     assert measured.importance.isfinite().all()
