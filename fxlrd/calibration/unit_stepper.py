@@ -1,7 +1,8 @@
 """Running a model that cannot be traced on several inputs, one unit at a time for all of them.
 
 A run goes on by another forward, in which the units that it has passed return what they gave, as far as that is still
-needed (fxlrd/calibration/course.py).
+needed (fxlrd/calibration/course.py). Within a unit that is run again and again, layers that do not change any more are
+computed once for each input.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from fxlrd.calibration.answers import Answers
 from fxlrd.calibration.batches import failure
 from fxlrd.calibration.course import Around, Course, Stop, UnitCall, run_units
 from fxlrd.graph.inputs import Inputs
@@ -27,6 +29,9 @@ class UnitStepper:
         batches: the inputs.
         course: how the model goes from unit to unit.
         sequences: for each input, the units that are called.
+
+    Attributes:
+        settled: for each unit, layers in it that are called once in a run and will not be replaced any more.
     """
 
     def __init__(
@@ -35,6 +40,8 @@ class UnitStepper:
         self.model, self.batches, self.course, self.sequences = model, batches, course, sequences
         self.outputs: list[list[Any]] = [[] for _ in batches]
         self.passed: list[list[str]] = [[] for _ in batches]
+        self.settled: dict[str, list[str]] = {}
+        self.answers = Answers(model)
 
     def before(self, unit: str) -> None:
         """Run each input up to its next call of ``unit``, if it calls that."""
@@ -49,7 +56,10 @@ class UnitStepper:
         def going_on(call: UnitCall, forward: Callable[[], Any]) -> Any:
             if call.unit == unit:
                 raise Stop
-            output = forward()
+            with self.answers.given(i, self.settled.get(call.unit, ())) as end:
+                end()
+                output = forward()
+            self.answers.forget(i)
             self.passed[i].append(call.unit)
             outputs.append(copies(output))
             return output
@@ -65,17 +75,24 @@ class UnitStepper:
             yield self._seen(i, unit, names) if unit in sequence[len(self.outputs[i]) :] else {}
 
     def _seen(self, i: int, unit: str, names: Collection[str]) -> Mapping[str, Call]:
-        missing = set(names)
+        missing, settled = set(names), self.settled.get(unit, ())
+        end: Callable[[], None] = bool
 
         def until_all(call: UnitCall, forward: Callable[[], Any]) -> Any:
-            output = forward()
-            if call.unit == unit and unit not in names:
+            nonlocal end
+            if call.unit != unit:
+                return forward()
+            with self.answers.given(i, settled) as end:
+                output = forward()
+            if unit not in names:
                 raise Stop
             return output
 
         def noting(name: str) -> Callable[..., None]:
             def hook(*_: Any) -> None:
                 missing.discard(name)
+                if name not in settled:
+                    end()
                 if not missing:
                     raise Stop
 

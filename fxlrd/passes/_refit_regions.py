@@ -120,6 +120,8 @@ class SideBySide:
             return
         self.original = UnitStepper(original_model, batches, course, observed.sequences)
         self.compressed = UnitStepper(self.model, batches, course, observed.sequences)
+        for stage in self.stages:
+            self.original.settled.setdefault(stage.unit, []).extend(stage.layers)
         self.outcomes: dict[str, LeastSquares | Reason] = {}
         self.replaced: dict[str, nn.Module] = {}
 
@@ -173,6 +175,7 @@ class SideBySide:
                     fits[name].add(now[target].arguments[0], before[name].output, tokens)
                 else:
                     reasons[name] = UNMATCHED
+        self.compressed.settled.setdefault(stage.unit, []).extend(stage.layers)
         reasons |= {name: NOT_REACHED for name in stage.layers if name not in seen}
         self.outcomes |= {name: reasons.get(name, fits[name]) for name in stage.layers}
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxlrd import capture
 from fxlrd.calibration.batches import as_inputs
@@ -371,6 +371,22 @@ def test_gradients_of_very_different_sizes_are_added_up_in_float32():
     rounding = 14 * torch.finfo(torch.float32).eps * float(wanted.diagonal().max())  # of 14 positions
     torch.testing.assert_close(samples.sum().double(), wanted, rtol=0, atol=rounding)
     assert samples.count == 6
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.0])
+def test_what_is_shrunk_in_float32_is_that_of_float64(spread):
+    rows = randn(12, 7, 4) * torch.tensor([1.0, 2.0, 4.0, 8.0]).double() ** spread
+    single, double = Samples.none(torch.zeros(1), 4), Samples.none(torch.zeros(1).double(), 4)
+    single.add(rows.float())
+    double.add(rows)
+    wanted = double.shrunk()
+    assert 0.01 < 1 - offdiagonal(wanted).norm() / offdiagonal(double.sum()).norm() < 0.99
+    rounding = 84 * torch.finfo(torch.float32).eps * float(wanted.diagonal().max())  # of 84 positions
+    torch.testing.assert_close(single.shrunk().double(), wanted, rtol=0, atol=rounding)
+
+
+def offdiagonal(matrix: Tensor) -> Tensor:
+    return matrix - matrix.diag().diag()
 
 
 def test_further_signs_are_drawn_while_rows_of_outputs_are_few():

@@ -135,6 +135,50 @@ def test_each_unit_runs_once_and_what_it_gives_is_dropped_after_its_last_use():
     assert [block.runs - before for block, before in zip(model.blocks, runs, strict=True)] == [1, 1, 0, 1, 1]
 
 
+def test_settled_layers_of_a_unit_are_computed_once_and_replaced_ones_count_from_then_on():
+    torch.manual_seed(0)
+    model, batches = Hourglass().double().eval(), inputs()
+    steps = stepper(model, batches)
+    computed = Counter[str]()
+    for name in LAYERS:
+        count_calls(model.get_submodule(name), name, computed)
+    steps.settled = {"blocks.1": ["blocks.1.a"]}
+    steps.before("blocks.1")
+    computed.clear()
+    for _ in range(2):
+        list(steps.calls("blocks.1", ["blocks.1.b"]))
+    assert computed == {"blocks.1.a": 3, "blocks.1.b": 6}
+    model.set_submodule("blocks.1.b", nn.Linear(6, 6).double())
+    steps.before("blocks.3")
+    assert computed == {"blocks.1.a": 3, "blocks.1.b": 6, "blocks.2.a": 1, "blocks.2.b": 1}
+    for calls, batch in zip(steps.calls("blocks.3", ["blocks.3.a"]), batches, strict=True):
+        assert_close(calls["blocks.3.a"].arguments[0], reads(model, "blocks.3.a", batch))
+    assert not any(steps.answers.known.values())
+
+
+def count_calls(module: nn.Module, name: str, computed: Counter[str]) -> None:
+    forward = module.forward
+
+    def counting(x: Tensor) -> Tensor:
+        computed[name] += 1
+        return forward(x)
+
+    module.forward = counting
+
+
+def test_what_a_layer_gives_after_one_that_will_change_is_not_remembered():
+    torch.manual_seed(0)
+    model, batches = Hourglass().double().eval(), inputs()
+    steps = stepper(model, batches)
+    steps.settled = {"blocks.1": ["blocks.1.b"]}
+    steps.before("blocks.1")
+    list(steps.calls("blocks.1", ["blocks.1.a", "blocks.1.b"]))
+    model.set_submodule("blocks.1.a", nn.Linear(6, 6).double())
+    steps.before("blocks.3")
+    for calls, batch in zip(steps.calls("blocks.3", ["blocks.3.a"]), batches, strict=True):
+        assert_close(calls["blocks.3.a"].arguments[0], reads(model, "blocks.3.a", batch))
+
+
 def test_a_model_whose_units_do_more_than_give_their_output_has_no_course():
     torch.manual_seed(0)
     batch = inputs()[0]
