@@ -139,19 +139,18 @@ class _Consumer:
     def drop(self, dropped: Tensor) -> None:
         """Let the other units take over from the dropped ones."""
         p, a = self.precision, self.importance
-        rows = p[dropped]
+        rows, importance = p[dropped], a[dropped]
         weights = torch.linalg.solve(rows[:, dropped], rows)
-        half = a[:, dropped] - weights.mT @ (a[dropped][:, dropped] / 2)
+        half = importance.mT - weights.mT @ (importance[:, dropped] / 2)
         a.addmm_(torch.cat([half, weights.mT], 1), torch.cat([weights, half.mT]), alpha=-1)
         p.addmm_(rows.mT, weights, alpha=-1)
         for matrix in (p, a):
-            matrix[dropped] = 0
-            matrix[:, dropped] = 0
+            matrix.index_fill_(0, dropped, 0).index_fill_(1, dropped, 0)
 
     def move(self, places: Tensor) -> None:
         """Let go of all but the units at these places."""
         self.units = self.units[places]
-        self.precision, self.importance = self.precision[places][:, places], self.importance[places][:, places]
+        self.precision, self.importance = _part(self.precision, places), _part(self.importance, places)
 
     def invert_anew(self, free: Tensor) -> None:
         """Invert the moments of the units that are left anew where that makes P more exact: see `_INFLATION`."""
@@ -159,11 +158,15 @@ class _Consumer:
             return
         places = free.nonzero().flatten()
         units = self.units[places]
-        self.precision[places[:, None], places] = _inverse(self.moments[units][:, units])
+        self.precision[places[:, None], places] = _inverse(_part(self.moments, units))
         self.inflation = self._inflation()
 
     def _inflation(self) -> float:
         return float(self.precision.diagonal().max())
+
+
+def _part(matrix: Tensor, units: Tensor) -> Tensor:
+    return matrix[units[:, None], units]
 
 
 def _inverse(moments: Tensor) -> Tensor:
@@ -185,7 +188,7 @@ def _block(consumers: Sequence[_Consumer], free: Tensor, count: int) -> tuple[Te
     costs = torch.where(free, costs, torch.inf)
     most = count if count == 1 else min(_CANDIDATES * count, int(free.sum()))
     candidates = costs.sort(stable=True).indices[:most]
-    matrices = [[m[candidates][:, candidates].cpu() for m in (c.precision, c.importance)] for c in consumers]
+    matrices = [[_part(m, candidates).cpu() for m in (c.precision, c.importance)] for c in consumers]
     precision, importance = (torch.stack(each).numpy() for each in zip(*matrices, strict=True))
     chosen, lost = _order(precision, importance, count)
     return candidates[chosen], lost

@@ -27,6 +27,9 @@ _ROUNDING = 1e-7
 _ENOUGH = 256
 """Positions held out that are looked at, at least; more where there are more than four times as many channels."""
 
+_PREDICTED = 256
+"""Channels of a half that are predicted, at most: the error of some says which share is best."""
+
 _NOTHING = 1e-6
 """Relative squared error below which the one half of the channels determines the other."""
 
@@ -61,17 +64,21 @@ class _Half:
     """Half of the channels, ``made``, as predicted from the other half, ``reads``."""
 
     def __init__(self, fitted: Tensor, others: Tensor, reads: slice, made: slice) -> None:
-        self.inner, self.cross = fitted[reads, reads], fitted[reads, made]
-        self.given, self.wanted = others[:, reads].mT, others[:, made]
+        wanted, cross = others[:, made], fitted[reads, made]
+        some = slice(None, None, max(1, -(-wanted.shape[1] // _PREDICTED)))
+        self.inner, self.cross = fitted[reads, reads].contiguous(), cross[:, some]
+        self.given, self.wanted = others[:, reads], wanted[:, some]
+        self.weight = wanted.shape[1] / max(1, self.wanted.shape[1])
 
     def error(self, ridge: float) -> float:
-        """Return the mean squared error of the positions held out, summed over the channels."""
-        inner = self.inner + ridge * torch.eye(len(self.inner)).to(self.inner)
+        """Return the mean squared error of the positions held out, summed over the channels, or over as many."""
+        inner = self.inner.clone()
+        inner.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(inner)
         if failed.item():
             return torch.inf
-        predicted = torch.cholesky_solve(self.given, factor).mT @ self.cross
-        return float((self.wanted - predicted).square().mean(0).sum())
+        predicted = self.given @ torch.cholesky_solve(self.cross, factor)
+        return float((self.wanted - predicted).square().mean(0).sum()) * self.weight
 
 
 def with_ridge(moments: Tensor, ridge: float) -> Tensor:
