@@ -209,13 +209,13 @@ class Latency:
 
     def priced(self, layer: Layer, forms: Sequence[Choice], fitted: bool) -> list[Choice] | Reason:
         """Time the forms that no other beats in error and parameters, at most eight, and the original."""
-        place = placed(layer.calls[0], layer.module)
-        if isinstance(place, Reason):
-            return place
+        places = placed(layer.calls, layer.module)
+        if isinstance(places, Reason):
+            return places
         few = pareto(_with_costs(forms, lambda ranks: parameters(layer.module, ranks)), _TIMED)
-        timings = time_ranks(place, [choice.ranks for choice in few if choice.ranks is not None], self.stopwatch)
+        timings = time_ranks(places, [choice.ranks for choice in few if choice.ranks is not None], self.stopwatch)
         self.timings[layer.name] = timings
-        seconds = timings[ORIGINAL].seconds * sum(times(node) for node in layer.calls)
+        seconds = timings[ORIGINAL].seconds
         return [
             *_with_costs(few, lambda ranks: seconds * timings[ranks_text(ranks)].ratio),
             Choice(None, 0.0, seconds),

@@ -62,7 +62,8 @@ class Provenance:
         error: the relative error of that form: of the weight, or of the layer's output on calibration inputs if it is
             ``fitted`` to those.
         channel_error: that of the output channel of which it is the largest, where it was determined.
-        latency: the measured time of the layer in its present form, in seconds, where a pass has measured it.
+        latency: the measured time of the layer in its present form, in seconds, in all its calls, where a pass has
+            measured it.
         fitted: whether the factors were fitted to calibration inputs.
         original: the original module, by reference; it is never copied.
     """

@@ -106,7 +106,7 @@ class Branch:
     def _fastest(self, gm: fx.GraphModule, name: str, core: Conv) -> int:
         """Return the number of branches at which the core alone runs fastest on this device."""
         groups = [n for n in GROUPS if n <= min(core.in_channels, core.out_channels)]
-        timings = time_branches(calls(gm, f"{name}.core")[0], core, groups, Stopwatch(self.compile, timer=self.timer))
+        timings = time_branches(calls(gm, f"{name}.core"), core, groups, Stopwatch(self.compile, timer=self.timer))
         if isinstance(timings, Reason):
             raise FxlrdError(f"branch: {name}: {timings}")
         fastest = min(timings, key=lambda key: timings[key].ratio)

@@ -85,7 +85,7 @@ class Snap:
                 return Skip(name, layer)
             # algorithm1 times each layer, also those of one signature.
             shared = self._stopwatch() if self.search == "algorithm1" else stopwatch
-            measured[name] = time_ranks(layer.place, self._candidates(layer), shared)
+            measured[name] = time_ranks(layer.places, self._candidates(layer), shared)
             return self._snap(run.gm, name, layer, measured[name])
 
         run.each(_layers(run.gm).items(), visit)
@@ -125,16 +125,16 @@ class Snap:
 
 @dataclass(frozen=True)
 class Decomposed:
-    """A decomposed layer: its original and that one's input, its present ranks, and what its factors were fitted to."""
+    """A decomposed layer: its original's inputs, its present ranks, and what its factors were fitted to."""
 
-    place: Place
+    places: list[Place]
     ranks: Ranks
     fit: Fit | None
 
     @property
     def original(self) -> nn.Module:
         """The original layer."""
-        return self.place.original
+        return self.places[0].original
 
 
 def _layers(gm: fx.GraphModule) -> dict[str, Decomposed | Reason]:
@@ -147,8 +147,9 @@ def _layers(gm: fx.GraphModule) -> dict[str, Decomposed | Reason]:
         if origin.original is None:
             layers[origin.name] = _NO_ORIGINAL
             continue
-        place = placed(node, origin.original)
-        layers[origin.name] = place if isinstance(place, Reason) else Decomposed(place, origin.ranks, _fit(gm, origin))
+        places = placed(calls(gm, str(node.target)), origin.original)
+        fit = _fit(gm, origin)
+        layers[origin.name] = places if isinstance(places, Reason) else Decomposed(places, origin.ranks, fit)
     return layers
 
 

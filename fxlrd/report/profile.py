@@ -20,7 +20,7 @@ load on the machine, are named in ``warnings``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -203,21 +203,20 @@ def _candidates(layer: Layer, ratio: float, skip: Sequence[str]) -> list[Ranks] 
 def _layer_time(
     layer: Layer, candidates: list[Ranks] | Reason, stopwatch: Stopwatch, model_seconds: float, peak: float
 ) -> LayerTime:
-    """Time a layer at each of its calls, and its forms."""
-    places = [(times(node), placed(node, layer.module)) for node in layer.calls]
-    reason = candidates if isinstance(candidates, Reason) else None
-    reason = next((place for _, place in places if isinstance(place, Reason)), reason)
+    """Time a layer in all its calls, and its forms."""
+    places = placed(layer.calls, layer.module)
+    reason = next((each for each in (places, candidates) if isinstance(each, Reason)), None)
     ranks = [] if isinstance(candidates, Reason) else candidates
-    timed = [(n, place, time_ranks(place, ranks, stopwatch)) for n, place in places if not isinstance(place, Reason)]
     flops = sum(facts.flops(node) for node in layer.calls)
     measured: dict[str, Any] = {"reason": None if reason is None else str(reason)}
-    if timed:
-        seconds = sum(count * timings[ORIGINAL].seconds for count, _, timings in timed)
+    if not isinstance(places, Reason):
+        timings = time_ranks(places, ranks, stopwatch)
+        seconds = timings[ORIGINAL].seconds
         rate = flops / seconds
-        measured |= {"input": list(timed[0][1].shape), "layout": timed[0][1].layout, "latency_ms": seconds * 1e3}
+        measured |= {"input": list(places[0].shape), "layout": places[0].layout, "latency_ms": seconds * 1e3}
         measured |= {"share": seconds / model_seconds, "rate": rate, "of_peak": rate / peak if peak else None}
         if ranks:
-            measured |= _savings([(count, timings) for count, _, timings in timed], ranks, seconds, model_seconds)
+            measured |= _savings(timings, ranks, model_seconds)
     return LayerTime(
         name=layer.name,
         op=op(layer.module),
@@ -229,18 +228,13 @@ def _layer_time(
     )
 
 
-def _savings(
-    timed: Sequence[tuple[int, dict[str, Timing]]], candidates: Sequence[Ranks], seconds: float, model_seconds: float
-) -> dict[str, Any]:
+def _savings(timings: Mapping[str, Timing], candidates: Sequence[Ranks], model_seconds: float) -> dict[str, Any]:
     """Return ranks, ratio and savings of the fastest form, and whether it is worth it or else why not."""
-
-    def spent(ranks: Ranks) -> float:
-        return sum(count * timings[ranks_text(ranks)].seconds for count, timings in timed)
-
-    best = min(candidates, key=spent)
-    ratio, saves, reason = spent(best) / seconds, 0.0, None
-    if all(timings[ranks_text(best)].faster() for _, timings in timed):
-        saves = seconds - spent(best)
+    best = min(candidates, key=lambda ranks: timings[ranks_text(ranks)].ratio)
+    timing, seconds = timings[ranks_text(best)], timings[ORIGINAL].seconds
+    ratio, saves, reason = timing.ratio, 0.0, None
+    if timing.faster():
+        saves = seconds - timing.seconds
     if not saves:
         reason = "its form is not faster" + ("" if ratio >= 1 else " by more than the noise")
     elif saves < WORTH * seconds:

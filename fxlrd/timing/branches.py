@@ -13,22 +13,27 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.layers.kinds import Conv, channel_axis
 from fxlrd.layers.weights import from_blocks, resized
 from fxlrd.timing.clock import Timing
-from fxlrd.timing.layers import placed
+from fxlrd.timing.layers import Place, placed, together
 from fxlrd.timing.stopwatch import Stopwatch
 from fxlrd.timing.workload import Workload, example
 
 
 def time_branches(
-    node: fx.Node, core: Conv, branches: Sequence[int], stopwatch: Stopwatch
+    nodes: Sequence[fx.Node], core: Conv, branches: Sequence[int], stopwatch: Stopwatch
 ) -> dict[str, Timing] | Reason:
-    """Time the core, whose call is ``node``, at each number of branches, or return why it cannot be timed.
+    """Time the core, whose calls are ``nodes``, at each number of branches, or return why it cannot be timed.
 
     Ratios are to the first of ``branches``. Ranks that are no multiples of a number of branches are rounded down.
     Weights are arbitrary.
     """
-    place = placed(node, core)
-    if isinstance(place, Reason):
-        return place
+    places = placed(nodes, core)
+    if isinstance(places, Reason):
+        return places
+    return together([(place.count, _time_at(place, core, branches, stopwatch)) for place in places])
+
+
+def _time_at(place: Place, core: Conv, branches: Sequence[int], stopwatch: Stopwatch) -> dict[str, Timing]:
+    """Return the times of one call."""
 
     def workload(count: int) -> Workload:
         shape, weight = list(place.shape), core.weight

@@ -246,13 +246,14 @@ def test_snap_times_volumes_in_their_memory_format():
     core = gm.get_submodule("0.core").weight
     assert core.is_contiguous(memory_format=torch.channels_last_3d)
     assert not core.is_contiguous()
-    first = calls(gm, "0.first")[0]
-    where = placed(first, provenance(first).original)
+    first = calls(gm, "0.first")
+    (where,) = placed(first, provenance(first[0]).original)
     assert where.layout == "channels_last_3d"
     timed = example(where.shape, where.dtype, where.layout, where.device)
     assert timed.stride() == x.stride()
     images = capture(nn.Sequential(nn.Conv2d(4, 4, 1)), torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last))
-    assert placed(calls(images, "0")[0], images.get_submodule("0")).layout == "channels_last"
+    (where,) = placed(calls(images, "0"), images.get_submodule("0"))
+    assert where.layout == "channels_last"
     assert layout(
         next(iter(captured(nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3)).graph.nodes)).meta["tensor_meta"]
     )

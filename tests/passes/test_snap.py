@@ -15,7 +15,7 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.layers.build import decomposed
 from fxlrd.passes import Calibrate, Decompose, Snap
 from fxlrd.timing.layers import ORIGINAL
-from tests.support.timers import FakeTimer
+from tests.support.timers import FakeTimer, SizeTimer
 
 NOISE = 0.001
 
@@ -144,6 +144,35 @@ def test_a_shared_module_comes_back_at_each_call():
     result = Snap(timer=clock)(Decompose()(capture(model, x)).graph_module)
     assert torch.equal(result.graph_module(x), model(x))
     assert sum(n.target == "0" for n in result.graph_module.graph.nodes) == 2
+
+
+class Pyramid(nn.Module):
+    """A head that is called on levels of several sizes."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sizes, self.head = sizes, nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(self.head(nn.functional.adaptive_avg_pool2d(x, size)).mean() for size in self.sizes)
+
+
+def on_large_inputs(name: str, size: int) -> float:
+    """Factors take half the time of the original on large inputs, and twice its time on small ones."""
+    return (10.0 if size == 16 else 2.0) * (1.0 if name == ORIGINAL else 0.5 if size == 16 else 2.0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("small", "ratio"), [(1, 9 / 12), (4, 21 / 18)])
+def test_a_layer_called_at_several_sizes_takes_the_time_of_all_its_calls(first, small, ratio):
+    sizes = (16, *[4] * small)
+    gm = capture(Pyramid(sizes if first else sizes[::-1]).eval(), torch.randn(1, 32, 16, 16))
+    decomposed = Decompose(skip=())(gm).graph_module
+    result = Snap(timer=SizeTimer(on_large_inputs), cache=False, floor=1.0)(decomposed)
+    (timings,) = result.timings.values()
+    (form,) = (timing for name, timing in timings.items() if name != ORIGINAL)
+    assert form.ratio == pytest.approx(ratio)
+    assert bool(ranks_of(result.graph_module)) == (ratio < 1)
 
 
 def test_the_latency_taken_is_kept():

@@ -15,7 +15,7 @@ from fxlrd.graph.guards import NEVER_CALLED, stem_reason
 from fxlrd.report.profile import profile
 from fxlrd.timing.clock import Timing
 from fxlrd.timing.stopwatch import REFERENCE_ALONE
-from tests.support.timers import FakeTimer
+from tests.support.timers import FakeTimer, SizeTimer
 
 SECONDS = {"model": 10e-3, "original": 2e-3, "512": 1e-3, "1024": 6e-3, "2048": 50e-3}
 
@@ -98,6 +98,26 @@ def test_layers_without_a_form_say_why():
     assert found["never"]["reason"] == str(NEVER_CALLED)
     assert found["never"]["latency_ms"] is None
     assert not any(row["worth"] for name, row in found.items() if name != "conv")
+
+
+def test_a_layer_called_at_several_sizes_is_judged_by_all_its_calls():
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Conv2d(32, 32, 3, padding=1)
+
+        def forward(self, x):
+            return self.head(x).mean() + self.head(x[..., :4, :4]).mean()
+
+    seconds = {("original", 16): 5e-3, ("original", 4): 1e-3, (REFERENCE_ALONE, 16): 1e-3}
+
+    def taken(name: str, size: int) -> float:
+        return seconds.get((name, size), 2e-3 if size == 16 else 3e-3)
+
+    (row,) = profile(Pyramid().eval(), torch.randn(1, 32, 16, 16), timer=SizeTimer(taken, 0.01), cache=False).layers
+    assert row["ratio"] == pytest.approx(5 / 6)
+    assert row["worth"]
+    assert row["saves_ms"] == pytest.approx(1.0)
 
 
 class Never(nn.Module):

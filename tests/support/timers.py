@@ -86,3 +86,22 @@ class WeightTimer(FakeTimer):
             for name, call in variants.items()
         }
         return super().__call__(variants, device, seconds)
+
+
+class SizeTimer(FakeTimer):
+    """A timer whose times are ``seconds_of_size(name, size)``: the size is that of the input's last dimension.
+
+    It times workloads of one module (fxlrd/timing/workload.py).
+    """
+
+    def __init__(self, seconds_of_size: Callable[[str, int], float], spread: float = 0.0) -> None:
+        super().__init__(lambda name, _: seconds_of_size(name, self.sizes[name]), spread)
+        self.sizes: dict[str, int] = {}
+
+    def __call__(
+        self, variants: Mapping[str, Callable[[], object]], device: torch.device, seconds: float = 0.0
+    ) -> dict[str, Timing]:
+        """Return made-up timings of ``variants``, whose callables run once each."""
+        read = {name: call.parts[0][1].args for name, call in variants.items()}
+        self.sizes = {name: args[0].shape[-1] for name, args in read.items() if args}
+        return super().__call__(variants, device, seconds)

@@ -22,6 +22,6 @@ def test_timed_cores_read_and_make_the_multiples_below_their_ranks(core):
 
     gm = capture(nn.Sequential(core).eval(), torch.randn(2, core.in_channels, *[9] * (core.weight.dim() - 2)))
     (node,) = (n for n in gm.graph.nodes if n.op == "call_module")
-    time_branches(node, core, [1, 2, 4], Stopwatch(timer=timer))
+    time_branches([node], core, [1, 2, 4], Stopwatch(timer=timer))
     c_in, c_out = core.in_channels, core.out_channels
     assert parts == {str(n): (n, c_in // n * n, c_out // n * n, True) for n in (1, 2, 4)}

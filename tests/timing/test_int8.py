@@ -94,7 +94,7 @@ def test_all_are_quantised_before_any_is_compiled(done):
 
 def test_a_layer_is_not_run_before_its_forms_are_quantised(done):
     place = Place(nn.Linear(64, 64), (2, 64), torch.float32, "contiguous", CPU)
-    time_ranks(place, [(8,), (16,)], Stopwatch("int8", seconds=0.0, cached=False))
+    time_ranks([place], [(8,), (16,)], Stopwatch("int8", seconds=0.0, cached=False))
     assert done[:3] == ["quantised"] * 3
     assert "quantised" not in done[3:]
 

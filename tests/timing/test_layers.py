@@ -8,9 +8,10 @@ from torch import nn
 
 from fxlrd import capture
 from fxlrd.graph.surgery import calls
-from fxlrd.timing.layers import ORIGINAL, placed, time_ranks
+from fxlrd.timing.clock import Timing
+from fxlrd.timing.layers import ORIGINAL, placed, time_ranks, together
 from fxlrd.timing.stopwatch import Stopwatch
-from tests.support.timers import FakeTimer
+from tests.support.timers import FakeTimer, SizeTimer
 
 
 @pytest.fixture
@@ -21,21 +22,22 @@ def timer() -> FakeTimer:
 
 def place(layer: nn.Module, x: torch.Tensor):
     gm = capture(nn.Sequential(layer).eval(), x)
-    return placed(calls(gm, "0")[0], layer)
+    return placed(calls(gm, "0"), layer)
 
 
 def test_a_place_is_the_input_that_the_layer_sees():
     x = torch.randn(2, 8, 5, 5).double().contiguous(memory_format=torch.channels_last)
-    where = place(nn.Conv2d(8, 8, 3).double().to(memory_format=torch.channels_last), x)
+    (where,) = place(nn.Conv2d(8, 8, 3).double().to(memory_format=torch.channels_last), x)
     assert (where.shape, where.dtype, where.layout) == ((2, 8, 5, 5), torch.float64, "channels_last")
-    other = place(nn.Conv2d(8, 8, 3), x.float())
+    (other,) = place(nn.Conv2d(8, 8, 3), x.float())
     assert where.signature != other.signature
-    assert where.signature == place(nn.Conv2d(8, 8, 3).double().to(memory_format=torch.channels_last), x).signature
+    (same,) = place(nn.Conv2d(8, 8, 3).double().to(memory_format=torch.channels_last), x)
+    assert where.signature == same.signature
 
 
 def test_without_shapes_it_says_what_is_missing():
     gm = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4)))
-    assert placed(calls(gm, "0")[0], gm.get_submodule("0")).code == "no-shapes"
+    assert placed(calls(gm, "0"), gm.get_submodule("0")).code == "no-shapes"
 
 
 def test_ratios_are_to_the_original_and_each_group_has_it(timer):
@@ -70,9 +72,45 @@ def test_what_was_measured_is_not_measured_again(timer, cached):
 
 def test_the_original_is_the_users_module_and_keeps_its_mode(timer):
     where = place(nn.Linear(32, 32), torch.randn(4, 32))
-    where.original.train()
+    (layer,) = (each.original for each in where)
+    layer.train()
     time_ranks(where, [(8,)], Stopwatch(cached=False, timer=timer))
-    assert where.original.training
+    assert layer.training
+
+
+class Pyramid(nn.Module):
+    """A head that is called on two levels of a pyramid, on the smaller one twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        small = nn.functional.avg_pool2d(x, 4)
+        return self.head(x).mean() + self.head(small).mean() + self.head(small + 1).mean()
+
+
+def test_the_time_of_a_layer_is_that_of_all_its_calls():
+    gm = capture(Pyramid().eval(), torch.randn(1, 8, 16, 16))
+    where = placed(calls(gm, "head"), gm.get_submodule("head"))
+    assert [each.shape[-1] for each in where] == [16, 4, 4]
+    seconds = {(ORIGINAL, 16): 10.0, (ORIGINAL, 4): 1.0, ("4x4", 16): 5.0, ("4x4", 4): 3.0}
+    timer = SizeTimer(lambda name, size: seconds[name, size], spread=0.1)
+    times = time_ranks(where, [(4, 4)], Stopwatch(cached=False, timer=timer))
+    assert times[ORIGINAL].seconds == pytest.approx(10 + 1 + 1)
+    assert times["4x4"].seconds == pytest.approx(5 + 3 + 3)
+    assert times["4x4"].ratio == pytest.approx(11 / 12)
+    assert times["4x4"].spread == pytest.approx(0.1 * (10**2 + 1 + 1) ** 0.5 / 12)
+    assert [sorted(names) for names in timer.rounds] == [["4x4", ORIGINAL]] * 2, "each size once"
+
+
+def test_a_node_stands_for_as_many_calls_as_it_says():
+    timings = {ORIGINAL: Timing(2.0, 1.0, 0.0), "8": Timing(1.0, 0.5, 0.1)}
+    others = {ORIGINAL: Timing(4.0, 1.0, 0.0), "8": Timing(8.0, 2.0, 0.2)}
+    summed = together([(3, timings), (1, others)])
+    assert summed[ORIGINAL] == Timing(10.0, 1.0, 0.0)
+    assert (summed["8"].seconds, summed["8"].ratio) == (11.0, pytest.approx(1.1))
+    assert summed["8"].spread == pytest.approx((0.6**2 + 0.8**2) ** 0.5 / 10)
 
 
 def test_under_inductor_the_modules_are_compiled(timer, monkeypatch):
