@@ -87,7 +87,8 @@ def finetune(
         clip: largest norm of the gradient; None leaves it alone.
         optimizer: makes another optimizer from the parameters; its own learning rates are then the peaks.
         loss: of (output, target), averaged over the batch.
-        teacher: the original model; the loss becomes (1-distill)·loss + distill·T²·KL of the softened outputs.
+        teacher: the original model, which returns one tensor of logits; the loss becomes (1-distill)·loss +
+            distill·T²·KL of the softened outputs.
         distill: weight of the teacher, 0 to 1.
         temperature: T of the softened outputs.
         schedule: freezing of factors, paper or sequential (see `fxlrd.passes.freeze`); None trains all.
@@ -285,13 +286,19 @@ def _share(batch: Any, rank: int, world: int, device: torch.device) -> _Part:
     return _Part(inputs, target, (high - low) * world / count, count)
 
 
-def _teach(teacher: nn.Module, inputs: tuple[Any, ...], output: Tensor, temperature: float) -> Tensor:
+def _teach(teacher: nn.Module, inputs: tuple[Any, ...], output: Any, temperature: float) -> Tensor:
     modes = [(m, m.training) for m in teacher.modules()]
     teacher.eval()
     with torch.no_grad():
         expected = teacher(*inputs)
     for module, training in modes:
         module.training = training
+    for value in (expected, output):
+        if not isinstance(value, Tensor):
+            raise FxlrdError(
+                f"finetune: the model returns a {type(value).__name__}; a teacher needs one tensor of logits: "
+                "leave teacher out, or compare with it in loss"
+            )
     softened = F.log_softmax(output / temperature, -1), F.log_softmax(expected / temperature, -1)
     return temperature**2 * F.kl_div(*softened, reduction="batchmean", log_target=True)
 

@@ -210,15 +210,15 @@ def frontier(
     with one_bar(["capture", *labels(passes, wanted), _TIMING, "evaluate"], shown=progress) as show:
         inputs = Inputs.of(example_inputs)
         original = alone(show, "capture", lambda: capture_any(model, inputs, original_shapes(model)))
+        accuracy = None
+        if evaluate is not None:  # at once: a function that fails does so before the work
+            own = independent_copy(structural_copy(captured_or_bare(original).model or model))
+            accuracy = _evaluated(evaluate, own, "the original")
         runs, missed = carry_out(passes, original, wanted, verify=verify, progress=show)
         graphs = {str(budget): run.result.graph_module for budget, run in runs.items()}
         timings = {}
         if measure:
             timings = alone(show, _TIMING, lambda: timed(model, original, graphs, compile, timer))
-        accuracy = None
-        if evaluate is not None:
-            own = independent_copy(structural_copy(captured_or_bare(original).model or model))
-            accuracy = _evaluated(evaluate, own, "the original")
         made = tuple(_points(model, original, runs, timings, compile, verify, evaluate, show))
     first, report = next(iter(runs.values())), made[0].report
     return Frontier(

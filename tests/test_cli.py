@@ -71,6 +71,7 @@ def test_a_factory_of_the_users(tmp_path, monkeypatch, capsys):
             "write torchvision:resnet50, timm:resnet50, hf:FOLDER, package.module",
         ),
         (["compress", "no_such_module:net"], "cannot be imported"),
+        (["compress", "nets/detector.py:make"], "in the file's folder, name its module: detector:make"),
         (["compress", "os:getcwd"], "returns a str, not a torch.nn.Module"),
         (["compress", "torchvision:resnet18", "--preset", "rnaks"], "did you mean ranks"),
         (["compress", "torchvision:resnet18", "--passes", "decompose{ratoi=2}"], "did you mean ratio"),

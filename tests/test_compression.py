@@ -48,6 +48,9 @@ def test_inputs_as_tuple_and_by_name():
     assert "frozen arguments of forward: scale=None" in by_name.report.warnings[0]
     with pytest.raises(Exception, match="scale"):
         by_name.model(x, y, scale=torch.ones(1))
+    own = quick(model, (x, y), inplace=True)
+    assert not any("frozen" in text for text in own.report.warnings), "the user's forward still takes it"
+    assert own.model(x, y, scale=torch.ones(1)).shape == (2, 32)
 
 
 def test_the_report_as_json_and_as_a_table():

@@ -115,6 +115,19 @@ def test_the_sequential_schedule_alternates():
     assert history[0].trained != history[1].trained
 
 
+def test_a_teacher_of_a_model_that_returns_no_single_tensor_is_refused():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            return {"scores": self.net(x)}
+
+    with pytest.raises(FxlrdError, match=r"returns a dict; a teacher needs one tensor of logits: leave teacher out"):
+        finetune(Named(), loader(), loss=lambda output, target: output["scores"].mean(), teacher=Named())
+
+
 def test_distillation_pulls_towards_the_teacher():
     teacher, model = net().train(), net()
     with torch.no_grad():

@@ -106,8 +106,12 @@ def test_the_users_function_measures_models_of_its_own():
     assert (tried.points[0].result().model(data[0]) - expected).norm().item() == pytest.approx(losses[0])
     with pytest.raises(FxlrdError, match="no point is within error=1e-09"):
         tried.fastest(error=1e-9)
+
+
+def test_a_function_that_fails_does_so_before_the_work(monkeypatch):
+    monkeypatch.setattr("fxlrd.tradeoffs.carry_out", pytest.fail)
     with pytest.raises(FxlrdError, match="evaluate fails on the original: ValueError"):
-        frontier(net, evaluate=lambda m: int("x"))
+        frontier(model(), evaluate=lambda m: int("x"))
 
 
 def test_a_point_of_weights_that_have_changed_since_is_refused():

@@ -10,7 +10,7 @@ from fxlrd.allocation.choices import NEGLIGIBLE
 from fxlrd.allocation.plan import Plan, planned
 from fxlrd.allocation.problem import Problem
 from fxlrd.budget import Budget
-from fxlrd.calibration.holdout import Holdout, held_out
+from fxlrd.calibration.holdout import INCOMPARABLE, Holdout, held_out
 from fxlrd.graph import cost
 from fxlrd.graph.captured import captured_or_bare
 
@@ -56,11 +56,6 @@ _TIMES = 3.0
 
 _SMALL = 1e-3
 """Errors that are not worth a word whatever was predicted."""
-
-INCOMPARABLE = (
-    "on held-out inputs the outputs have other shapes than the original's, as where a detector finds other boxes, or "
-    "are not finite: their error is not known; compress the model without what selects boxes (NMS)"
-)
 
 
 def doubt_of_plan(gm: fx.GraphModule) -> str | None:

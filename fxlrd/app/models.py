@@ -116,6 +116,9 @@ def _factory(package: str, attribute: str, weights: str | None) -> Callable[[], 
 
 def _imported(what: str, package: str, attribute: str) -> Any:
     """Import what the user names, from the working directory too. Raises FxlrdError where that fails."""
+    if package.endswith(".py"):
+        module = Path(package).stem
+        raise FxlrdError(f"{what} {package}:{attribute}: in the file's folder, name its module: {module}:{attribute}")
     folder = os.getcwd()
     if folder not in sys.path:  # as python -m does
         sys.path.insert(0, folder)

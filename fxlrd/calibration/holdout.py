@@ -97,6 +97,12 @@ reference = Fact("reference", fx.GraphModule)
 """The graph as it was when it was calibrated, before any pass rewrote it."""
 
 
+INCOMPARABLE = (
+    "on held-out inputs the outputs have other shapes than the original's, as where a detector finds other boxes, or "
+    "are not finite: their error is not known; compress the model without what selects boxes (NMS)"
+)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether to keep a change, and the errors on held-out inputs, in words."""
@@ -110,8 +116,13 @@ def keep_if_better(held_out: HeldOut, before: fx.GraphModule, after: fx.GraphMod
     if not isinstance(held_out, Holdout):
         return Verdict(True)
     was, now = held_out.error(before), held_out.error(after)
-    note = f"output error on held-out inputs {was:.3g} → {now:.3g}"
+    note = in_words(was, now)
     return Verdict(True, note) if now < was else Verdict(False, f"{note}: not kept")
+
+
+def in_words(was: float, now: float) -> str:
+    """Return what became of the error on held-out inputs."""
+    return INCOMPARABLE if math.isinf(was) else f"output error on held-out inputs {was:.3g} → {now:.3g}"
 
 
 def held_out_of(gm: fx.GraphModule, inputs: Iterable[Inputs]) -> Holdout | TooFew:

@@ -20,7 +20,7 @@ from fxlrd.graph.fast_paths import TRANSFORMERS
 from fxlrd.graph.guards import MORE_INPUTS, NEVER_CALLED, added, container_reads, owners, pads_itself, shared_parameter
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import plain, set_modules
-from fxlrd.graph.run import called_on, counting, evaluating, isolated, set_mode
+from fxlrd.graph.run import called_on, counting, evaluating, isolated, training_unasked
 from fxlrd.graph.surgery import is_reserved
 from fxlrd.graph.writes import guarding_weights
 from fxlrd.layers.folded import is_layer, layer_of
@@ -121,9 +121,8 @@ def _reads_in_training(original: Original) -> Reads:
 
 def _reads_of(model: nn.Module, original: Original) -> Reads:
     reads = Reads()
-    set_mode(model, True)
     noting = noting_reads(model, reads, ", in training mode")
-    with isolated(model), torch.enable_grad(), not_saving_for_backward(), suppress(Exception), noting:
+    with training_unasked(model), not_saving_for_backward(), suppress(Exception), noting:
         called_on(model, original.inputs)
     return reads
 

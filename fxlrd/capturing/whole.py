@@ -89,6 +89,7 @@ def capture_whole(original: Original, for_users_forward: bool = False) -> fx.Gra
         warnings.append("forward takes another path in training mode: the eval path was captured")
     if not for_users_forward:
         call_inlined_layers(gm, model)
+    of_graph = tuple(warnings)
     alike = put_stand_ins(gm)
     captured.record(gm, Whole(inputs))
     _check(gm, original)
@@ -101,6 +102,7 @@ def capture_whole(original: Original, for_users_forward: bool = False) -> fx.Gra
         inputs,
         unreached,
         tuple(warnings),
+        of_graph,
         model=original.users,
         modules=called(gm),
         alike={**alike, **folding.modules},

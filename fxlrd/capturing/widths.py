@@ -20,7 +20,7 @@ from fxlrd.graph.copies import aliasing_copy, independent_copy, structural_copy
 from fxlrd.graph.guards import why_not_replaceable
 from fxlrd.graph.inputs import Inputs, tensors
 from fxlrd.graph.regions import set_modules
-from fxlrd.graph.run import called_on, isolated, run, set_mode
+from fxlrd.graph.run import called_on, run, training_unasked
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.graph.writes import guarding_weights
 from fxlrd.layers.compose import keep_channels, keep_inputs, keep_outputs
@@ -169,8 +169,7 @@ def _trained(model: nn.Module, inputs: Inputs, backward: Callable[[Sequence[Tens
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_leaf:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # together they are as large as the model
-    set_mode(model, True)
-    with isolated(model), torch.enable_grad():
+    with training_unasked(model):
         outputs = tensors(called_on(model, inputs))
         sums = [t.sum() for t in outputs if t.requires_grad]
         if sums:

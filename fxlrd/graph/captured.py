@@ -61,6 +61,7 @@ class Whole:
         inputs: the example inputs.
         unreached: the layers that no node of the graph stands for, by name.
         warnings: what capture had to freeze or leave out.
+        of_graph: those of them that hold for the graph, and not for the user's forward with its layers inside.
         weight_shapes: for a model that was already compressed, the shapes of weights before that, by module name.
         model: a copy of the user's model with modules and buffers of its own around the user's parameters. It is not
             run: copies of it are.
@@ -74,6 +75,7 @@ class Whole:
     inputs: Inputs
     unreached: Mapping[str, Unreached] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    of_graph: tuple[str, ...] = ()
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     model: nn.Module | None = field(default=None, repr=False)
     modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
@@ -201,6 +203,7 @@ class Regions:
     alike: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
     not_stems: frozenset[str] = frozenset()
 
+    of_graph: ClassVar[tuple[str, ...]] = ()
     padded: ClassVar[Mapping[str, Padding]] = {}
     user_forward = True
 

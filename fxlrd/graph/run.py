@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,18 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     """
     with evaluating(model), isolated(model), torch.no_grad():
         return called_on(model, inputs)
+
+
+@contextmanager
+def training_unasked(model: nn.Module) -> Iterator[None]:
+    """Run a model of one's own in training mode, with gradients.
+
+    Warnings are not shown: the run is not the user's, who would give labels too.
+    """
+    set_mode(model, True)
+    with isolated(model), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def called_on(model: nn.Module, inputs: Inputs) -> Any:

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 
 from fxlrd.calibration.batches import first_rows
 from fxlrd.calibration.course import Course, course_of
-from fxlrd.calibration.holdout import HeldOut, Holdout
+from fxlrd.calibration.holdout import HeldOut, Holdout, in_words
 from fxlrd.calibration.padding import tokens_of
 from fxlrd.calibration.stages import Observed, Stage, observe
 from fxlrd.calibration.unit_stepper import UnitStepper
@@ -216,7 +216,7 @@ class _Guard:
         elif self.ends <= self.visited or error > (1 + RISE) * self.lowest:
             self.stopped = True
             self.models.take_back()
-        self.note = f"output error on held-out inputs {self.first:.3g} → {self.lowest if self.better else error:.3g}"
+        self.note = in_words(self.first, self.lowest if self.better else error)
         self.note += "" if self.better else ": not kept"
 
 

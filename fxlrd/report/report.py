@@ -88,7 +88,7 @@ class Report:
             layers=[asdict(row) for row in rows],
             passes=[asdict(PassRow.of(record)) for record in run.ledger],
             warnings=[
-                *capture.warnings,
+                *(text for text in capture.warnings if not installed.complete or text not in capture.of_graph),
                 *installed.warnings,
                 *(text for record in run.ledger for text in record.warnings),
                 *advice(pipeline, rows, timings.get("after") if run.modified else None),

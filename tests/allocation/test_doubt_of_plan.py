@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from fxlrd import Pipeline, capture
-from fxlrd.allocation.doubts import INCOMPARABLE, doubt_of_plan
+from fxlrd.allocation.doubts import doubt_of_plan
 from fxlrd.allocation.plan import Plan, planned
-from fxlrd.calibration.holdout import held_out, record_calibrated
+from fxlrd.calibration.holdout import INCOMPARABLE, held_out, record_calibrated
 from fxlrd.passes import Calibrate, Decompose
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from fxlrd import capture
 from fxlrd.calibration.holdout import (
+    INCOMPARABLE,
     Disabled,
     Holdout,
     TooFew,
@@ -68,6 +69,24 @@ def test_a_change_is_kept_if_it_lowers_the_error_on_held_out_inputs():
     assert worse == Verdict(False, f"output error on held-out inputs {now:.3g} → {was:.3g}: not kept")
     assert not keep_if_better(judge, near, near).keep, "equal is not better"
     assert keep_if_better(Disabled(), near, far) == keep_if_better(TooFew(), near, far) == Verdict(True)
+
+
+def test_where_no_error_is_known_it_is_said_what_to_do():
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return (y := self.fc(x))[y[:, 0] > 0]
+
+    gm = capture(Boxes().double(), X.double())
+    judge = held_out_of(gm, [Inputs((X.double(),))])
+    fewer, none = copy.deepcopy(gm), copy.deepcopy(gm)
+    with torch.no_grad():
+        fewer.fc.bias -= 1
+        none.fc.bias -= 2
+    assert keep_if_better(judge, fewer, none) == Verdict(False, f"{INCOMPARABLE}: not kept")
 
 
 class Outputs(nn.Module):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 
 import pytest
 import torch
@@ -305,6 +306,16 @@ def test_the_reason_names_the_reader_and_the_mode():
     assert str(captured(gm).unreached["fc"].reason) == (
         "its weight is read by reads_in_training directly, in training mode"
     )
+
+
+def test_a_run_in_training_mode_that_the_user_did_not_ask_for_warns_of_nothing(recwarn):
+    def forward(self, x):
+        if self.training:
+            warnings.warn("without labels", stacklevel=1)
+        return self.fc(self.a(x))
+
+    capture_regions(stopped(forward, a=linear(), fc=linear()), X)
+    assert not recwarn.list
 
 
 def test_a_training_mode_that_fails_tells_what_it_read_until_then():
