@@ -15,7 +15,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,9 @@ def finetune(
 
     Args:
         model: any module, such as ``result.model``. Its modes and ``requires_grad`` are restored afterwards.
-        loader: batches (inputs, target); has a length. Inputs are a tensor, or a tuple of positional arguments.
+        loader: batches (inputs, target); has a length. Inputs are a tensor, or a tuple of positional arguments: a
+            model that returns its losses in training mode gets (images, targets) there. Processes that train together
+            share the examples of a batch: rows of tensors, and elements of lists with one for each example.
         epochs: passes over the loader.
         lr: the peak learning rate, after ``warmup`` (a share of all steps); it decays to 0 by a cosine.
         weight_decay: of the default optimizer.
@@ -279,11 +281,39 @@ def _share(batch: Any, rank: int, world: int, device: torch.device) -> _Part:
         raise FxlrdError("finetune: the loader gives no (inputs, target) pairs")
     inputs, target = batch
     inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    count = len(target)
+    count = _examples(inputs)
     low, high = count * rank // world, count * (rank + 1) // world
-    part = slice(low, high) if high > low else slice(0, 1)
-    inputs, target = tree_map(lambda t: t[part].to(device) if isinstance(t, Tensor) else t, (inputs, target))
+    if world > 1:
+        part = slice(low, high) if high > low else slice(0, 1)
+        inputs, target = (_rows(value, part, count) for value in (inputs, target))
+    inputs, target = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, (inputs, target))
     return _Part(inputs, target, (high - low) * world / count, count)
+
+
+def _examples(inputs: tuple[Any, ...]) -> int:
+    """Return the number of examples in a batch: that of the first argument, a tensor, a list or a dict of tensors."""
+    first = inputs[0] if inputs else ()
+    value = next(iter(first.values()), ()) if isinstance(first, Mapping) else first
+    if not isinstance(value, (Tensor, list, tuple)) or not len(value):
+        raise FxlrdError("finetune: the number of examples is not known: the first input is no batch of tensors")
+    return len(value)
+
+
+def _rows(value: Any, part: slice, count: int) -> Any:
+    """Return some examples of a batch: rows of tensors, and elements of lists with one for each example."""
+    if isinstance(value, Tensor):
+        return value[part] if _is_batch(value, count) else value
+    if isinstance(value, Mapping):
+        return {name: _rows(each, part, count) for name, each in value.items()}
+    if isinstance(value, list) and len(value) == count and not all(_is_batch(each, count) for each in value):
+        return value[part]
+    if isinstance(value, (list, tuple)):
+        return [_rows(each, part, count) for each in value]
+    return value
+
+
+def _is_batch(value: Any, count: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
 
 
 def _teach(teacher: nn.Module, inputs: tuple[Any, ...], output: Any, temperature: float) -> Tensor:

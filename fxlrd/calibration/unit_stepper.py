@@ -76,7 +76,7 @@ class UnitStepper:
 
     def _seen(self, i: int, unit: str, names: Collection[str]) -> Mapping[str, Call]:
         missing, settled = set(names), self.settled.get(unit, ())
-        end: Callable[[], None] = bool
+        end: Callable[[], object] = bool
 
         def until_all(call: UnitCall, forward: Callable[[], Any]) -> Any:
             nonlocal end
