@@ -22,10 +22,11 @@ class Answers:
     def __init__(self, model: nn.Module, limit: int = LIMIT) -> None:
         self.model, self.limit = model, limit
         self.known: dict[int, dict[str, Any]] = {}
+        self.bytes = 0
 
     def forget(self, i: int) -> None:
         """Forget what was given for input ``i``."""
-        self.known.pop(i, None)
+        self.bytes -= sum(map(_bytes, self.known.pop(i, {}).values()))
 
     @contextmanager
     def given(self, i: int, names: Collection[str]) -> Iterator[Callable[[], None]]:
@@ -47,8 +48,10 @@ class Answers:
                 if name in known:
                     return copies(known[name])
                 output = forward(*args, **kwargs)
-                if remembering and self._bytes() + _bytes(output) <= self.limit:
+                size = _bytes(output) if remembering else 0
+                if remembering and self.bytes + size <= self.limit:
                     known[name] = copies(output)
+                    self.bytes += size
                 return output
 
             return call
@@ -64,9 +67,6 @@ class Answers:
                 vars(module).pop("forward", None)
                 if forward is not None:
                     module.forward = forward
-
-    def _bytes(self) -> int:
-        return sum(_bytes(outputs) for outputs in self.known.values())
 
 
 def _bytes(value: Any) -> int:
