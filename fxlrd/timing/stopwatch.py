@@ -10,7 +10,8 @@ in whatever minute, or on whatever day, the ratios were measured. T(kernel) is m
 time is set against that of its layers is timed beside the kernel too.
 
 Beside other load a long computation is interrupted, and a short one seldom is. So the kernel is repeated until it lasts
-as long as what it is timed beside: then both are slowed down alike, and their ratio holds.
+as long as what it is timed beside: then both are slowed down alike, and their ratio holds. Variants of one signature may
+differ more in length, and a ratio that is uncertain for that reason is good for this run only: it is not stored.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from fxlrd.timing.workload import Workload, prepare, time_workloads
 
 REFERENCE, REFERENCE_ALONE = "reference", "reference, alone"
 """The names that the reference kernel is timed by: repeated as often as fits, and once."""
+_UNCERTAIN = 0.2
+"""The spread of a ratio, relative to it, beyond which it is not stored."""
 _KERNEL_REPEATS, _KERNEL_SECONDS, _MOST_REPEATS = 32, 0.3, 1000
 _SIDE_BY_SIDE = 10
 """Variants that are timed together, beside the first; each such group is stored as soon as it is timed."""
@@ -83,8 +86,10 @@ class Stopwatch:
         for group in _groups(list(variants), entry):
             entry = self._measured(entry, device, {name: variants[name]() for name in group})
             self._entries[device, signature] = entry
-            if self.cached:
-                Cache().store(Setting.current(device, self.under_inductor), signature, entry)
+            if self.cached and _is_certain(entry.reference):
+                certain = {name: ratio for name, ratio in entry.timings.items() if _is_certain(ratio)}
+                setting = Setting.current(device, self.under_inductor)
+                Cache().store(setting, signature, replace(entry, timings=certain))
         assert entry is not None
         kernel = self._seconds_of_kernel(device)
         change = entry.reference_seconds / kernel
@@ -142,6 +147,10 @@ class Stopwatch:
             timings = time_workloads(workloads, device, _KERNEL_SECONDS, self.timer)
             self._kernel_seconds[device] = timings[REFERENCE].seconds / _KERNEL_REPEATS
         return self._kernel_seconds[device]
+
+
+def _is_certain(ratio: Ratio) -> bool:
+    return ratio.spread <= _UNCERTAIN * ratio.ratio
 
 
 def _ratios(timings: Mapping[str, Timing]) -> dict[str, Ratio]:

@@ -16,7 +16,7 @@ from fxlrd.timing.workload import Workload
 from tests.support.timers import KERNELS, FakeTimer
 
 CPU = torch.device("cpu")
-SECONDS = {"original": 4e-3, "half": 2e-3, "quarter": 1e-3, "model": 10e-3}
+SECONDS = {"original": 4e-3, "half": 2e-3, "quarter": 1e-3, "eighth": 5e-4, "model": 10e-3}
 
 
 def machine(slowdown: float = 1.0, spread: float = 0.0) -> FakeTimer:
@@ -53,6 +53,22 @@ def test_a_timing_from_disk_is_in_seconds_of_this_run(slowdown):
     assert timings["half"].ratio == 0.5
     assert timer.rounds == [], "nothing but the reference kernel was timed"
     assert stopwatch.drift == pytest.approx(max(slowdown, 1 / slowdown))
+
+
+def test_what_is_uncertain_is_measured_again_by_the_next_run():
+    noisy = Stopwatch(timer=machine(spread=0.04))
+    assert seconds(times(noisy, "original", "half", "eighth"))["eighth"] == pytest.approx(5e-4)
+    assert times(noisy, "eighth")["eighth"].spread == 0.04, "in this run it is known"
+    timer = machine()
+    timings = times(Stopwatch(timer=timer), "original", "half", "eighth")
+    assert timer.rounds == [["original", "eighth"]]
+    assert (timings["half"].spread, timings["eighth"].spread) == (0.04, 0.0)
+
+
+def test_nothing_is_stored_beside_an_uncertain_kernel(tmp_path, monkeypatch):
+    monkeypatch.setenv("FXLRD_CACHE_DIR", str(tmp_path))
+    times(Stopwatch(timer=machine(spread=0.3)), "original")
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_forms_timed_on_another_day_are_relative_to_the_same_original():
