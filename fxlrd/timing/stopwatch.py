@@ -10,8 +10,8 @@ in whatever minute, or on whatever day, the ratios were measured. T(kernel) is m
 time is set against that of its layers is timed beside the kernel too.
 
 Beside other load a long computation is interrupted, and a short one seldom is. So the kernel is repeated until it lasts
-as long as what it is timed beside: then both are slowed down alike, and their ratio holds. Variants of one signature differ
-in length. Where a ratio is uncertain for that reason, it is good for this run only, and not stored.
+as long as what it is timed beside: then both are slowed down alike, and their ratio holds. Variants of one
+signature differ in length. Where a ratio is uncertain for that reason, it is good for this run only, and not stored.
 """
 
 from __future__ import annotations
