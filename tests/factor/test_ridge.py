@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxlrd.factor.ridge import GRID, best_ridge, with_ridge
+from fxlrd.factor.ridge import _PREDICTED, GRID, _Half, best_ridge, with_ridge
 from fxlrd.factor.whiten import root, whitened_svd
 from fxlrd.layers.fit import Moments
 from tests.support.factors import svd_product
@@ -60,3 +60,21 @@ def test_channels_that_never_vary_do_not_matter():
     more = torch.cat([x, torch.zeros(40, 3).double()], 1)
     assert moments(more).ridge == moments(x).ridge
     assert moments(torch.ones(30, 4)).ridge < GRID[-1]
+
+
+def test_of_many_channels_some_are_predicted_for_all():
+    torch.manual_seed(0)
+    width = 4 * _PREDICTED + 2
+    mix = torch.randn(width // 8, width).double()
+    x = torch.randn(2 * width, width // 8).double() @ mix + 0.5 * torch.randn(2 * width, width).double()
+    fitted, others = x[:width], x[width:]
+    covariance = fitted.mT @ fitted / len(fitted)
+    halves = [_Half(covariance, others, slice(i, None, 2), slice(1 - i, None, 2)) for i in (0, 1)]
+    for half, made in zip(halves, (slice(1, None, 2), slice(0, None, 2)), strict=True):
+        assert half.wanted.shape[1] <= _PREDICTED
+        reads = slice(1 - made.start, None, 2)
+        inner = covariance[reads, reads] + 0.1 * torch.eye(width // 2).double()
+        wrong = others[:, made] - others[:, reads] @ torch.linalg.solve(inner, covariance[reads, made])
+        every = wrong.square().mean(0)
+        noise = 3 * float(every.std()) * width / 2 / half.wanted.shape[1] ** 0.5
+        assert half.error(0.1) == pytest.approx(float(every.sum()), abs=noise)
