@@ -26,6 +26,12 @@ def isolated(cache_folders, monkeypatch):
 
 
 @pytest.fixture
+def without_ridge(monkeypatch):
+    """Layers are fitted to the calibration inputs as they are, so that what is exact of those can be checked."""
+    monkeypatch.setattr("fxlrd.layers.fit.best_ridge", lambda *_: 0.0)
+
+
+@pytest.fixture
 def fresh_dynamo(isolated):
     """Nothing that Dynamo compiled before or in this test outlives it."""
     torch._dynamo.reset()

@@ -40,7 +40,7 @@ class _Read:
     reader: Reader
     tensor: weakref.ref[Tensor]
     version: int
-    before: HeldOut | None
+    before: HeldOut
     first: bool
     awaited: set[Reader] = field(default_factory=set)
     values: Tensor | None = None

@@ -20,69 +20,96 @@ from fxlrd.factor.whiten import Root, regularised, root
 from fxlrd.layers.kinds import channels_per_group, kernel_area
 
 HELD_OUT = 8
-"""One position in so many is held out where there are few, to choose the ridge by."""
+"""One position in so many is held out while there are few, to choose the ridge by; fewer where that would be many."""
 
-ENOUGH = 16
-"""Positions per channel from which on none are held out: a fit to them needs no ridge."""
+MOST = 512
+"""Positions that are held out at most; one for each channel where there are more channels."""
 
 
 @dataclass
 class HeldOut:
-    """Some of the positions of a tensor (N×C)."""
+    """Positions of a tensor that its ridge is chosen by, one in ``every`` so many.
 
-    rows: Tensor
+    ``blocks`` (N×C each) are the last positions of one input or several: all of a block are held out, since
+    neighbours have much in common.
+    """
+
+    blocks: list[Tensor]
+    every: int = HELD_OUT
+
+    @property
+    def rows(self) -> Tensor:
+        """The positions (N×C)."""
+        return torch.cat(self.blocks)
 
     @property
     def count(self) -> int:
         """The number of positions."""
-        return len(self.rows)
+        return sum(len(block) for block in self.blocks)
+
+    def followed_by(self, x: Tensor, count: int) -> HeldOut:
+        """Return them with some of the last rows of ``x``, where ``count`` positions have been seen, all together.
+
+        They come from everything that was seen: where they would be too many, the last half of each block stays, and
+        of what follows fewer are held out.
+        """
+        blocks, every = self.blocks, self.every
+        while (count + every - 2) // every > max(MOST, x.shape[1]):
+            blocks, every = _last_halves(blocks), 2 * every
+        due = (count + every - 2) // every - sum(len(block) for block in blocks)
+        return HeldOut([*blocks, x[max(0, len(x) - due) :].clone()] if due > 0 else blocks, every)
 
     def __add__(self, other: HeldOut) -> HeldOut:
         """Return the positions of both."""
-        return HeldOut(torch.cat([self.rows, other.rows]))
+        return HeldOut(self.blocks + other.blocks, max(self.every, other.every))
+
+
+def _last_halves(blocks: list[Tensor]) -> list[Tensor]:
+    """Return the last half of the rows of each block, and every second of blocks that have only one."""
+    halves, due = [], 0
+    for block in blocks:
+        due += len(block)
+        if due > 1:
+            halves.append(block[-(due // 2) :].clone())
+        due %= 2
+    return halves
 
 
 @dataclass
 class Moments:
     """Running moments of one tensor's C channels over every position of every input.
 
-    ``total`` (C) is Σ x, ``products`` (C×C) is Σ x·xᵀ, in float64; ``count`` is the number of positions. While those
-    are few, ``held_out`` has some of them.
+    ``total`` (C) is Σ x, ``products`` (C×C) is Σ x·xᵀ, in float64; ``count`` is the number of positions, of which
+    ``held_out`` has some.
     """
 
     total: Tensor
     products: Tensor
     count: int = 0
-    held_out: HeldOut | None = None
+    held_out: HeldOut = field(default_factory=lambda: HeldOut([]))
     _ridge: float | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def empty(cls, channels: int, device: torch.device) -> Moments:
         """Return the moments of no positions."""
         zeros = torch.zeros(channels, channels, dtype=torch.float64, device=device)
-        return cls(zeros[0].clone(), zeros, 0, HeldOut(zeros[:0].float()))
+        return cls(zeros[0].clone(), zeros)
 
     def add(self, x: Tensor) -> None:
         """Add the rows of ``x`` (N×C), in float64.
 
         Products rounded to float32 would leave noise of 1e-7 in directions that carry nothing, and a least
-        squares fit would divide by it. The last rows are held out: with those of other inputs they have least in
-        common.
+        squares fit would divide by it. Of the last rows some are held out: with those of other inputs they have least
+        in common.
         """
         given, x = x.detach(), x.detach().double()
         self.products += gram(x)
         self.total += x.sum(0)
         self.count += len(x)
         self._ridge = None
-        if self.held_out is None:
-            return
-        if self.count >= ENOUGH * len(self.total):
-            self.held_out = None
-            return
-        due = (self.count + HELD_OUT - 2) // HELD_OUT - self.held_out.count
-        self.held_out += HeldOut(given[len(x) - min(due, len(x)) :])
+        self.held_out = self.held_out.followed_by(given, self.count)
 
-    def remove(self, x: Tensor, held_out: HeldOut | None) -> None:
+    def remove(self, x: Tensor, held_out: HeldOut) -> None:
         """Remove rows that were added last; ``held_out`` is what was held out before."""
         x = x.detach().double()
         self.products -= gram(x)
@@ -92,8 +119,7 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         """Return the moments of the positions of both."""
-        both = self.held_out is not None and other.held_out is not None
-        held_out = self.held_out + other.held_out if both else None  # type: ignore[operator]
+        held_out = self.held_out + other.held_out
         return Moments(self.total + other.total, self.products + other.products, self.count + other.count, held_out)
 
     @property
@@ -119,7 +145,7 @@ class Moments:
     def ridge(self) -> float:
         """The regularisation that a fit to these moments needs, as a share of each channel's variance.
 
-        It is chosen by the positions held out (fxlrd/factor/ridge.py), and 0 from `ENOUGH` positions per channel on.
+        It is chosen by the positions held out (fxlrd/factor/ridge.py).
         """
         if self._ridge is None:
             self._ridge = self._chosen()
@@ -127,8 +153,6 @@ class Moments:
 
     def _chosen(self) -> float:
         others = self.held_out
-        if others is None or self.count >= ENOUGH * len(self.total):
-            return 0.0
         fitted = self.count - others.count
         if not others.count or not fitted:
             return GRID[-1]

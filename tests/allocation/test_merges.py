@@ -99,6 +99,7 @@ def test_factors_are_not_merged():
     assert found(gm, "mid").code == "factor"
 
 
+@pytest.mark.usefixtures("without_ridge")
 def test_readers_know_what_they_read():
     model, x = net(), images()
     gm = swept(model, x, effects=40)
@@ -162,6 +163,7 @@ def measured(model, y, reader, kept, matrix):
     return (((y - y[:, kept] @ matrix.mT) @ model.readers[reader].weight.mT).square().sum(1)).mean().item()
 
 
+@pytest.mark.usefixtures("without_ridge")
 def test_a_curve_is_the_error_that_is_made():
     model, x = group_of(12, [7])
     gm = swept(model, x)
@@ -179,6 +181,7 @@ def test_a_curve_is_the_error_that_is_made():
     assert errors[-1] <= 1e-12 * whole, "all channels are kept"
 
 
+@pytest.mark.usefixtures("without_ridge")
 def test_no_other_interpolation_of_the_kept_channels_is_better():
     model, x = group_of(12, [7])
     gm = swept(model, x)
@@ -193,6 +196,7 @@ def test_no_other_interpolation_of_the_kept_channels_is_better():
         assert measured(model, y, 0, kept, moved) > best
 
 
+@pytest.mark.usefixtures("without_ridge")
 def test_consumers_agree_on_the_channels_and_their_errors_add_up():
     model, x = group_of(12, [3, 2, 3])
     gm = swept(model, x)
@@ -205,6 +209,7 @@ def test_consumers_agree_on_the_channels_and_their_errors_add_up():
         assert error == pytest.approx(made, rel=1e-8, abs=1e-12)
 
 
+@pytest.mark.usefixtures("without_ridge")
 def test_each_consumer_reads_its_own_tensor():
     class Two(nn.Module):
         def __init__(self):
@@ -228,6 +233,7 @@ def test_each_consumer_reads_its_own_tensor():
     assert one.mean(0).abs().max() < 1e-12, "the constant is in the bias"
 
 
+@pytest.mark.usefixtures("without_ridge")
 def test_with_the_effect_a_curve_is_the_relative_squared_error_of_the_model():
     model, x = group_of(12, [7])
     gm = swept(model, x)

@@ -17,7 +17,7 @@ from fxlrd.factor.ridge import GRID
 from fxlrd.graph.facts import output_moments, statistics
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.layer import statistics_of
-from fxlrd.layers.fit import Moments, Statistics
+from fxlrd.layers.fit import MOST, Moments, Statistics
 from fxlrd.layers.kinds import channel_axis
 from tests.support.factors import decaying
 
@@ -83,12 +83,34 @@ def test_one_position_in_eight_is_held_out_while_there_are_few(batch):
     x = torch.randn(200, 100).double()
     found = measured(x, batch)
     assert found.count == 200
-    assert found.held_out is not None
-    assert found.held_out.count == 200 // 8 or batch > 50
+    assert found.held_out.count == 200 // 8
     torch.testing.assert_close(found.second, x.mT @ x / 200, rtol=1e-12, atol=1e-12)
-    many = measured(torch.randn(1600, 100).double(), batch)
-    assert many.held_out is None
-    assert many.ridge == 0
+
+
+@pytest.mark.parametrize("batch", [1, 37, 1000, 40000])
+def test_of_many_positions_some_of_all_batches_are_held_out(batch):
+    # All channels are the number of the row.
+    x = torch.arange(40000.0).view(-1, 1).expand(-1, 3)
+    found = measured(x, batch)
+    assert MOST / 2 <= found.held_out.count <= MOST
+    rows = found.held_out.rows[:, 0]
+    assert (rows.diff() > 0).all(), "none is held out twice"
+    share = torch.arange(1, len(rows) + 1) / len(rows)
+    assert (rows / len(x) - share).abs().max() < 0.05 or batch == len(x), "as many of the first as of the last"
+    for block in found.held_out.blocks:
+        assert (block[-1, 0] + 1) % batch == 0 or block[-1, 0] == len(x) - 1, "a block is the end of a batch"
+        assert (block[:, 0].diff() == 1).all()
+
+
+def test_texts_of_two_kinds_ask_for_a_ridge_however_many_their_positions():
+    # The two channels agree in each text, but not in the same way.
+    slopes = torch.randn(64).double()
+    moments = Moments.empty(2, torch.device("cpu"))
+    for slope in slopes:
+        a = torch.randn(100, 1).double()
+        moments.add(torch.cat([a, slope * a], 1))
+    assert moments.count / 2 > 3000
+    assert moments.ridge > 0
 
 
 def test_moments_of_two_calls_add_up():
@@ -403,7 +425,7 @@ def test_what_a_layer_is_fitted_to():
     torch.testing.assert_close(fit.mean, rows(x, 1).mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(fit.patch_covariance, torch.cov(seen_there.T, correction=0), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(fit.patch_mean, seen_there.mean(0), rtol=1e-12, atol=1e-12)
-    assert (fit.ridge, fit.patch_ridge) == (0.0, saw.patch_moments.ridge)
+    assert (fit.ridge, fit.patch_ridge) == (saw.input_moments.ridge, saw.patch_moments.ridge)
     assert torch.equal(fit.importance, saw.importance)
     assert statistics(node(gm, "grouped")).fit(model.grouped).covariance.shape == (3, 3)
     assert statistics(node(gm, "point")).fit(model.point).patch_covariance is None

@@ -224,6 +224,7 @@ def test_one_mode_alone_at_full_rank_loses_nothing(ranks):
     assert_same_outputs(form(x), conv(x), 1e-7)
 
 
+@pytest.mark.usefixtures("without_ridge")
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
 @pytest.mark.parametrize(("kernel", "ranks"), [(1, (2,)), (3, (2, 3)), ((1, 3), (None, 2))])
 def test_each_group_is_fitted_alone(kind, kernel, ranks):
@@ -311,15 +312,6 @@ def test_moments_of_two_calls_are_those_of_all_positions():
     rows = torch.cat([x[30 - a.held_out.count : 30], x[60 - b.held_out.count :]])
     assert both.held_out.count == len(rows) > 0
     assert torch.equal(both.held_out.rows, rows)
-
-
-def test_none_are_held_out_of_moments_of_which_some_are_of_enough_positions():
-    few, many = (Moments.empty(3, torch.device("cpu")) for _ in range(2))
-    few.add(torch.randn(10, 3))
-    many.add(torch.randn(16 * 3, 3))
-    assert few.held_out is not None
-    assert (few + many).held_out is (many + few).held_out is many.held_out is None
-    assert many.ridge == 0
 
 
 def test_the_ridge_is_that_which_predicts_the_rows_held_out_about_the_mean_of_the_others():

@@ -236,6 +236,7 @@ def test_factors_are_fitted_where_moments_are_known():
     assert torch.equal(plain.graph_module(x), again(x))
 
 
+@pytest.mark.usefixtures("without_ridge")
 def test_the_predicted_error_is_measured_on_the_calibration_inputs():
     net, x = (
         nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 20)).double().eval(),

@@ -101,9 +101,10 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_alone(kind):
     assert reasons(result)["0"] == "subclass"
 
 
+@pytest.mark.usefixtures("without_ridge")
 @pytest.mark.parametrize("kind", ["Conv1d", "Conv3d"])
 def test_the_predicted_error_is_measured_on_the_calibration_inputs(kind):
-    # So few inputs in a batch that all of their patches are sampled, and so many in all that there is no ridge.
+    # So few inputs in a batch that all of their patches are sampled.
     batch = {"Conv1d": 90, "Conv3d": 25}[kind]
     model, x = nn.Sequential(KINDS[kind][0]()), inputs(kind, 3 * batch) + 1
     gm = Decompose(ranks=7)(Calibrate(list(x.split(batch)), patches=999)(captured(model, x)).graph_module).graph_module
@@ -116,6 +117,7 @@ def test_the_predicted_error_is_measured_on_the_calibration_inputs(kind):
     torch.testing.assert_close(actual.mean(1), y.mean(1), rtol=0, atol=1e-10)
 
 
+@pytest.mark.usefixtures("without_ridge")
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_predicted_error_of_an_upsampling(weighted):
     model = nn.Sequential(KINDS["ConvTranspose2d"][0](), *([nn.Conv2d(32, 5, 1)] if weighted else []))

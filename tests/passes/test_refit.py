@@ -106,6 +106,7 @@ def test_merged_convs_of_any_configuration_are_refitted(kind):
     assert error(result.graph_module) <= error(gm) * (1 + 1e-9)
 
 
+@pytest.mark.usefixtures("without_ridge")
 def test_a_layer_that_is_cut_on_both_sides_is_fitted_to_the_channels_it_keeps():
     net = nn.Sequential(*[m for _ in range(3) for m in (nn.Linear(12, 12), nn.ReLU())]).double().eval()
     x = torch.randn(500, 12).double()

@@ -60,6 +60,7 @@ def compressed(model: nn.Module, batches, ranks=4, **options) -> fx.GraphModule:
 LAYERS = [*(f"blocks.{i}.{name}" for i in range(4) for name in ("up", "down")), "sometimes", "head"]
 
 
+@pytest.mark.usefixtures("without_ridge")
 def test_each_layer_is_the_least_squares_fit_on_what_the_refitted_model_feeds_it():
     torch.manual_seed(0)
     model, batches = Branching().double().eval(), data()
