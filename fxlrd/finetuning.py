@@ -14,10 +14,8 @@ from __future__ import annotations
 import math
 import os
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,27 +24,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
 
 from fxlrd.errors import FxlrdError, unknown
 from fxlrd.passes.freeze import check_schedule, forms, freeze_factors
 from fxlrd.progress import bar, quiet
+from fxlrd.training.checkpoint import Epoch, resume, save
+from fxlrd.training.examples import Part, share
 
 BATCH_NORM = ("train", "frozen")
-_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch: its number from 0, the mean loss over all examples, its duration in seconds, the number of parameters
-    that were trained, and the value of ``evaluate``.
-    """
-
-    epoch: int
-    loss: float
-    seconds: float
-    trained: int
-    metric: float | None = None
 
 
 def finetune(
@@ -124,7 +109,7 @@ def finetune(
             device=device,
         )
         show = bar if progress and processes.rank == 0 else quiet
-        history = _resume(path, model, run.optimizer, settings, device)
+        history = resume(path, model, run.optimizer, settings, device)
         for epoch in range(len(history), epochs):
             torch.manual_seed(seed + epoch)
             start = time.perf_counter()
@@ -136,7 +121,7 @@ def finetune(
             trained = sum(p.numel() for p in parameters if p.requires_grad)
             history.append(Epoch(epoch, mean, time.perf_counter() - start, trained, metric))
             if path is not None and processes.rank == 0:
-                _save(path, model, run.optimizer, settings, history)
+                save(path, model, run.optimizer, settings, history)
     return history
 
 
@@ -145,15 +130,6 @@ class _Processes(NamedTuple):
 
     rank: int
     world: int
-
-
-class _Part(NamedTuple):
-    """One process's examples of a batch, their weight in the mean over processes, and the size of the full batch."""
-
-    inputs: tuple[Any, ...]
-    target: Any
-    weight: float
-    size: int
 
 
 class _Run:
@@ -195,7 +171,7 @@ class _Run:
         for step, batch in enumerate(batches):
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * self.rate(epoch, step)
-            part = _share(batch, rank, world, self.device)
+            part = share(batch, rank, world, self.device)
             total += self.step(model, part) * part.weight * part.size / world
             examples += part.size
             if not math.isfinite(total):
@@ -206,7 +182,7 @@ class _Run:
             raise FxlrdError("finetune: the loader gives no batches")
         return _summed(total, world, self.device) / examples
 
-    def step(self, model: nn.Module, part: _Part) -> float:
+    def step(self, model: nn.Module, part: Part) -> float:
         """Take one step of the optimizer and return the loss on ``part``."""
         value = self.objective(part.inputs, model(*part.inputs), part.target)
         self.optimizer.zero_grad(set_to_none=True)
@@ -270,50 +246,6 @@ def _rate(step: int, total: int, warmup: float) -> float:
     if step < rise:
         return (step + 1) / (rise + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
-
-
-def _share(batch: Any, rank: int, world: int, device: torch.device) -> _Part:
-    """Return this process's part of a batch.
-
-    A process without examples gets one of weight 0, since the others wait for its gradients.
-    """
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise FxlrdError("finetune: the loader gives no (inputs, target) pairs")
-    inputs, target = batch
-    inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    count = _examples(inputs)
-    low, high = count * rank // world, count * (rank + 1) // world
-    if world > 1:
-        part = slice(low, high) if high > low else slice(0, 1)
-        inputs, target = (_rows(value, part, count) for value in (inputs, target))
-    inputs, target = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, (inputs, target))
-    return _Part(inputs, target, (high - low) * world / count, count)
-
-
-def _examples(inputs: tuple[Any, ...]) -> int:
-    """Return the number of examples in a batch: that of the first argument, a tensor, a list or a dict of tensors."""
-    first = inputs[0] if inputs else ()
-    value = next(iter(first.values()), ()) if isinstance(first, Mapping) else first
-    if not isinstance(value, (Tensor, list, tuple)) or not len(value):
-        raise FxlrdError("finetune: the number of examples is not known: the first input is no batch of tensors")
-    return len(value)
-
-
-def _rows(value: Any, part: slice, count: int) -> Any:
-    """Return some examples of a batch: rows of tensors, and elements of lists with one for each example."""
-    if isinstance(value, Tensor):
-        return value[part] if _is_batch(value, count) else value
-    if isinstance(value, Mapping):
-        return {name: _rows(each, part, count) for name, each in value.items()}
-    if isinstance(value, list) and len(value) == count and not all(_is_batch(each, count) for each in value):
-        return value[part]
-    if isinstance(value, (list, tuple)):
-        return [_rows(each, part, count) for each in value]
-    return value
-
-
-def _is_batch(value: Any, count: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
 
 
 def _teach(teacher: nn.Module, inputs: tuple[Any, ...], output: Any, temperature: float) -> Tensor:
@@ -389,48 +321,3 @@ def _as_before(model: nn.Module) -> Iterator[None]:
 
 def _cuda(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
-
-
-def _save(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], history: list[Epoch]
-) -> None:
-    """Replace the checkpoint atomically: the file is the old one or the new one, never a part of it."""
-    content = {
-        "format": _FORMAT,
-        "settings": settings,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": [vars(epoch) for epoch in history],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-    try:
-        torch.save(content, scratch)
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
-def _resume(
-    path: Path | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    settings: dict[str, Any],
-    device: torch.device,
-) -> list[Epoch]:
-    """Load the checkpoint into model and optimizer, if the file exists, and return the epochs in it."""
-    if path is None or not path.exists():
-        return []
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-        saved = content["settings"]
-    except Exception as error:
-        raise FxlrdError(
-            f"finetune: {path} is not a checkpoint of finetune ({type(error).__name__}): remove it"
-        ) from error
-    if content["format"] != _FORMAT or saved != settings:
-        raise FxlrdError(f"finetune: {path} has other settings ({saved}): remove it, or train with those")
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    return [Epoch(**fields) for fields in content["history"]]

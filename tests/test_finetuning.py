@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxlrd
 from fxlrd import FxlrdError, finetune
-from fxlrd.finetuning import _share
 from tests.support.tensors import same_tensors
 
 
@@ -246,34 +245,6 @@ def test_two_processes_train_as_one_does_on_the_full_batch(tmp_path):
     assert losses == pytest.approx([e.loss for e in history], rel=1e-10)
 
 
-def pictures(count: int) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """Images of any size with any number of boxes, as torchvision's detectors want them."""
-    images = [torch.full((3, 8, 8 + i), float(i)) for i in range(count)]
-    return images, [{"boxes": torch.full((i + 4, 4), float(i)), "scale": torch.tensor(float(i))} for i in range(count)]
-
-
-@pytest.mark.parametrize("count", [2, 5])
-def test_images_of_a_batch_have_all_their_boxes(count):
-    images, targets = pictures(count)
-    for world in (1, 2):
-        seen = []
-        for rank in range(world):
-            part = _share(((images, targets), targets), rank, world, torch.device("cpu"))
-            assert [t["boxes"].shape for t in part.inputs[1]] == [t["boxes"].shape for t in part.target]
-            assert len(part.inputs[0]) == len(part.target)
-            seen += [(int(i.mean()), int(t["scale"]), *t["boxes"].shape) for i, t in zip(*part.inputs, strict=True)]
-        assert seen == [(i, i, i + 4, 4) for i in range(count)]
-
-
-def test_targets_that_are_dicts_are_shared_by_example():
-    batch = torch.arange(6.0)[:, None], {"label": torch.arange(6), "width": torch.tensor(3.0)}
-    parts = [_share(batch, rank, 2, torch.device("cpu")) for rank in range(2)]
-    assert [part.target["label"].tolist() for part in parts] == [[0, 1, 2], [3, 4, 5]]
-    assert [part.inputs[0].flatten().tolist() for part in parts] == [[0, 1, 2], [3, 4, 5]]
-    assert _share(batch, 0, 1, torch.device("cpu")).target["label"].tolist() == [*range(6)]
-    assert parts[0].size == 6
-
-
 def test_a_model_that_returns_its_losses_is_trained():
     class Detector(nn.Module):
         def __init__(self) -> None:
@@ -287,11 +258,3 @@ def test_a_model_that_returns_its_losses_is_trained():
     batches = [((x, y), y) for x, y in loader(shuffle=False)]
     history = finetune(Detector(), batches, epochs=20, lr=0.1, loss=lambda losses, _: sum(losses.values()))
     assert history[-1].loss < 0.5 * history[0].loss
-
-
-def test_shares_of_a_batch_add_up():
-    x, y = torch.arange(5.0)[:, None], torch.arange(5)
-    for world in (1, 2, 3, 7):
-        parts = [_share((x, y), rank, world, torch.device("cpu")) for rank in range(world)]
-        mean = sum((part.inputs[0].mean() * part.weight for part in parts), torch.zeros(())) / world
-        assert mean.item() == pytest.approx(2.0)

@@ -30,7 +30,7 @@ FLOORS = (
     ("graph",),
     ("layers",),
     ("factor", "ranks", "budget"),
-    ("sharing",),
+    ("sharing", "training"),
     ("errors", "files", "freed", "progress"),
     ("escaping",),
 )

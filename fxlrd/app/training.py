@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fxlrd.app.evaluation import scores_on
 from fxlrd.app.examples import Examples, Shuffled
 from fxlrd.errors import FxlrdError
-from fxlrd.finetuning import Epoch, finetune
+from fxlrd.finetuning import finetune
+from fxlrd.training.checkpoint import Epoch
 
 _SGD, _ADAM = 0.005, 1e-4
 """Learning rates of models with BatchNorm, and of others."""
