@@ -6,8 +6,9 @@ these calls: a form may be fast on large inputs and slow on small ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -25,6 +26,9 @@ from fxlrd.timing.stopwatch import Stopwatch
 from fxlrd.timing.workload import Workload, example, layout
 
 ORIGINAL = "original"
+
+SIZES = 8
+"""Sizes of one layer's input that are timed, at most: of more, as of a growing cache, some stand for the others."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Place:
 
 def placed(nodes: Sequence[fx.Node], original: nn.Module) -> list[Place] | Reason:
     """Return the places of ``original``, whose calls (or first factor's) are ``nodes``, or why it cannot be timed."""
-    places = []
+    places: list[Place] = []
     for node in nodes:
         reads = source(node)
         meta = tensor_meta(reads) if reads is not None else None
@@ -58,7 +62,20 @@ def placed(nodes: Sequence[fx.Node], original: nn.Module) -> list[Place] | Reaso
             return Reason("no-shapes", "its input's shape is not known", "give example inputs")
         device = next(original.parameters()).device
         places.append(Place(original, tuple(meta.shape), meta.dtype, layout(meta), device, times(node)))
-    return places
+    return _fewer(places)
+
+
+def _fewer(places: Sequence[Place]) -> list[Place]:
+    """Return places with the calls of all: equal ones are one, and of many sizes each stands for its neighbours."""
+    counts: dict[Place, int] = {}
+    for place in places:
+        alone = replace(place, count=1)
+        counts[alone] = counts.get(alone, 0) + place.count
+    if len(counts) <= SIZES:
+        return [replace(place, count=count) for place, count in counts.items()]
+    ordered = sorted(counts, key=lambda place: math.prod(place.shape))
+    runs = [ordered[len(ordered) * i // SIZES : len(ordered) * (i + 1) // SIZES] for i in range(SIZES)]
+    return [replace(run[len(run) // 2], count=sum(counts[place] for place in run)) for run in runs]
 
 
 def time_ranks(places: Sequence[Place], ranks: Sequence[Ranks], stopwatch: Stopwatch) -> dict[str, Timing]:

@@ -9,7 +9,7 @@ from torch import nn
 from fxlrd import capture
 from fxlrd.graph.surgery import calls
 from fxlrd.timing.clock import Timing
-from fxlrd.timing.layers import ORIGINAL, placed, time_ranks, together
+from fxlrd.timing.layers import ORIGINAL, SIZES, placed, time_ranks, together
 from fxlrd.timing.stopwatch import Stopwatch
 from tests.support.timers import FakeTimer, SizeTimer
 
@@ -93,14 +93,14 @@ class Pyramid(nn.Module):
 def test_the_time_of_a_layer_is_that_of_all_its_calls():
     gm = capture(Pyramid().eval(), torch.randn(1, 8, 16, 16))
     where = placed(calls(gm, "head"), gm.get_submodule("head"))
-    assert [each.shape[-1] for each in where] == [16, 4, 4]
+    assert [(each.shape[-1], each.count) for each in where] == [(16, 1), (4, 2)]
     seconds = {(ORIGINAL, 16): 10.0, (ORIGINAL, 4): 1.0, ("4x4", 16): 5.0, ("4x4", 4): 3.0}
     timer = SizeTimer(lambda name, size: seconds[name, size], spread=0.1)
     times = time_ranks(where, [(4, 4)], Stopwatch(cached=False, timer=timer))
     assert times[ORIGINAL].seconds == pytest.approx(10 + 1 + 1)
     assert times["4x4"].seconds == pytest.approx(5 + 3 + 3)
     assert times["4x4"].ratio == pytest.approx(11 / 12)
-    assert times["4x4"].spread == pytest.approx(0.1 * (10**2 + 1 + 1) ** 0.5 / 12)
+    assert times["4x4"].spread == pytest.approx(0.1 * (10**2 + 2**2) ** 0.5 / 12), "one measurement of the small size"
     assert [sorted(names) for names in timer.rounds] == [["4x4", ORIGINAL]] * 2, "each size once"
 
 
@@ -111,6 +111,27 @@ def test_a_node_stands_for_as_many_calls_as_it_says():
     assert summed[ORIGINAL] == Timing(10.0, 1.0, 0.0)
     assert (summed["8"].seconds, summed["8"].ratio) == (11.0, pytest.approx(1.1))
     assert summed["8"].spread == pytest.approx((0.6**2 + 0.8**2) ** 0.5 / 10)
+
+
+class Growing(nn.Module):
+    """A layer that reads one row, then two, and so on: as often each as ``repeats`` says."""
+
+    def __init__(self, sizes: int, repeats: int) -> None:
+        super().__init__()
+        self.layer, self.sizes, self.repeats = nn.Linear(6, 6), sizes, repeats
+
+    def forward(self, x):
+        return sum(self.layer(x[:, : i + 1]).sum(1) for i in range(self.sizes) for _ in range(self.repeats))
+
+
+@pytest.mark.parametrize(("sizes", "repeats"), [(3, 2), (SIZES, 1), (SIZES + 1, 1), (40, 3)])
+def test_of_many_sizes_some_stand_for_all(sizes, repeats):
+    gm = capture(Growing(sizes, repeats), torch.randn(2, sizes, 6))
+    where = placed(calls(gm, "layer"), gm.get_submodule("layer"))
+    assert len(where) == min(sizes, SIZES)
+    assert sum(each.count for each in where) == sizes * repeats
+    rows = sum(each.count * each.shape[1] for each in where)
+    assert rows == pytest.approx(repeats * sizes * (sizes + 1) / 2, rel=0.1)
 
 
 def test_under_inductor_the_modules_are_compiled(timer, monkeypatch):
