@@ -215,6 +215,7 @@ def test_the_inner_widths_of_feed_forward_blocks_are_cut(name, tmp_path):
     assert_same_outputs(loaded, result.model, **other)
 
 
+@pytest.mark.usefixtures("without_ridge")
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
 def test_refit_fits_every_layer_to_what_the_refitted_model_feeds_it(name):
     model, inputs = hugging_face(name)
