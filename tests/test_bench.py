@@ -14,6 +14,7 @@ from torch import nn
 import bench
 import fxlrd
 from fxlrd import FxlrdError
+from fxlrd.errors import BudgetError
 
 MODULES = sorted(path.stem for path in Path(bench.__file__).parent.glob("*.py") if not path.stem.startswith("__"))
 
@@ -204,6 +205,25 @@ def test_the_gpu_benchmark_runs_on_a_cpu_and_goes_on_where_it_stopped(monkeypatc
     path.write_text(path.read_text().replace('"quick": true', '"quick": false'))
     with pytest.raises(SystemExit, match="is of another setting"):
         cuda.main(command)
+
+
+def test_a_budget_out_of_reach_is_a_row_of_the_int8_benchmark(monkeypatch):
+    from bench import int8
+
+    def compress(model, x, budget=None, **options):
+        if budget is not None:
+            raise BudgetError("allocate: latency=0.7 is out of reach")
+        return SimpleNamespace(model=model)
+
+    monkeypatch.setattr(int8.fxlrd, "compress", compress)
+    subject = int8.Subject("fashion", 50, SimpleNamespace(quick=False))
+    assert list(subject.made()) == ["original", "ranks", "merge"]
+    timed = {"original, int8": {"seconds": 0.1, "ratio": 0.5, "spread": 0.01}}
+    cell = timed | {preset: {"refused": reason} for preset, reason in subject.refused.items()}
+    table = int8.rows({"fashion, batch 50, Inductor": cell})
+    assert [row["ms"] for row in table] == ["100", "", "", ""]
+    assert all(row["variant"].endswith(": allocate: latency=0.7 is out of reach") for row in table[1:])
+    assert len({tuple(row) for row in table}) == 1, "all rows have the same columns"
 
 
 @pytest.mark.slow
