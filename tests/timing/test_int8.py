@@ -135,3 +135,34 @@ def test_what_could_not_be_quantised_is_timed_as_it_is():
     net = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1)))
     x = torch.zeros(1, 3, 2, 2)
     assert between_convs(net, x) == (net, x)
+
+
+class _Attending(nn.Module):
+    """A layer of each kind that torchao's quantizer finds, or does not: it looks for nn.Linear and F.linear."""
+
+    class Own(nn.Linear):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.own, self.plain = self.Own(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        made, _ = self.attention(x, x, x, need_weights=False)
+        return self.plain(self.own(made))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_every_linear_is_quantised_in_an_attention_too():
+    pytest.importorskip("torchao", reason="no torchao: pip install torchao")
+    torch.manual_seed(0)
+    net, x = _Attending().eval(), torch.randn(2, 4, 16)
+    converted = quantized(net, (x,), {}, lambda prepared: prepared(x))
+    linears = [node for node in converted.graph.nodes if node.target is torch.ops.aten.linear.default]
+    read = [str(argument.target) for node in linears for argument in node.args[:2]]
+    assert len(linears) == 4, "the three projections of the attention are one, and its output's another"
+    assert all("dequantize" in target for target in read)
+    exact = net(x)
+    assert 0 < (converted(x) - exact).norm() < 0.03 * exact.norm(), "int8 rounds, and no more"
