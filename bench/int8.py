@@ -39,8 +39,8 @@ MODELS = {"fashion": (50,), "resnet50": (1, 8), "vit_b_16": (1, 8)}
 """Batches of each model; those of the embedded network as its calibration images allow."""
 IMAGES = 40
 """Random images to calibrate with."""
-BUDGETS = {"fashion": (0.7, 0.6), "vit_b_16": (0.8,)}
-"""Budgets of latency by int8 times, shares of the original's in int8. ViT-B/16 comes to 0.715 at batch 1."""
+BUDGETS = {"fashion": (0.7, 0.6), "vit_b_16": (0.65,)}
+"""Budgets of latency by int8 times, shares of the original's in int8. ViT-B/16 comes to 0.6 at batch 1."""
 BUDGET = (0.45,)
 """That of models with random weights, whose errors say nothing."""
 Call = Callable[[Tensor], Tensor]
