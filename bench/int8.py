@@ -116,18 +116,20 @@ class Subject:
                     self.models[preset] = result.model
                 except BudgetError as error:
                     self.refused[preset] = str(error)
+                torch.compiler.reset()  # what was timed is as large as the model, many times
         return self.models
 
     def figures(self, runtime: str) -> dict[str, Any]:
         """Return seconds, ratio, spread and, of the embedded network, accuracy, by model and precision."""
         x, calls = self.x, dict[str, Call]()
-        torch.compiler.reset()
         with torch.no_grad(), evaluating(nn.ModuleList(self.made().values())):
             for name, model in self.made().items():
                 calls[f"{name}, fp32"], calls[f"{name}, int8"] = self._calls(model, runtime)
             seconds = max(4.0, self.arguments.seconds / 10) * len(calls) if not self.arguments.quick else 1.0
             timings = compare({variant: partial(call, x) for variant, call in calls.items()}, x.device, seconds)
             right = {v: {"accuracy": _accuracy(call, x, *self.test)} if self.test else {} for v, call in calls.items()}
+        calls.clear()
+        torch.compiler.reset()
         return {
             variant: {"seconds": t.seconds, "ratio": t.ratio, "spread": t.spread, **right[variant]}
             for variant, t in timings.items()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -66,12 +68,32 @@ def compiled(module: nn.Module) -> Callable[..., Any]:
 
         # As an option of torch.compile, freezing would reach Inductor alone, and Dynamo hands weights over as inputs.
         # Copies of one untraceable model have one code object: past the limit Dynamo would run it eagerly.
-        with config.patch(freezing=True), dynamo.patch(recompile_limit=256, accumulated_recompile_limit=4096):
+        limits = dynamo.patch(recompile_limit=256, accumulated_recompile_limit=4096)
+        with config.patch(freezing=True), limits, _let_go():
             result = optimized(*args, **kwargs)
         frozen = True
         return result
 
     return call
+
+
+@contextmanager
+def _let_go() -> Iterator[None]:
+    """Hold nothing of what Inductor compiles within, beyond the compiled function's own life.
+
+    Inductor retains each module that it loads, to find its file, and with it the frozen weights: as much as the model,
+    each time that one is timed.
+    """
+    from torch._inductor.codecache import PyCodeCache
+
+    loaded = PyCodeCache.modules
+    before = len(loaded)
+    try:
+        yield
+    finally:
+        for module in loaded[before:]:
+            sys.modules.pop(module.__name__, None)
+        del loaded[before:]
 
 
 def _graph(module: nn.Module) -> nn.Module:

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from fxlrd.graph.inputs import Inputs
 from fxlrd.timing.inductor import compiled
+from fxlrd.timing.models import time_models
 
 
 def test_compiled_has_a_code_object_of_its_own(monkeypatch):
@@ -26,3 +31,18 @@ def test_compiled_really_freezes_the_weights():
         module[0].weight.zero_()
         assert torch.equal(call(x), before), "the weights are constants of the compiled code"
     assert not torch._inductor.config.freezing
+
+
+@pytest.mark.slow
+def test_timing_a_model_again_takes_no_more_memory():
+    def alive() -> int:
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if isinstance(each, Tensor) and not isinstance(each, FakeTensor)]
+        return sum(each.numel() == 37 * 41 for each in tensors)
+
+    model, x = nn.Sequential(nn.Linear(37, 41), nn.ReLU()).eval(), torch.randn(2, 37)
+    counts = []
+    for _ in range(4):
+        time_models({"model": model}, Inputs((x,)), under_inductor=True, seconds=0.01)
+        counts.append(alive())
+    assert len(set(counts[1:])) == 1, "torch holds on to the latest; Inductor to all modules that it loads, and weights"
