@@ -106,7 +106,9 @@ class SideBySide:
         open_for(original_model, places)
         for model in (self.model, original_model):
             set_mode(model, False)
-        observed = observe(original_model, batches, places, layers(original))
+        modules = dict(original_model.named_modules(remove_duplicate=False))
+        called = [name for name in layers(original) if name in modules]  # not in attentions that stay as they are
+        observed = observe(original_model, batches, places, called)
         self.skipped = [
             Skip(name, CALLED_AGAIN if observed.calls[name] else NOT_REACHED)
             for name in places

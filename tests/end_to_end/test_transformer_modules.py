@@ -112,6 +112,21 @@ def test_an_encoder_inside_a_model_that_could_be_traced_without_it():
     assert_same_outputs(result.model, model, X)
 
 
+def test_layers_are_refitted_beside_an_attention_that_stays_as_it_was():
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(4, 5, 16, generator=generator, dtype=torch.float64) for _ in range(12)]
+    options = {"calibration": inputs, "skip": "layers.0.self_attn.*"}
+    fitted = "calibrate,decompose{ratio=2}"
+    before, after = (
+        quick(encoder(), X, pipeline=steps, **options).model.layers
+        for steps in (fitted, f"{fitted},refit{{guard=false}}")
+    )
+    assert type(after[0].self_attn) is nn.MultiheadAttention
+    for layer in (0, 1):
+        assert not torch.equal(before[layer].linear2[-1].weight, after[layer].linear2[-1].weight)
+    assert not torch.equal(before[1].self_attn.q_proj[-1].weight, after[1].self_attn.q_proj[-1].weight)
+
+
 def test_trained_saved_and_loaded(tmp_path):
     result = quick(encoder(dropout=0.0), X, ratio=1.5)
     result.model.train()(X).sum().backward()
