@@ -25,6 +25,9 @@ HELD_OUT = 8
 MOST = 512
 """Positions that are held out at most; one for each channel where there are more channels."""
 
+_ROUNDING = 1e-12
+"""Variance of a channel, as a share of its second moment, that may be rounding: how it varies with others is noise."""
+
 
 @dataclass
 class HeldOut:
@@ -136,7 +139,7 @@ class Moments:
     def covariance(self) -> Tensor:
         """E[(x − mean)·(x − mean)ᵀ], positive semidefinite in spite of rounding where channels hardly vary."""
         second, mean = self.second, self.mean
-        rounding = 1e-12 * second.diagonal()
+        rounding = _ROUNDING * second.diagonal()
         covariance = second.addr_(mean, mean, alpha=-1)
         covariance.diagonal().add_(rounding)
         return covariance
@@ -159,7 +162,9 @@ class Moments:
         rows = others.rows.double()
         mean = (self.total - rows.sum(0)) / fitted
         covariance = (self.products - gram(rows)) / fitted - torch.outer(mean, mean)
-        return best_ridge(covariance, rows - mean)
+        deviations = rows - mean
+        varies = covariance.diagonal() + deviations.square().mean(0) > _ROUNDING * self.second.diagonal()
+        return best_ridge(covariance * torch.outer(varies, varies), deviations * varies)
 
 
 @dataclass

@@ -364,3 +364,11 @@ def test_metrics_are_what_roots_are_the_roots_of(weighted):
         assert (metric is None) == (factor is None)
         if metric is not None:
             torch.testing.assert_close(factor.root @ factor.root.mT, metric, rtol=1e-10, atol=1e-10)
+
+
+def test_channels_that_are_always_the_same_need_no_ridge():
+    generator = torch.Generator().manual_seed(0)
+    jitter = torch.randint(0, 2, (400, 6), generator=generator) * torch.finfo(torch.float64).eps
+    moments = Moments.empty(6, torch.device("cpu"))
+    moments.add(torch.linspace(1, 2, 6, dtype=torch.float64) * (1 + jitter))
+    assert moments.ridge == 0, "how they vary is rounding, which no fit is to follow"
