@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def quantized(
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of functions of torch that torchao calls and that will go
             # Without strict, a module that is called twice counts as one, and cannot be prepared.
-            exported = torch.export.export(module, args, dict(kwargs), strict=True).module()
+            with _no_fast_paths():
+                exported = torch.export.export(module, args, dict(kwargs), strict=True).module()
             _name_linears(exported)
             prepared = prepare_pt2e(exported, quantizer)
             calibrate(prepared)
@@ -60,6 +62,18 @@ def quantized(
         name = type(module).__name__
         raise FxlrdError(f"compile: {name} cannot be exported and quantised to int8: {one_line(error)}") from error
     return converted
+
+
+@contextmanager
+def _no_fast_paths() -> Iterator[None]:
+    """Let a trace go into nn.TransformerEncoderLayer, which else is one operator, that no quantizer knows."""
+    mha = torch.backends.mha
+    enabled = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        mha.set_fastpath_enabled(enabled)
 
 
 def _name_linears(exported: nn.Module) -> None:

@@ -153,6 +153,10 @@ class _Attending(nn.Module):
         return self.plain(self.own(made))
 
 
+def _linears(converted):
+    return [node for node in converted.graph.nodes if node.target is torch.ops.aten.linear.default]
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_every_linear_is_quantised_in_an_attention_too():
@@ -160,9 +164,23 @@ def test_every_linear_is_quantised_in_an_attention_too():
     torch.manual_seed(0)
     net, x = _Attending().eval(), torch.randn(2, 4, 16)
     converted = quantized(net, (x,), {}, lambda prepared: prepared(x))
-    linears = [node for node in converted.graph.nodes if node.target is torch.ops.aten.linear.default]
+    linears = _linears(converted)
     read = [str(argument.target) for node in linears for argument in node.args[:2]]
     assert len(linears) == 4, "the three projections of the attention are one, and its output's another"
     assert all("dequantize" in target for target in read)
     exact = net(x)
     assert 0 < (converted(x) - exact).norm() < 0.03 * exact.norm(), "int8 rounds, and no more"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_an_encoder_layer_is_quantised_and_not_one_operator():
+    pytest.importorskip("torchao", reason="no torchao: pip install torchao")
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    net, x = nn.TransformerEncoder(layer, 1).eval(), torch.randn(2, 4, 16)
+    converted = quantized(net, (x,), {}, lambda prepared: prepared(x))
+    assert len(_linears(converted)) == 4
+    assert torch.backends.mha.get_fastpath_enabled(), "as it was"
+    exact = net(x)
+    assert 0 < (converted(x) - exact).norm() < 0.03 * exact.norm()
