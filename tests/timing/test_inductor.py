@@ -44,4 +44,4 @@ def test_timing_a_model_again_takes_no_more_memory():
     for _ in range(4):
         time_models({"model": model}, Inputs((x,)), under_inductor=True, seconds=0.01)
         counts.append(alive())
-    assert counts[-1] < counts[0] + 3, "torch holds on to the latest; Inductor to each module that it loads, and weights"
+    assert counts[-1] < counts[0] + 3, "torch retains the latest, Inductor each that it loads, with weights"
