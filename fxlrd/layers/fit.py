@@ -163,8 +163,10 @@ class Moments:
         mean = (self.total - rows.sum(0)) / fitted
         covariance = (self.products - gram(rows)) / fitted - torch.outer(mean, mean)
         deviations = rows - mean
-        varies = covariance.diagonal() + deviations.square().mean(0) > _ROUNDING * self.second.diagonal()
-        return best_ridge(covariance * torch.outer(varies, varies), deviations * varies)
+        variance = covariance.diagonal() + deviations.square().mean(0)
+        same = variance <= _ROUNDING * self.products.diagonal() / self.count
+        covariance[same], covariance[:, same], deviations[:, same] = 0, 0, 0
+        return best_ridge(covariance, deviations)
 
 
 @dataclass

@@ -85,7 +85,7 @@ def _name_linears(exported: nn.Module) -> None:
     for node in exported.graph.nodes:
         traced = node.meta.get("source_fn_stack") or [(node.name, None)]
         if node.target is torch.ops.aten.linear.default and traced[-1][1] not in (nn.Linear, nn.functional.linear):
-            node.meta["source_fn_stack"] = [(node.name, nn.functional.linear)]
+            node.meta["source_fn_stack"] = [(node.name, nn.Linear)]
 
 
 def between_convs(converted: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
