@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fxlrd.errors import FxlrdError, unknown
+from fxlrd.layers.kinds import as_layer
 from fxlrd.passes.freeze import check_schedule, forms, freeze_factors
-from fxlrd.progress import bar, quiet
+from fxlrd.progress import bar, length_of, quiet
 from fxlrd.training.checkpoint import Epoch, resume, save
 from fxlrd.training.examples import Part, share
 
@@ -91,7 +92,7 @@ def finetune(
     """
     _check(epochs, lr, warmup, distill, temperature, schedule, batch_norm)
     steps = _length(loader)
-    parameters = _trainable(model, schedule)
+    parameters, frozen = _trainable(model, schedule)
     device = next(model.parameters()).device
     make = optimizer or (lambda ps: torch.optim.SGD(ps, lr, momentum=0.9, nesterov=True, weight_decay=weight_decay))
     path = None if checkpoint is None else Path(checkpoint)
@@ -115,6 +116,8 @@ def finetune(
             start = time.perf_counter()
             if schedule is not None:
                 freeze_factors(model, schedule, epoch)
+                for parameter in frozen:
+                    parameter.requires_grad_(False)
             _train_mode(model, batch_norm)
             mean = run.train(epoch, show(loader, f"epoch {epoch + 1}/{epochs}"))
             metric = _evaluated(evaluate, model) if processes.rank == 0 else None
@@ -204,13 +207,26 @@ def _objective(
     )
 
 
-def _trainable(model: nn.Module, schedule: str | None) -> list[nn.Parameter]:
-    if schedule is not None and not forms(model):
-        raise FxlrdError(f"finetune: schedule={schedule}: no layer of the model is decomposed; leave schedule out")
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def _trainable(model: nn.Module, schedule: str | None) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters to train, and the weights of decomposed layers that stay frozen altogether.
+
+    With a schedule, factors train that are frozen now, and whose turn comes.
+    """
+    taking_turns: set[int] = set()
+    frozen: list[nn.Parameter] = []
+    if schedule is not None:
+        if not (found := forms(model)):
+            raise FxlrdError(f"finetune: schedule={schedule}: no layer of the model is decomposed; leave schedule out")
+        for form in found.values():
+            weights = [as_layer(part).weight for part in form.children()]
+            if any(weight.requires_grad for weight in weights):
+                taking_turns.update(map(id, weights))
+            else:
+                frozen += weights
+    parameters = [p for p in model.parameters() if p.requires_grad or id(p) in taking_turns]
     if not parameters:
         raise FxlrdError("finetune: no parameter requires a gradient")
-    return parameters
+    return parameters, frozen
 
 
 def _check(
@@ -231,13 +247,15 @@ def _check(
 
 
 def _length(loader: Iterable[Any]) -> int:
-    if not isinstance(loader, Sized):
+    length = length_of(loader)
+    if length is None:
         raise FxlrdError(
-            "finetune: the loader has no length, which the learning rate goes by: use a DataLoader or a list"
+            "finetune: the loader has no length, which the learning rate goes by: use a list, or a DataLoader whose "
+            "data set has one"
         )
-    if len(loader) == 0:
+    if length == 0:
         raise FxlrdError("finetune: the loader gives no batches")
-    return len(loader)
+    return length
 
 
 def _rate(step: int, total: int, warmup: float) -> float:

@@ -82,6 +82,14 @@ def one_bar(labels: Sequence[str], shown: bool = True) -> Iterator[Progress[Any]
         drawn.close()
 
 
+def length_of(items: Iterable[Any]) -> int | None:
+    """Return how many items there are; None where they do not say, as a DataLoader of a data set without a length."""
+    try:
+        return len(items) if isinstance(items, Sized) else None
+    except TypeError:
+        return None
+
+
 class Steps:
     """A progress over the steps of one piece of work: it tells ``draw`` the step's label and the share that is done."""
 
@@ -95,7 +103,7 @@ class Steps:
     def __call__(self, items: Iterable[T], label: str) -> Iterator[T]:
         """Return an iterator over ``items``, which are the step ``label``."""
         self._enter(label)
-        count = len(items) if isinstance(items, Sized) else None
+        count = length_of(items)
         for done, item in enumerate(items):
             self._show(label, done / count if count else done / (done + 16))
             yield item

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fxlrd
 from fxlrd import FxlrdError, finetune
@@ -114,6 +116,26 @@ def test_the_sequential_schedule_alternates():
     assert history[0].trained != history[1].trained
 
 
+def test_factors_that_were_frozen_before_train_when_it_is_their_turn():
+    model = fxlrd.compress(net(), torch.randn(2, 16), ratio=2.0, skip="6", preset="freeze", measure=False).model
+    states = [state(model)]
+    finetune(model, loader(), epochs=2, schedule="sequential", evaluate=lambda m: states.append(state(m)) or 0.0)
+    firsts = [each["4.first.weight"] for each in states]
+    moved = [not torch.equal(before, after) for before, after in itertools.pairwise(firsts)]
+    assert moved == [False, True]
+    assert not model.get_submodule("4.first").weight.requires_grad, "as it was before"
+
+
+def test_a_layer_that_is_frozen_altogether_stays_so():
+    model = small_factors()
+    model.get_submodule("4").requires_grad_(False)
+    before = state(model)
+    finetune(model, loader(), epochs=2, schedule="sequential")
+    after = state(model)
+    assert all(torch.equal(before[f"4.{part}.weight"], after[f"4.{part}.weight"]) for part in ("first", "last"))
+    assert not torch.equal(before["0.last.weight"], after["0.last.weight"])
+
+
 def test_a_teacher_of_a_model_that_returns_no_single_tensor_is_refused():
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -171,9 +193,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert [e.loss for e in history] == [e.loss for e in uninterrupted]
     with pytest.raises(FxlrdError, match="has other settings"):
         finetune(again, loader(), epochs=3, lr=0.1, checkpoint=path)
+    with pytest.raises(FxlrdError, match="is of another model, or trains other parameters of it: remove it"):
+        finetune(nn.Linear(16, 4), loader(), epochs=3, checkpoint=path)
     path.write_bytes(b"junk")
     with pytest.raises(FxlrdError, match="is not a checkpoint of finetune"):
         finetune(again, loader(), epochs=3, checkpoint=path)
+
+
+def test_a_learning_rate_of_numpys_is_resumed(tmp_path):
+    options = {"lr": np.float64(0.01), "checkpoint": tmp_path / "run.pt", "epochs": np.int64(1)}
+    first = finetune(net(), loader(), **options)
+    assert [e.loss for e in finetune(net(), loader(), **options)] == [e.loss for e in first]
 
 
 @pytest.mark.parametrize(
@@ -195,10 +225,16 @@ def test_invalid_options(options, message):
     assert "\n" not in str(caught.value)
 
 
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield torch.randn(16), 0
+
+
 def test_invalid_loaders():
     for bad, message in [
         ([], "no batches"),
         ((batch for batch in loader()), "no length"),
+        (DataLoader(Endless()), "no length"),
         ([torch.randn(4, 16)], "pairs"),
     ]:
         with pytest.raises(FxlrdError, match=message):

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from fxlrd.errors import FxlrdError
 
@@ -40,6 +42,7 @@ def save(
         "optimizer": optimizer.state_dict(),
         "history": [vars(epoch) for epoch in history],
     }
+    content = tree_map(_plain, content)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     try:
@@ -69,6 +72,15 @@ def resume(
         ) from error
     if content["format"] != _FORMAT or saved != settings:
         raise FxlrdError(f"finetune: {path} has other settings ({saved}): remove it, or train with those")
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
+    try:
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+    except Exception as error:
+        reason = "is of another model, or trains other parameters of it"
+        raise FxlrdError(f"finetune: {path} {reason}: remove it") from error
     return [Epoch(**fields) for fields in content["history"]]
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of numpy's, such as a learning rate, as one of Python's: others are refused when it is read."""
+    return value.item() if isinstance(value, np.generic) else value
