@@ -19,6 +19,13 @@ NAMES = {"NEGATIVE": 0, "POSITIVE": 1, "very_good": 2}
         (["2", "0", "2"], 3, {}, [2, 0, 2]),
         (["2", "10", "2"], 2, {}, [1, 0, 1]),  # as torchvision's ImageFolder: in the order of the names
         (["dog", "cat"], 2, {"LABEL_0": 0, "LABEL_1": 1}, [1, 0]),
+        (["C", "C++", "C#"], 3, {"C": 0, "C++": 1, "C#": 2}, [0, 1, 2]),
+        (["-1", 0, 1], 3, {"-1": 0, "0": 1, "1": 2}, [0, 1, 2]),
+        (["👍", "👎"], 2, {"👎": 0, "👍": 1}, [1, 0]),
+        (["c-sharp", "c"], 2, {"C": 0, "C sharp": 1}, [1, 0]),
+        (["c", "d"], 2, {"C": 1, "C#": 0, "D": 2}, [0, 1]),  # C and C# may be meant: in the order of the names
+        ([str(i) for i in range(12)], 12, {}, list(range(12))),  # and not 0, 1, 10, …
+        (["1", "01"], 2, {}, [1, 0]),
     ],
 )
 def test_classes_are_told_by_name_or_number_or_order(classes, count, names, labels):
@@ -27,6 +34,8 @@ def test_classes_are_told_by_name_or_number_or_order(classes, count, names, labe
 
 def test_a_guess_is_said():
     assert labels_of("it", ["positive"], 3, NAMES)[1] == ""
+    assert labels_of("it", ["0", "1"], 2, {})[1] == ""
+    assert "outputs of their numbers" in labels_of("it", [str(i) for i in range(12)], 12, {})[1]
     assert (
         labels_of("it", ["dog", "cat"], 2, {})[1]
         == "it: classes in the order of their names: cat is output 0, dog is output 1"
