@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fxlrd.app.examples import Class
-from fxlrd.app.images import classes_of, files_with
+from fxlrd.app.images import classes_of, files_with, without_strays
 from fxlrd.errors import FxlrdError, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".csv")
@@ -37,14 +38,15 @@ def documents_in(where: str, running: bool) -> list[Document]:
     files = list(files_with(path, SUFFIXES)) if path.is_dir() else [path]
     if not files:
         raise FxlrdError(f"{where}: there are no texts in it ({', '.join(s[1:] for s in SUFFIXES)})")
+    files = without_strays(where, path, files) if path.is_dir() and not running else files
     folders = classes_of(where, path, files) if path.is_dir() else []
-    if len(set(folders)) < 2 or any(file.suffix.lower() != ".txt" for file in files):
+    if running or len(set(folders)) < 2 or any(file.suffix.lower() != ".txt" for file in files):
         folders = []
     found: list[Document] = []
     for i, file in enumerate(files):
         label = folders[i] if folders else None
-        alone = folders.count(folders[i]) == 1 if folders else not running
-        found += _documents(file, label, lines=alone)
+        lines = folders.count(folders[i]) == 1 if folders else not running
+        found += _documents(file, label, lines)
     if not found:
         raise FxlrdError(f"{where}: its files hold no text")
     return found
@@ -57,7 +59,7 @@ def _documents(file: Path, label: str | None, lines: bool) -> Iterator[Document]
             if line.strip():
                 yield _record(f"{file}, line {number}", _json(f"{file}, line {number}", line))
     elif suffix == ".csv":
-        for number, row in enumerate(csv.DictReader(io.StringIO(text)), 2):
+        for number, row in enumerate(_rows(file, text), 2):
             yield _record(f"{file}, row {number}", row)
     else:
         yield from (Document(part.strip(), label) for part in (text.splitlines() if lines else [text]) if part.strip())
@@ -72,6 +74,16 @@ def _read(file: Path) -> str:
         raise FxlrdError(f"{file}: {one_line(error)}") from error
 
 
+def _rows(file: Path, text: str) -> list[dict[str, Any]]:
+    most = csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a text may be longer than the usual limit
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise FxlrdError(f"{file}: {one_line(error)}") from error
+    finally:
+        csv.field_size_limit(most)
+
+
 def _json(where: str, line: str) -> Any:
     try:
         return json.loads(line)
@@ -80,12 +92,20 @@ def _json(where: str, line: str) -> Any:
 
 
 def _record(where: str, record: Any) -> Document:
-    fields = {str(key).lower(): value for key, value in record.items()} if isinstance(record, Mapping) else {}
+    fields = {str(key).strip().lower(): value for key, value in record.items()} if isinstance(record, Mapping) else {}
     text = next((fields[name] for name in _TEXT if isinstance(fields.get(name), str)), None)
     if text is None:
         names = ", ".join(list(fields)[:5]) or type(record).__name__
         raise FxlrdError(f"{where}: there is no field text, found: {names}; name it text")
-    label = next((fields[name] for name in _LABEL if isinstance(fields.get(name), (str, int))), None)
-    if isinstance(label, str):
-        label = int(label) if label.strip().isdigit() else label.strip()
-    return Document(text, label)
+    return Document(text, next((label for name in _LABEL if (label := _class(fields.get(name))) is not None), None))
+
+
+def _class(value: Any) -> Class | None:
+    """Return a label; 1.0 is 1, as a table writes it in which some are missing."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    if isinstance(value, str):
+        value = value.strip()
+        whole = re.fullmatch(r"(\d+)(\.0+)?", value)
+        return int(whole[1]) if whole else value or None
+    return value if isinstance(value, int) else None

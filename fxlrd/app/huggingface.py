@@ -90,8 +90,8 @@ def tokenizer_of(folder: Path) -> Any:
         raise FxlrdError(
             f"hf:{folder}: its tokenizer cannot be read: {one_line(error)}; put its files (tokenizer.json) there"
         ) from error
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:  # what pads is masked: any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 

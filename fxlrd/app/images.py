@@ -51,11 +51,27 @@ def classes_of(where: str, folder: Path, files: Sequence[Path]) -> list[str]:
     return [part[0] for part in parts]
 
 
+def without_strays(where: str, folder: Path, files: Sequence[Path]) -> list[Path]:
+    """Return the files without those beside the folders of classes, which torchvision's ImageFolder ignores too.
+
+    There are such folders where at least two hold files, and most files are in them. A warning names what is left out.
+    """
+    within = [file for file in files if file.parent != folder]
+    strays = [file for file in files if file.parent == folder]
+    folders = {file.relative_to(folder).parts[0] for file in within}
+    if not strays or len(folders) < 2 or len(within) <= len(strays):
+        return list(files)
+    more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
+    warn(f"{where}: {strays[0].name}{more} left out: beside the folders of classes")
+    return within
+
+
 def images_in(where: str, prepare: Prepare) -> Examples:
     """Return the images of a folder. Raises FxlrdError for one without any."""
     files = image_files(Path(where))
     if not files:
         raise FxlrdError(f"{where}: there are no images in it ({', '.join(s[1:] for s in SUFFIXES[:5])}, …)")
+    files = without_strays(where, Path(where), files)
     reader = _Reader(files, prepare)
     return Examples(where, "images", reader, tuple(range(len(files))), classes_of(where, Path(where), files))
 
@@ -87,9 +103,16 @@ class _Reader:
         try:
             with Image.open(self.files[number]) as image:
                 image.load()
-                return image.convert("RGB") if image.mode != "L" else image.copy()
+                return _eight_bits(image)
         except Exception as error:
             return error
+
+
+def _eight_bits(image: Any) -> Any:
+    """Return an image in grey or in colours. Pillow cuts off what is above 255 in greys of 16 bits; they are scaled."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
+        return image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    return image.convert("RGB") if image.mode != "L" else image.copy()
 
 
 def stacked(transform: Callable[[Any], Tensor], channels: int) -> Prepare:
@@ -99,12 +122,15 @@ def stacked(transform: Callable[[Any], Tensor], channels: int) -> Prepare:
     mode = "L" if channels == 1 else "RGB"
 
     def prepare(images: list[Any]) -> Tensor:
-        tensors = [transform(image.convert(mode)) for image in images]
-        shapes = {tuple(t.shape) for t in tensors}
-        if len(shapes) > 1:
-            raise FxlrdError(
-                f"images come in several sizes, such as {' and '.join(map(str, sorted(shapes)[:2]))}: give --size"
-            )
-        return torch.stack(tensors)
+        return torch.stack(alike([transform(image.convert(mode)) for image in images]))
 
     return prepare
+
+
+def alike(images: list[Tensor]) -> list[Tensor]:
+    """Return images, once it is sure that all have the same size."""
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        sizes = " and ".join(map(str, sorted(shapes)[:2]))
+        raise FxlrdError(f"images come in several sizes, such as {sizes}: give --size, with --mean and --std")
+    return images

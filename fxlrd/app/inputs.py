@@ -20,15 +20,15 @@ DTYPES = {
 def calibration_for(text: str, batch: int, like: Tensor) -> list[Tensor]:
     """Return calibration batches: ``random``, or those of a file of inputs (.npy, or .pt with one tensor).
 
-    ``random`` is seeded noise of the shape of ``like``, or its tokens in another order: enough to judge speed, not
-    accuracy. Batches have the size,
-    dtype and device of ``like``. Raises FxlrdError for an unreadable file, and for inputs of another shape.
+    ``random`` is seeded noise of the shape of ``like``, or the tokens of each of its rows in another order: enough to
+    judge speed, not accuracy. Batches have the size, dtype and device of ``like``. Raises FxlrdError for an unreadable
+    file, and for inputs of another shape.
     """
     if text == "random":
         generator = torch.Generator().manual_seed(1)
         if not like.is_floating_point():  # tokens
-            orders = [torch.randperm(like.numel(), generator=generator) for _ in range(4)]
-            return [like.flatten()[order.to(like.device)].view(like.shape) for order in orders]
+            orders = [torch.randperm(like.shape[-1], generator=generator) for _ in range(4)]
+            return [like[..., order.to(like.device)] for order in orders]
         return [torch.randn(like.shape, generator=generator).to(like) for _ in range(4)]
     inputs = _read_inputs(text)
     if not isinstance(inputs, Tensor) or inputs.shape[1:] != like.shape[1:]:

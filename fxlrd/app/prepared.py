@@ -69,7 +69,7 @@ def prepared(options: argparse.Namespace, calibrates: bool = False) -> Prepared:
         to_train, held_out = _split(to_train)
     if _same(data, training) or (data is None and calibrates):
         examples = to_train
-    elif held_out is None and examples is not None and hasattr(options, "eval"):
+    elif held_out is None and examples is not None and _measures(options):
         examples, held_out = _split(examples)
         held_out = _labelled_if_told(held_out, subject)
     noun = next((e.noun for e in (examples, to_train, held_out) if e is not None), "images")
@@ -103,6 +103,11 @@ def check(options: argparse.Namespace) -> None:
         raise FxlrdError(f"--examples {options.examples}: at least one is needed")
     if training is not None:
         check_training(options)
+
+
+def _measures(options: argparse.Namespace) -> bool:
+    """Whether the command measures on examples held out: not by a function of the user's."""
+    return hasattr(options, "eval") and getattr(options, "evaluate", None) is None
 
 
 def is_tensors(where: str) -> bool:
@@ -205,8 +210,8 @@ def _calibration(data: str | None, examples: Examples | None, x: Any, subject: S
 
 
 def _like(part: Tensor, others: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mask, and the start of a decoder, for other tokens."""
+    """Return masks, kinds of tokens and the start of a decoder for other tokens."""
     return {
-        name: value[: len(part)] if name == "attention_mask" else part if isinstance(value, Tensor) else value
+        name: part if name == "decoder_input_ids" else value[: len(part)] if isinstance(value, Tensor) else value
         for name, value in others.items()
     }

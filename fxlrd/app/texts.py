@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fxlrd.app.documents import Document
 from fxlrd.app.examples import Examples
-from fxlrd.app.huggingface import is_language_model
+from fxlrd.app.huggingface import is_classifier, is_language_model
+from fxlrd.app.output import warn
 from fxlrd.errors import FxlrdError
 
 _LENGTH, _LENGTH_OF_LANGUAGE_MODELS = 128, 256
@@ -42,7 +43,12 @@ def random_ids(model: nn.Module, count: int, length: int) -> Tensor:
         raise FxlrdError(f"--batch {count}: a batch has at least one example")
     config: Any = model.config
     size = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
-    return torch.randint(0, size, (count, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, size, (count, length), generator=torch.Generator().manual_seed(0))
+    end = getattr(config, "eos_token_id", None)
+    if getattr(config, "is_encoder_decoder", False) and isinstance(end, int) and 0 <= end < size:
+        ids[ids == end] = (end + 1) % size  # a classifier looks for the one end of each text
+        ids[:, -1] = end
+    return ids
 
 
 def as_inputs(model: nn.Module, ids: Tensor) -> dict[str, Any]:
@@ -58,7 +64,8 @@ def _constants(model: nn.Module, ids: Tensor) -> dict[str, Any]:
     """Return what else the call needs: no cache of keys and values, and a start for a decoder."""
     names = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
-    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
+    decodes = getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in names
+    if decodes and not is_classifier(model):  # which shifts the tokens itself
         inputs["decoder_input_ids"] = ids
     return inputs
 
@@ -66,17 +73,21 @@ def _constants(model: nn.Module, ids: Tensor) -> dict[str, Any]:
 def sequences(where: str, documents: Sequence[Document], tokenizer: Any, model: nn.Module, length: int) -> Examples:
     """Return running text in sequences of ``length`` tokens, for a model that predicts the next one.
 
-    Documents are separated by the token of their end.
+    Documents are separated by the token of their end. What the tokenizer begins a text with, as Gemma needs it, begins
+    each sequence.
     """
     ids: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    start = tokenizer("a", verbose=False)["input_ids"][:1]
+    start = start if start == [tokenizer.bos_token_id] else []
     for document in documents:
         ids += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] + end
-    count = len(ids) // length
+    count = len(ids) // (length - len(start))
     if not count:
         number = f"{len(ids)} tokens, and a sequence {length}"
         raise FxlrdError(f"{where}: its text has {number}: give more text, or a smaller --length")
-    table = torch.tensor(ids[: count * length]).view(count, length)
+    running = torch.tensor(ids[: count * (length - len(start))]).view(count, -1)
+    table = torch.cat([torch.tensor(start, dtype=running.dtype).expand(count, -1), running], 1)
 
     def read(numbers: Sequence[int]) -> tuple[Any, Sequence[int]]:
         return as_inputs(model, table[list(numbers)]), numbers
@@ -97,7 +108,7 @@ def texts(where: str, documents: Sequence[Document], tokenizer: Any, model: nn.M
         return inputs | _constants(model, inputs["input_ids"]), numbers
 
     labels = [document.label for document in documents if document.label is not None]
-    classes = labels if len(labels) == len(documents) else []
-    return Examples(
-        where, "texts", read, tuple(range(len(documents))), classes if len(classes) == len(documents) else []
-    )
+    if 0 < len(labels) < len(documents):
+        first = next(number for number, document in enumerate(documents, 1) if document.label is None)
+        warn(f"{where}: classes are not read: text {first} has none ({len(documents) - len(labels)} such)")
+    return Examples(where, "texts", read, tuple(range(len(documents))), labels if len(labels) == len(documents) else [])

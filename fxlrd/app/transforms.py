@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fxlrd.app.huggingface import image_processor_of
-from fxlrd.app.images import Prepare, stacked
+from fxlrd.app.images import Prepare, alike, stacked
 from fxlrd.app.zoo import is_file
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, one_line
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,12 @@ def of_huggingface(folder: Path) -> Prepare | None:
         return None
 
     def prepare(images: list[Any]) -> Tensor:
-        values = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        colours = [image.convert("RGB") for image in images]
+        try:
+            values = processor(images=colours, return_tensors="pt")["pixel_values"]
+        except ValueError as error:
+            alike([torch.as_tensor(processor(images=[each], return_tensors="pt")["pixel_values"]) for each in colours])
+            raise FxlrdError(f"hf:{folder}: its image processor: {one_line(error)}") from error
         return torch.as_tensor(values)
 
     return prepare

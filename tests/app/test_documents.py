@@ -35,6 +35,41 @@ def test_fields_of_text_and_label(tmp_path):
     assert documents_in(str(tmp_path / "a.csv"), running=False) == [Document("a, b", "good")]
 
 
+def test_labels_are_found_however_a_table_writes_them(tmp_path):
+    (tmp_path / "a.csv").write_text("text, label\ngood,1.0\nbad,0\nneither,\n")
+    assert [d.label for d in documents_in(str(tmp_path / "a.csv"), running=False)] == [1, 0, None]
+    lines = [{"text": "a", "label": 1.0}, {"text": "b", "label": float("nan"), "class": "x"}, {"text": "c"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [d.label for d in documents_in(str(tmp_path / "a.jsonl"), running=False)] == [1, "x", None]
+
+
+def test_a_text_may_be_longer_than_a_field_usually_is(tmp_path):
+    import csv
+
+    before = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text(f"text\n{'x' * 2 * before}\n")
+    assert len(documents_in(str(tmp_path / "a.csv"), running=False)[0].text) == 2 * before
+    assert csv.field_size_limit() == before
+
+
+def test_files_beside_the_folders_of_classes_are_left_out(tmp_path, capsys):
+    for name in ("neg", "pos"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            (tmp_path / name / f"{i}.txt").write_text(f"{name} {i}")
+    (tmp_path / "urls.txt").write_text("a\nb\nc")
+    found = documents_in(str(tmp_path), running=False)
+    assert [d.label for d in found] == ["neg", "neg", "pos", "pos"]
+    assert "urls.txt left out: beside the folders of classes" in capsys.readouterr().err
+
+
+def test_running_text_in_folders_runs_on(tmp_path):
+    for name in ("books", "wiki"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "all.txt").write_text("one\n\ntwo\n")
+    assert documents_in(str(tmp_path), running=True) == [Document("one\n\ntwo")] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

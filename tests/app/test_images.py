@@ -62,6 +62,25 @@ def test_folders_that_name_no_classes(tmp_path):
     (tmp_path / "train" / "light" / "0.png").rename(tmp_path / "train" / "0.png")
     folder = tmp_path / "train"
     assert classes_of("it", folder, image_files(folder)) == []
+    assert len(images_in(str(folder), plain())) == 2, "one folder names no classes"
+
+
+def test_images_beside_the_folders_of_classes_are_left_out(tmp_path, capsys):
+    write_images(tmp_path, count=2)
+    (tmp_path / "cover.png").write_bytes((tmp_path / "light" / "0.png").read_bytes())
+    images = images_in(str(tmp_path), plain())
+    assert [*images.classes] == ["dark", "dark", "light", "light"]
+    assert "cover.png left out: beside the folders of classes" in capsys.readouterr().err
+
+
+def test_greys_of_sixteen_bits_are_scaled(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    (x, _), *_ = images_in(str(tmp_path), plain(1)).batches(1)
+    assert torch.allclose(x[0, 0], torch.from_numpy(values / 65535).float(), atol=1 / 255)
 
 
 def test_images_of_several_sizes_do_not_become_a_batch(tmp_path):
