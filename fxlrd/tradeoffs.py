@@ -24,6 +24,7 @@ from fxlrd.passes.contract import Pass
 from fxlrd.pipeline import Pipeline
 from fxlrd.progress import Progress, alone, one_bar
 from fxlrd.report import points
+from fxlrd.report.numbers import finite
 from fxlrd.report.report import Report, setting
 from fxlrd.request import check_context, check_model, in_memory, pipeline_for
 from fxlrd.saving.architecture import original_shapes
@@ -126,13 +127,17 @@ class Frontier:
         return points.table(self.to_dict(), style="html")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as plain data, fit for JSON."""
+        """Return the figures as plain data, fit for JSON: a number that is not finite is None."""
+        data: dict[str, Any] = finite(self._data())
+        return data
+
+    def _data(self) -> dict[str, Any]:
         names = ("model", "device", "settings", "original", "missed", "error_on")
         return {name: getattr(self, name) for name in names} | {"points": [p.to_dict() for p in self.points]}
 
     def to_table(self) -> str:
         """Return the figures as text, the original first."""
-        return points.text(self.to_dict())
+        return points.text(self._data())
 
     def to_html(self, path: str | Path) -> None:
         """Write the figures as one page, with charts, that needs nothing else: no server, no network."""

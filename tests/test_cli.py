@@ -202,3 +202,17 @@ def test_a_budget_that_cannot_be_met_is_one_line(net, arguments, message, capsys
     assert message in err
     assert err.startswith("fxlrd: ")
     assert err.count("\n") == 1
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    from fxlrd.app.output import write_json
+
+    write_json({"error": float("inf"), "rows": [float("nan"), 1.5]}, tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == {"error": None, "rows": [None, 1.5]}
+
+
+def test_the_tilde_of_a_path_is_the_users_home(monkeypatch):
+    from fxlrd.app.arguments import path
+
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(path("~/out")) == "/home/me/out"

@@ -19,6 +19,11 @@ _COMPRESSION, _EXAMPLES, _OUTPUT = "the compression", "your examples", "the outp
 _USAGE = "%(prog)s MODEL [options]"
 
 
+def path(text: str) -> Path:
+    """Read the path of a file or folder: no shell expands ~ in --save=~/smaller."""
+    return Path(text).expanduser()
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that raises FxlrdError, and shows an example below its help."""
 
@@ -77,7 +82,7 @@ def _model_options() -> Parser:
     timed.add_argument("--int8", action="store_const", const="int8", dest="compile", help="time under Inductor in int8")
     _add_threads(group)
     group = parser.add_argument_group(_OUTPUT)
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    group.add_argument("--json", type=path, metavar="FILE", help="write the report as JSON")
     return parser
 
 
@@ -95,7 +100,7 @@ def _data_options() -> Parser:
 def _page_option() -> Parser:
     parser = Parser(add_help=False)
     group = parser.add_argument_group(_OUTPUT)
-    group.add_argument("--html", type=Path, metavar="FILE", help="write the same as one HTML page")
+    group.add_argument("--html", type=path, metavar="FILE", help="write the same as one HTML page")
     return parser
 
 
@@ -133,7 +138,7 @@ def _add_compress(subparsers: Any, parents: list[Parser]) -> None:
     group.add_argument("--lr", type=float, help="peak learning rate (default: 0.005 by SGD, 0.0001 by AdamW)")
     group.add_argument("--distill", type=float, metavar="W", help="weight of the original's answers (default: 0)")
     _group(parser, _OUTPUT).add_argument(
-        "--save", type=Path, metavar="DIR", help="save the result, to be a MODEL or for fxlrd.load"
+        "--save", type=path, metavar="DIR", help="save the result, to be a MODEL or for fxlrd.load"
     )
 
 
@@ -153,7 +158,7 @@ def _add_frontier(subparsers: Any, parents: list[Parser]) -> None:
     )
     compression.add_argument("--passes", metavar="SPEC", help="passes with one allocate (default: preset auto)")
     _group(parser, _OUTPUT).add_argument(
-        "--save", type=Path, metavar="DIR", help="save the models, each in a folder of its budget"
+        "--save", type=path, metavar="DIR", help="save the models, each in a folder of its budget"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 
 from fxlrd.app.huggingface import check_target, save_folder
-from fxlrd.app.models import evaluation_of, huggingface_folder, source_of
-from fxlrd.app.output import check_writable, colored, show, write_json, write_page
+from fxlrd.app.models import architecture_of, evaluation_of, folder_of
+from fxlrd.app.output import check_writable, colored, show, warn, write_json, write_page
 from fxlrd.app.prepared import Prepared, prepared
 from fxlrd.app.scores import Scores, ScoresInTurn, as_evaluation
 from fxlrd.app.subject import Subject, subject_of
@@ -84,8 +85,9 @@ def run_frontier(arguments: argparse.Namespace) -> None:
         raise FxlrdError("--ratio: budgets set every layer's ranks by themselves")
     if arguments.evaluate is not None and arguments.eval is not None:
         raise FxlrdError("--evaluate and --eval: give a function, or examples, to measure accuracy by")
-    _check_folder(arguments)
-    budgets = _budgets(arguments.budgets) if arguments.budgets is not None else BUDGETS
+    shares = arguments.budgets or "latency=" + ",".join(map(str, BUDGETS))
+    budgets = _budgets(shares)
+    _check_folder(arguments, list(map(str, budgets)))
     evaluate = None if arguments.evaluate is None else evaluation_of(arguments.evaluate)
     ready = _prepared(arguments)
     scores = None if evaluate is not None or ready.measure is None else ScoresInTurn(ready.measure)
@@ -174,13 +176,16 @@ def _prepared(arguments: argparse.Namespace, calibrates: bool = False) -> Prepar
     return prepared(arguments, calibrates)
 
 
-def _check_folder(arguments: argparse.Namespace) -> None:
+def _check_folder(arguments: argparse.Namespace, inside: Sequence[str] = ()) -> None:
+    """Raise FxlrdError for a folder to save to, or folders ``inside`` it, where something else is."""
     if arguments.save is None:
         return
     if arguments.save.exists() and not arguments.save.is_dir():
         raise FxlrdError(f"--save {arguments.save}: that is a file; name a directory")
-    if (folder := huggingface_folder(arguments.model)) is not None:
-        check_target(Path(folder).expanduser(), arguments.save)
+    folder = folder_of(arguments.model)
+    for target in (arguments.save, *(arguments.save / name for name in inside)):
+        if folder is not None:
+            check_target(folder, target)
 
 
 def _save(result: Result, folder: Path, subject: Subject, arguments: argparse.Namespace) -> None:
@@ -188,18 +193,30 @@ def _save(result: Result, folder: Path, subject: Subject, arguments: argparse.Na
     if subject.folder is not None:
         save_folder(result.model, subject.folder, folder)
     else:
-        save(result, folder, source=source_of(arguments.model, arguments.weights))
+        source = architecture_of(arguments.model, arguments.weights, subject.model)
+        if source is None:
+            warn(f"{folder}: no name makes this architecture: open it in Python, by fxlrd.load({str(folder)!r}, model)")
+        save(result, folder, source=source)
 
 
 def _diff_of_models(arguments: argparse.Namespace) -> Diff:
-    subject = subject_of(arguments.model, arguments)
+    options = [_with_weights_of_its_own(arguments, name) for name in (arguments.model, arguments.other)]
+    subject = subject_of(arguments.model, options[0])
     model, x = subject.model, subject.example()
-    other = subject_of(arguments.other, arguments).model
+    other = subject_of(arguments.other, options[1]).model
     values = not arguments.no_values
     try:
         return diff(capture(model, x), capture(other, x), values=values)
     except CaptureError:  # one is not traceable: compare the modules, by name
         return diff(model, other, values=values)
+
+
+def _with_weights_of_its_own(arguments: argparse.Namespace, name: str) -> argparse.Namespace:
+    """Return the options for one of two models: --weights are those of the other one where this one is in a folder."""
+    other = arguments.other if name == arguments.model else arguments.model
+    if folder_of(name) is None or folder_of(other) is not None:
+        return arguments
+    return argparse.Namespace(**{**vars(arguments), "weights": None})
 
 
 def _diff_of_passes(arguments: argparse.Namespace) -> tuple[Diff, list[tuple[str, Diff]]]:

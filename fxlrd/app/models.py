@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -35,9 +36,8 @@ def load_model(name: str, weights: str | None, seed: int) -> nn.Module:
         return folder_model(folder)
     if os.path.isdir(name):
         return _saved(name, weights)
-    source, _, folder = name.rpartition("@")
-    if source and os.path.isdir(folder):
-        return _saved(folder, weights, source)
+    if (saved := made_by(name)) is not None:
+        return _saved(saved[1], weights, saved[0])
     package, colon, attribute = name.partition(":")
     if not colon or not attribute:
         raise FxlrdError(f"model {name!r}: write {MODEL}")
@@ -55,6 +55,23 @@ def load_model(name: str, weights: str | None, seed: int) -> nn.Module:
     return model.eval()
 
 
+def made_by(name: str) -> tuple[str, str] | None:
+    """Return the factory and the folder of ``package.module:factory@DIR``; None for another name."""
+    source, _, folder = name.rpartition("@")
+    folder = os.path.expanduser(folder)
+    return (source, folder) if source and os.path.isdir(folder) else None
+
+
+def folder_of(name: str) -> Path | None:
+    """Return the folder that MODEL is read from, if it is."""
+    if (folder := huggingface_folder(name)) is not None:
+        return Path(folder).expanduser()
+    if os.path.isdir(name):
+        return Path(name)
+    saved = made_by(name)
+    return None if saved is None else Path(saved[1])
+
+
 def huggingface_folder(name: str) -> str | None:
     """Return the folder of a model of transformers, if that is what MODEL names."""
     if name.startswith(SCHEME):
@@ -69,20 +86,40 @@ def source_of(name: str, weights: str | None = None) -> str | None:
     """
     if os.path.isdir(name):
         return read_plan(Path(name)).architecture.source
-    source, _, folder = name.rpartition("@")
-    if source and os.path.isdir(folder):
-        return source
+    if (saved := made_by(name)) is not None:
+        return saved[0]
     package, _, attribute = name.partition(":")
     if package not in zoo.PACKAGES:
         return name
-    # GoogLeNet and Inception v3 scale their inputs if, and only if, they are built with published weights.
-    if (
-        weights is not None
-        and not zoo.is_file(weights)
-        and name in ("torchvision:googlenet", "torchvision:inception_v3")
-    ):
-        return None
     return zoo.zoo_source(package, attribute, weights)
+
+
+def architecture_of(name: str, weights: str | None, model: nn.Module) -> str | None:
+    """Return the name that makes the architecture of ``model``, which MODEL and ``weights`` made; None if none does.
+
+    Published weights bring a structure of their own, such as FrozenBatchNorm2d in detectors, another size of images, or
+    inputs that are scaled.
+    """
+    source = source_of(name, weights)
+    if source is None or weights is None or zoo.is_file(weights) or not source.startswith("torchvision:"):
+        return source
+    package, _, attribute = source.partition(":")
+    if zoo.parsed(package, attribute)[0] in zoo.SCALING:
+        return None
+    options = [{}, {"aux_loss": 1}, {"image_size": getattr(model, "image_size", 0)}]
+    for each in options:
+        named = zoo.with_options(package, attribute, **each) if each else attribute
+        with contextlib.suppress(FxlrdError):
+            if _alike(model, zoo.without_weights(package, named)):
+                return f"{package}:{named}"
+    return None
+
+
+def _alike(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two models have modules of the same classes, with tensors of the same shapes, under the same names."""
+    a, b = ({name: type(module) for name, module in each.named_modules()} for each in (model, other))
+    c, d = ({name: tensor.shape for name, tensor in each.state_dict().items()} for each in (model, other))
+    return a == b and c == d
 
 
 def _saved(name: str, weights: str | None, factory: str | None = None) -> nn.Module:

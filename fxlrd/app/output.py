@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from fxlrd.errors import FxlrdError, one_line
 from fxlrd.escaping import visible
 from fxlrd.files import write_out
+from fxlrd.report.numbers import finite
 
 
 class HasPage(Protocol):
@@ -65,11 +66,11 @@ def check_writable(option: str, path: Path | None) -> None:
 
 
 def write_json(data: Any, path: Path | None) -> None:
-    """Write plain data, unless ``path`` is None."""
+    """Write plain data, unless ``path`` is None; a number that is not finite, which JSON cannot hold, as null."""
     if path is None:
         return
     try:
-        write_out(path, json.dumps(data, indent=1) + "\n")
+        write_out(path, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise FxlrdError(f"--json {path}: {one_line(error)}") from error
 

@@ -84,7 +84,9 @@ class Subject:
             if (prepare := transforms.of_huggingface(self.folder)) is not None:
                 return prepare
         elif self.package == "timm":
-            return stacked(transforms.timm_transform(transforms.of_timm(self._plain()), shape), shape.channels)
+            config = transforms.of_timm(self._plain())
+            if len(config["mean"]) == shape.channels:
+                return stacked(transforms.timm_transform(config, shape), shape.channels)
         elif self.package == "torchvision" and (own := self._of_torchvision()) is not None:
             if not sized:
                 return stacked(own, shape.channels)

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxlrd.app.output import warn
 from fxlrd.errors import FxlrdError, one_line, unknown
 
 PACKAGES = ("torchvision", "timm")
+SCALING = ("googlenet", "inception_v3")
+"""Models of torchvision that scale their inputs if, and only if, they are built with published weights."""
 _NAME = re.compile(r"([^{}]+?)(?:\{(\w+=\d+(?:,\w+=\d+)*)\})?")
 _WRAPPED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -26,8 +29,14 @@ def zoo_source(package: str, name: str, weights: str | None) -> str:
         return f"{package}:{name}"
     if is_file(weights):
         count = _classes_in(package, name, weights)
-        return f"{package}:{name}" if count is None else f"{package}:{name}{{num_classes={count}}}"
+        return f"{package}:{name}" if count is None else f"{package}:{with_options(package, name, num_classes=count)}"
     return f"timm:{_tagged(name, weights)}" if package == "timm" else f"{package}:{name}"
+
+
+def with_options(package: str, name: str, **options: int) -> str:
+    """Return a name with these options of its builder, beside those that it has."""
+    plain, own = parsed(package, name)
+    return f"{plain}{{{','.join(f'{key}={value}' for key, value in {**own, **options}.items())}}}"
 
 
 def zoo_model(package: str, name: str, weights: str | None) -> nn.Module:
@@ -38,6 +47,10 @@ def zoo_model(package: str, name: str, weights: str | None) -> nn.Module:
     """
     if weights is not None and is_file(weights):
         source = zoo_source(package, name, weights).partition(":")[2]
+        plain, options = parsed(package, source)
+        if plain in SCALING and package == "torchvision" and "transform_input" not in options:
+            remedy = f"if those of the file do too, write {with_options(package, source, transform_input=1)}"
+            warn(f"{package}:{name}: published weights scale their inputs; {remedy}")
         return _with_weights(zoo_model(package, source, None), f"{package}:{name}", weights)
     plain, options = parsed(package, name)
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxlrd.report import points
 from fxlrd.report.cells import chart_row, facts, layer_row, moved, step, variant
-from fxlrd.report.numbers import count, giga
+from fxlrd.report.numbers import count, finite, giga
 from fxlrd.report.sides import arranged
 from fxlrd.report.table import outcome
 
@@ -123,7 +122,7 @@ def _render_page(name: str, data: Any, **context: Any) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     return environment.get_template(name).render(
-        style=Markup(style), script=Markup(script), policy=policy, data=_finite(data), **context
+        style=Markup(style), script=Markup(script), policy=policy, data=finite(data), **context
     )
 
 
@@ -151,14 +150,3 @@ def _breakable(text: str) -> Markup:
 
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _finite(value: Any) -> Any:
-    """Return plain data in which NaN and infinity, which JSON cannot express, are None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return value

@@ -1,6 +1,13 @@
-"""Numbers as text, the same in tables, pages and diffs."""
+"""Numbers as text, the same in tables, pages and diffs, and as JSON can hold them."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+MODES = {False: "eager", True: "Inductor", "int8": "Inductor in int8"}
+"""How a model is timed, by ``compile``."""
 
 
 def change(before: float, after: float) -> str:
@@ -39,3 +46,14 @@ def percent(share: float) -> str:
 def speed_text(times: float, spread: float) -> str:
     """Return a speed relative to the original's, with the half-width of its 95 % interval."""
     return f"{times:.2f}× ± {spread:.2f}"
+
+
+def finite(value: Any) -> Any:
+    """Return plain data in which NaN and infinity, which JSON cannot express, are None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value

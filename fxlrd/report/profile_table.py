@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from fxlrd.escaping import printable
 from fxlrd.layers.forms import ranks_text
-from fxlrd.report.numbers import giga
+from fxlrd.report.numbers import MODES, giga
 
 _COLUMNS = {
     "layer": "left", "op": "left", "weight": "left", "params": "right", "FLOPs": "right", "time": "right",
@@ -27,7 +27,7 @@ def profile_text(profile: Mapping[str, Any], worth: float, bound: float) -> str:
     profile = printable(profile)
     total, settings, layers = profile["total"], profile["settings"], profile["layers"]
     layout = next((row["layout"] for row in layers if row["layout"]), "contiguous")
-    mode = f"{'Inductor' if settings['compile'] else 'eager'}, {settings['threads']} threads, torch {settings['torch']}"
+    mode = f"{MODES[settings['compile']]}, {settings['threads']} threads, torch {settings['torch']}"
     peak = "not measured, as there are no layers to set against it"
     if profile["peak"]:
         peak = f"{profile['peak'] / 1e9:.0f} GFLOP/s, the fastest of a few matrix multiplies here"

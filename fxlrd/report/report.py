@@ -19,12 +19,12 @@ from fxlrd.installation import Installed
 from fxlrd.pipeline import Pipeline, PipelineResult, Record
 from fxlrd.report import table
 from fxlrd.report.advice import advice
+from fxlrd.report.numbers import MODES, finite
 from fxlrd.report.rows import PassRow, layer_rows
 from fxlrd.timing.cache import Setting
 from fxlrd.timing.clock import Timing
 from fxlrd.timing.inductor import Compile
 
-_MODES = {False: "eager", True: "Inductor", "int8": "Inductor in int8"}
 _MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -107,13 +107,17 @@ class Report:
         return fragment(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data, fit for JSON."""
+        """Return the report as plain data, fit for JSON: a number that is not finite is None."""
+        data: dict[str, Any] = finite(self._data())
+        return data
+
+    def _data(self) -> dict[str, Any]:
         names = ("model", "device", "settings", "before", "after", "layers", "passes", "warnings")
         return {name: getattr(self, name) for name in names}
 
     def to_table(self) -> str:
         """Return the report as text: the headline, the passes, the layers."""
-        return table.report_text(self.to_dict())
+        return table.report_text(self._data())
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one page that needs nothing else: no server, no network."""
@@ -168,7 +172,7 @@ def setting(inputs: Inputs, under_inductor: Compile) -> dict[str, Any]:
         "compile": under_inductor,
         "threads": threads,
         "torch": version,
-        "mode": f"{layout}, {_MODES[under_inductor]}, {threads} threads, torch {version}",
+        "mode": f"{layout}, {MODES[under_inductor]}, {threads} threads, torch {version}",
     }
 
 

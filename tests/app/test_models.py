@@ -9,7 +9,7 @@ from torch import nn
 
 from fxlrd import FxlrdError
 from fxlrd.app.inputs import calibration_for, example_for
-from fxlrd.app.models import load_model, source_of
+from fxlrd.app.models import architecture_of, load_model, made_by, source_of
 
 
 def test_a_model_is_in_eval_mode_and_its_random_weights_are_seeded():
@@ -37,12 +37,44 @@ def test_a_factory_may_be_an_attribute_of_an_attribute_or_the_model_itself(tmp_p
     [
         ("torchvision:resnet50", "DEFAULT", "torchvision:resnet50"),
         ("torchvision:googlenet", None, "torchvision:googlenet"),
-        ("torchvision:googlenet", "DEFAULT", None),
         ("package.module:factory", None, "package.module:factory"),
     ],
 )
 def test_the_name_of_the_architecture(name, weights, source):
     assert source_of(name, weights) == source
+
+
+def test_the_name_of_the_architecture_that_published_weights_bring():
+    from torchvision import models
+    from torchvision.ops import FrozenBatchNorm2d
+
+    def name(of, model):
+        return architecture_of(f"torchvision:{of}", "DEFAULT", model)
+
+    with torch.device("meta"):
+        own = {"weights": None, "weights_backbone": None}
+        segmented = models.get_model("lraspp_mobilenet_v3_large", **own)
+        assert name("lraspp_mobilenet_v3_large", segmented) == "torchvision:lraspp_mobilenet_v3_large"
+        with_auxiliary = models.get_model("deeplabv3_mobilenet_v3_large", aux_loss=True, **own)
+        assert name("deeplabv3_mobilenet_v3_large", with_auxiliary).endswith("mobilenet_v3_large{aux_loss=1}")
+        assert name("vit_b_32", models.vit_b_32(image_size=384)) == "torchvision:vit_b_32{image_size=384}"
+        assert name("resnet18", models.resnet18()) == "torchvision:resnet18"
+        assert name("resnet18", models.resnet18(norm_layer=FrozenBatchNorm2d)) is None
+        assert name("googlenet", models.resnet18()) is None
+
+
+def test_a_folder_may_be_in_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "out").mkdir()
+    assert made_by("package:make@~/out") == ("package:make", str(tmp_path / "out"))
+    assert made_by("package:make@~/nowhere") is None
+
+
+def test_random_tokens_are_those_of_the_same_text():
+    like = torch.arange(24).view(2, 12)
+    batches = calibration_for("random", 2, like)
+    assert all(torch.equal(batch.sort(1).values, like) for batch in batches)
+    assert not torch.equal(batches[0], batches[1])
 
 
 def test_random_calibration_inputs_are_seeded_and_like_the_example():

@@ -125,3 +125,71 @@ def test_a_model_of_timm_is_saved_and_opened_again(tmp_path, capsys):
     for text, message in [("timm:hf-hub:a/b", "unknown timm model"), ("timm:test_resnet.nope", "unknown timm model")]:
         with pytest.raises(FxlrdError, match=message):
             load_model(text, None, seed=0)
+
+
+def test_options_of_a_name_stay_where_weights_tell_the_number_of_classes(tmp_path, capsys):
+    from torchvision.models import googlenet
+
+    torch.manual_seed(1)
+    file = str(tmp_path / "mine.pth")
+    torch.save(googlenet(num_classes=3, aux_logits=False, init_weights=False).state_dict(), file)
+    assert source_of("torchvision:googlenet{aux_logits=0}", file) == "torchvision:googlenet{aux_logits=0,num_classes=3}"
+    name = "torchvision:googlenet{aux_logits=0,init_weights=0}"
+    assert not load_model(name, file, seed=0).transform_input
+    assert "published weights scale their inputs; if those of the file do too, write googlenet{" in (
+        capsys.readouterr().err
+    )
+    assert load_model(f"{name[:-1]},transform_input=1}}", file, seed=0).transform_input
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_greys_of_timm_want_a_mean(tmp_path, capsys):
+    pytest.importorskip("timm")
+    photos = write_images(tmp_path / "photos", count=3)
+    command = ["compress", "timm:test_resnet{in_chans=1,num_classes=2}", "--size", "64", "--eval", str(photos)]
+    assert main([*command, "--ratio", "1.01"]) == 2
+    assert "--mean and --std: give the mean" in capsys.readouterr().err
+    assert main([*command, "--ratio", "1.01", "--mean", "0.5", "--std", "0.5"]) == 0
+
+
+def test_the_model_that_is_read_is_not_replaced(tmp_path, monkeypatch, capsys):
+    small = ["--size", "8", "--ratio", "1.5", "--skip", "0"]
+    out = str(tmp_path / "out")
+    assert main(["compress", NET, *small, "--save", out]) == 0
+    before = (tmp_path / "out" / "plan.json").read_bytes()
+    for command in (
+        ["compress", f"{NET}@{out}", *small, "--save", out],
+        ["frontier", f"{NET}@{out}", "--size", "8", "--budgets", "params=0.9", "--save", str(tmp_path)],
+    ):
+        if command[0] == "frontier":
+            (tmp_path / "out").rename(tmp_path / "params=0.9")
+            command[1] = f"{NET}@{tmp_path / 'params=0.9'}"
+        assert main(command) == 2
+        assert "the original model is there; name another directory" in capsys.readouterr().err
+    assert (tmp_path / "params=0.9" / "plan.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_what_was_saved_is_compared_with_a_model_of_a_file(tmp_path, capsys):
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(1)
+    torch.save(squeezenet1_1().state_dict(), tmp_path / "mine.pth")
+    model = ["torchvision:squeezenet1_1", "--weights", str(tmp_path / "mine.pth"), "--size", "64"]
+    assert main(["compress", *model, "--save", str(tmp_path / "out")]) == 0
+    assert main(["diff", model[0], str(tmp_path / "out"), *model[1:]]) == 1
+    assert main(["diff", str(tmp_path / "out"), *model]) == 1
+
+
+def test_a_function_of_the_users_measures_without_examples_held_out(photos, tmp_path, monkeypatch):
+    from fxlrd.app import prepared
+
+    monkeypatch.setattr(prepared, "_split", None)  # which would fail
+    module = f"{__name__}:one"
+    command = ["frontier", NET, *IMAGES, "--calibration", photos, "--budgets", "params=0.9", "--evaluate", module]
+    assert [point["accuracy"] for point in run(tmp_path, *command)["points"]] == [1.0]
+
+
+def one(model: nn.Module) -> float:
+    return 1.0
