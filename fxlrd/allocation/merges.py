@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -35,13 +35,15 @@ _FEW = 16
 class Reader:
     """A consumer with the moments of what it reads and Γ of what it makes, where that was measured.
 
-    What follows from these is computed when it is asked for: it is as large as they are.
+    ``scale`` times A is what errors are weighted by. What follows from these is computed when it is asked for: it is as
+    large as they are.
     """
 
     consumer: Consumer
     module: nn.Module
     moments: Moments
     importance: Tensor | None
+    scale: float = 1.0
 
     @property
     def shifts(self) -> bool:
@@ -66,7 +68,7 @@ class Reader:
     @property
     def weight(self) -> Tensor:
         """A = Σ WᵀΓW over the kernel, the importance of the channels that it reads."""
-        return input_importance(self.module, self.consumer.block, self.importance)
+        return input_importance(self.module, self.consumer.block, self.importance) * self.scale
 
     @property
     def matters(self) -> bool:
@@ -74,6 +76,14 @@ class Reader:
         weight = as_layer(self.module).weight.detach().double().flatten(1)
         one = weight @ torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
         return bool((one if self.importance is None else self.importance.double() @ one).any())
+
+
+def comparable(reader: Reader) -> Reader:
+    """Return a reader whose errors are in the unit of a layer's forms: without Γ relative to what it makes."""
+    if reader.importance is not None:
+        return reader
+    made = float((reader.weight * reader.moments.second).sum())
+    return replace(reader, scale=1 / made) if made > 0 else reader
 
 
 class Option(NamedTuple):
@@ -209,7 +219,7 @@ def mergings(
     """Return the groups that may be merged, by the name of their first producer, with what that costs.
 
     A group whose algebra fails has the reason. ``names`` are the layers that may be cut. Groups with a reader of which
-    calibration has not measured the effect are left out, since their errors are in another unit.
+    calibration has measured nothing are left out.
     """
     groups = _measured_groups(gm, names, skip)
     cut = [layer for group in groups.values() for layer in group.cut]
@@ -233,7 +243,8 @@ def _merging(gm: fx.GraphModule, group: Group, measure: Measure, most: int) -> M
     read, counts = readers(gm, group), _counts(group.channels, most, measure.vector)
     if not counts or isinstance(read, Reason):
         return None
-    elimination, shares = eliminated(read, min(counts)), measure.shares(gm, group, counts)
+    elimination = eliminated([comparable(reader) for reader in read], min(counts))
+    shares = measure.shares(gm, group, counts)
     check_finite(elimination.errors)
     options = {count: Option(elimination.error(count), shares[count]) for count in counts}
     return Merging(group, options, measure.between(gm, group), elimination.retained)

@@ -217,7 +217,7 @@ class _Gradients:
 
     def _add(self, call: fx.Node, axis: int, gradient: Tensor) -> None:
         failed, sums = self.importance.failed, self.importance.sums
-        if call in failed:
+        if call in failed or not gradient.numel():  # of an expert without any tokens
             return
         rows = gradient.detach().movedim(axis, -1)
         count = rows.shape[-1]

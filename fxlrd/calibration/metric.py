@@ -105,7 +105,8 @@ def drawn(output: Tensor, logits: bool, generator: torch.Generator) -> Tensor:
     if logits and (size := _spread(z)) > 0:
         parts = [_turned(rows, generator) / math.sqrt(size) for rows in _rows(z)]
         return torch.cat(parts).to(z.dtype).view(z.movedim(_axis(z), -1).shape).movedim(-1, _axis(z))
-    return _signs(z, generator) / z.double().norm().clamp_min(1e-30).to(z.dtype)
+    scale = 1 / max(float(z.double().norm()), 1e-30)
+    return _signs(z, generator) * min(scale, torch.finfo(z.dtype).max)  # float16 holds neither of the two
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -162,7 +163,7 @@ def _divergence(a: Tensor, b: Tensor) -> float:
     for changed, original in zip(_rows(a), _rows(b), strict=True):
         p, q = original.log_softmax(-1), changed.log_softmax(-1)
         apart += float(torch.where(p.isfinite(), p.exp() * (p - q), 0).sum())
-    return max(0.0, 2 * apart / size)
+    return max(0.0, 2 * apart / size) if math.isfinite(apart) else math.inf
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -173,4 +174,6 @@ def _relative(a: Tensor, b: Tensor) -> float:
         a, b = a.double(), b.double()
         size = norm(torch.where(b.isfinite(), b, 0.0)).item() ** 2
         gap = norm(torch.where(b.isfinite(), a - b, 0.0)).item() ** 2
+    if math.isnan(gap):
+        return math.inf
     return gap / size if size else 0.0

@@ -66,6 +66,8 @@ class Provenance:
             measured it.
         fitted: whether the factors were fitted to calibration inputs.
         original: the original module, by reference; it is never copied.
+        entangled: whether it does not do by itself what the original layer did: it took in a neighbour, or is part of
+            one, or works in other units. It can neither be restored nor fitted to the original's outputs.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Provenance:
     fitted: bool = False
     original: nn.Module | None = field(default=None, compare=False, repr=False)
     channel_error: float | None = None
+    entangled: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Provenance:
         return self
@@ -104,6 +107,13 @@ def times(node: fx.Node) -> int:
 def record_times(node: fx.Node, count: int) -> None:
     """Record how many calls of the same shapes the node stands for."""
     _times.record(node, count)
+
+
+def entangle(gm: fx.GraphModule, name: str) -> None:
+    """Record that a layer does not do by itself any more what the original one of this name did."""
+    for node in gm.graph.nodes:
+        if (recorded := provenance(node)) is not None and recorded.name == name:
+            provenance.record(node, replace(recorded, entangled=True))
 
 
 def tensor_meta(node: fx.Node) -> TensorMetadata | None:

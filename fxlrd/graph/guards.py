@@ -16,6 +16,7 @@ from fxlrd.layers.folded import padding_before
 from fxlrd.layers.kinds import LAYERS, Conv, is_stock, op
 
 FACTOR = Reason("factor", "it is a low-rank factor already")
+MERGED = Reason("merged", "it is merged already")
 MORE_INPUTS = Reason("more-inputs", "it is called with more than its input")
 NEVER_CALLED = Reason("never-called", "it is never called in eval mode and is no part of the captured model")
 ADAPTER = Reason(

@@ -20,16 +20,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import fx, nn
 
 from fxlrd.errors import Reason
 from fxlrd.graph.channels import MERGEABLE
-from fxlrd.graph.facts import FACTORS, provenance, shape
+from fxlrd.graph.facts import FACTORS, output_moments, provenance, shape, statistics
 from fxlrd.graph.guards import matches, skip_reason, why_not_replaceable
 from fxlrd.graph.layer import origin
 from fxlrd.graph.surgery import calls, layers, source
 from fxlrd.layers.compose import affine, composed, scaled, why_not_composable
-from fxlrd.layers.kinds import as_layer
+from fxlrd.layers.kinds import as_layer, kernel_area
 from fxlrd.passes._merging import UNMERGED, is_shared, put_merged
 from fxlrd.passes._patterns import Chain, affine_chain
 from fxlrd.passes.contract import Site, Skip
@@ -101,38 +102,82 @@ def _composed(gm: fx.GraphModule, module: nn.Module, first: fx.Node, second: fx.
 
 
 def _cost(module: nn.Module, node: fx.Node) -> int:
-    """Return a layer's number of weights times the positions that the node applies it at."""
+    """Return a layer's number of weights times the positions of an image that the node applies it at.
+
+    Linear layers that follow each other have as many positions each.
+    """
     sizes = shape(node) or ()
-    return as_layer(module).weight.numel() * (math.prod(sizes[2:]) if len(sizes) == 4 else 1)
+    conv = not isinstance(module, nn.Linear) and len(sizes) == 4
+    return as_layer(module).weight.numel() * (math.prod(sizes[2:]) if conv else 1)
 
 
 def _replace_both(gm: fx.GraphModule, chain: Chain, second: fx.Node, one: nn.Module) -> Site:
     """Put one layer in the place of a chain: at the second layer's call, under its name."""
     name, start = origin(chain.first), source(chain.first)
     assert start is not None
+    _record_statistics_of_both(gm, chain.first, second)
     second.replace_input_with(second.all_input_nodes[0], start)
     for node in reversed([chain.first, *chain.between]):
         _remove(gm, node)
-    put_merged(gm, second, one)
+    put_merged(gm, second, one, entangled=True)
     _relabel_factors(gm, {name, origin(second)})
     return Site(name, True, f"composed into {second.target}")
 
 
 def _absorb(gm: fx.GraphModule, chain: Chain, module: nn.Module) -> Site:
     """Put a layer that does what its BatchNorms did in the place of the layer and of those."""
+    _record_statistics_with_norms(gm, chain)
     for norm in chain.norms:
         norm.replace_all_uses_with(norm.all_input_nodes[0])
         _remove(gm, norm)
-    put_merged(gm, chain.first, module)
+    put_merged(gm, chain.first, module, entangled=True)
+    _relabel_factors(gm, {origin(chain.first)})
     return Site(origin(chain.first), True, f"took in {', '.join(str(n.target) for n in chain.norms)}")
+
+
+def _record_statistics_of_both(gm: fx.GraphModule, first: fx.Node, second: fx.Node) -> None:
+    """Let the one layer at ``second`` have the input's moments of the first one; nothing where those are not known.
+
+    What is measured of a factor is that of its whole layer.
+    """
+    measured = statistics(first)
+    made = statistics(second)
+    recorded = [p.role for node in (first, second) if (p := provenance(node)) is not None]
+    if measured is None or made is None or any(role in FACTORS for role in recorded):
+        statistics.drop(second)
+        return
+    patches = measured.patch_moments if kernel_area(gm.get_submodule(str(second.target))) == 1 else None
+    statistics.record(
+        second, replace(made, input_moments=measured.input_moments, patch_moments=patches, called=measured.called)
+    )
+
+
+def _record_statistics_with_norms(gm: fx.GraphModule, chain: Chain) -> None:
+    """Let a layer have the moments of what its BatchNorms made, and Γ of that: Γ / (g·gᵀ), unless some g is 0."""
+    made = output_moments(chain.norms[-1])
+    if made is None:
+        output_moments.drop(chain.first)
+    else:
+        output_moments.record(chain.first, made)
+    measured = statistics(chain.first)
+    if measured is None or measured.importance is None:
+        return
+    scale = math.prod((affine(gm.get_submodule(str(norm.target)))[0] for norm in chain.norms), start=1.0)
+    importance = measured.importance / torch.outer(scale, scale).to(measured.importance)
+    statistics.record(
+        chain.first, replace(measured, importance=importance if bool(importance.isfinite().all()) else None)
+    )
 
 
 def _relabel_factors(gm: fx.GraphModule, names: set[str]) -> None:
     """Relabel the other factors of these layers as merged: they no longer factor a single layer."""
     for node in gm.graph.nodes:
         recorded = provenance(node)
-        if recorded is not None and recorded.name in names and recorded.role in FACTORS:
-            provenance.record(node, replace(recorded, role="merged"))
+        if recorded is not None and recorded.name in names:
+            if recorded.role in FACTORS:
+                recorded = replace(recorded, role="merged")
+                statistics.drop(node)  # those of the whole layer
+            provenance.record(node, replace(recorded, entangled=True))
 
 
 def _remove(gm: fx.GraphModule, node: fx.Node) -> None:

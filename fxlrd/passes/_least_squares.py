@@ -12,7 +12,7 @@ from fxlrd.calibration.patches import patches, stride_for
 from fxlrd.errors import Reason
 from fxlrd.factor.failures import check_finite
 from fxlrd.factor.ridge import with_ridge
-from fxlrd.graph.facts import retained_channels
+from fxlrd.graph.facts import retained_channels, shape
 from fxlrd.graph.guards import hooked
 from fxlrd.graph.surgery import calls
 from fxlrd.layers.fit import Moments
@@ -101,6 +101,9 @@ class LeastSquares:
 def _norm_after(gm: fx.GraphModule, call: fx.Node) -> str | None:
     """Return the name of the BatchNorm that alone reads a layer's output, if its statistics may be changed."""
     user = next(iter(call.users))
+    sizes, layer = shape(call), gm.get_submodule(str(call.target))
+    if sizes is None or channel_axis(layer, len(sizes)) % len(sizes) != 1:  # a BatchNorm counts along that one
+        return None
     if len(call.users) != 1 or user.op != "call_module" or len(calls(gm, str(user.target))) != 1:
         return None
     module = gm.get_submodule(str(user.target))

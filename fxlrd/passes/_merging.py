@@ -82,10 +82,13 @@ def put_merged(
     module: nn.Module,
     ranks: tuple[int | None, int | None] = (None, None),
     error: float | None = None,
+    *,
+    entangled: bool = False,
 ) -> None:
     """Replace the node's module by a merged one and record that in the provenance.
 
     ``ranks`` are the channels that it reads and makes, where they are fewer now; ``error`` is the relative error.
+    ``entangled`` is that of `Provenance`.
     """
     target = str(node.target)
     gm.set_submodule(target, module)
@@ -95,5 +98,7 @@ def put_merged(
     if recorded.role in FACTORS:
         merged = recorded.ranks
     largest = max((e for e in (error, recorded.error) if e is not None), default=None)
+    entangled = entangled or recorded.entangled
+    changed = replace(recorded, role="merged", ranks=merged, error=largest, channel_error=None, entangled=entangled)
     for call in calls(gm, target):
-        provenance.record(call, replace(recorded, role="merged", ranks=merged, error=largest, channel_error=None))
+        provenance.record(call, changed)

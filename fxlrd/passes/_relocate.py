@@ -139,17 +139,17 @@ def _move_into_rank_space(gm: fx.GraphModule, place: Bottleneck) -> float:
     g, h = _affine_of(gm, place.before, entry)
     weight = torch.einsum("rc,c,cs->rs", u, g, entry.weight.detach().double().flatten(1))
     bias = _move_norms(gm, place.before, u @ h)
-    put_merged(gm, first, resized(entry, weight[..., None, None], bias), (None, rank))
+    put_merged(gm, first, resized(entry, weight[..., None, None], bias), (None, rank), entangled=True)
 
     g, h = _affine_of(gm, place.after, conv)
     weight = torch.einsum("so,s,sp,pqij->oqij", v, g, v, core)
     bias = _move_norms(gm, place.after, v.mT @ h)
-    put_merged(gm, node, resized(conv, weight, bias), (rank, rank), triple.error)
+    put_merged(gm, node, resized(conv, weight, bias), (rank, rank), triple.error, entangled=True)
 
     exit_ = as_layer(gm.get_submodule(str(last.target)))
     weight = exit_.weight.detach().double().flatten(1) @ v
     bias = None if exit_.bias is None else exit_.bias.detach()
-    put_merged(gm, last, resized(exit_, weight[..., None, None], bias), (rank, None))
+    put_merged(gm, last, resized(exit_, weight[..., None, None], bias), (rank, None), entangled=True)
     return triple.error
 
 

@@ -33,6 +33,7 @@ from fxlrd.allocation.uncut import what_stands
 from fxlrd.budget import Budget
 from fxlrd.calibration.holdout import Disabled, Holdout, TooFew, held_out
 from fxlrd.errors import FxlrdError, Reason
+from fxlrd.graph.guards import MERGED
 from fxlrd.graph.layer import Layer, layers_of
 from fxlrd.layers.forms import depthwise_reason
 from fxlrd.passes._priced import Priced
@@ -172,7 +173,7 @@ class Allocate:
         return what_stands(run.gm, cuttable, reasons, tables=self.budget.measure == "params")
 
     def _left_alone(self, layer: Layer) -> Reason | None:
-        reason = layer.why_left_alone(self.skip)
+        reason = MERGED if layer.role == "merged" else layer.why_left_alone(self.skip)
         if reason is None or reason.code == "stem":
             return depthwise_reason(layer.module) or reason
         return reason

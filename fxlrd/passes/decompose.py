@@ -28,10 +28,11 @@ from torch import fx, nn
 from fxlrd.allocation.plan import planned
 from fxlrd.errors import FxlrdError, Reason
 from fxlrd.freed import give_back_freed
-from fxlrd.graph.guards import FACTOR, matches
+from fxlrd.graph.facts import provenance
+from fxlrd.graph.guards import FACTOR, MERGED, matches
 from fxlrd.graph.layer import Layer, layers_of
 from fxlrd.graph.originals import originals
-from fxlrd.graph.surgery import replace
+from fxlrd.graph.surgery import calls, replace
 from fxlrd.layers.build import decomposed
 from fxlrd.layers.channels import channel_error
 from fxlrd.layers.forms import Ranks, explicit_ranks, form, ranks_by_ratio, ranks_text
@@ -40,7 +41,6 @@ from fxlrd.passes.driver import in_turns, start
 from fxlrd.progress import Progress, quiet
 from fxlrd.ranks import check_ratio
 
-MERGED = Reason("merged", "it is merged already")
 UNPLANNED = Reason("original-planned", "allocate keeps it as it is")
 
 
@@ -97,6 +97,8 @@ class Decompose:
         """
         by_name = self.ranks if isinstance(self.ranks, Mapping) else ()
         run = start(self, gm, progress, [*self.skip, *by_name])
+        if self.ranks is None:
+            _check_merges(run.gm)
         layers = [(layer, self._ranks(run.gm, layer)) for layer in layers_of(run.gm)]
         works = [partial(self._form, layer, ranks) for layer, ranks in layers if not isinstance(ranks, Reason)]
         forms = in_turns(run.gm, works)
@@ -153,6 +155,17 @@ class Decompose:
         if isinstance(ranks, Reason) and ranks.code == "ratio-too-large":
             raise FxlrdError(f"{layer.name}: {ranks}")
         return ranks
+
+
+def _check_merges(gm: fx.GraphModule) -> None:
+    """Raise FxlrdError where a plan has merges that were not made: the budget would be missed."""
+    plan = planned(gm)
+    for name in plan.retained if plan is not None else ():
+        if not any((p := provenance(node)) is not None and p.role == "merged" for node in calls(gm, name)):
+            raise FxlrdError(
+                f"decompose: allocate has planned to merge the channels of {name}, which no pass has done: "
+                "put merge before decompose, or write allocate{merge=false}"
+            )
 
 
 _LARGE = 2**20

@@ -75,6 +75,10 @@ class Merge:
             raise unknown("mode of merge", self.mode, MODES)
         check_ratio(self.ratio)
         object.__setattr__(self, "skip", names(self.skip))
+        if not 0 < self.floor <= 1:
+            raise FxlrdError(f"merge: floor={self.floor} is not a fraction of the channels in (0, 1]")
+        if not self.seconds > 0:
+            raise FxlrdError(f"merge: seconds={self.seconds} leaves no time to measure")
         for rank in self.ranks.values() if isinstance(self.ranks, Mapping) else [self.ranks]:
             if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
                 raise FxlrdError(f"merge: ranks={rank}: a rank is a whole number of at least 1")

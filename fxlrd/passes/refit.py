@@ -31,7 +31,7 @@ from fxlrd.calibration.padding import tokens_of
 from fxlrd.calibration.stepper import Stepper
 from fxlrd.errors import Reason
 from fxlrd.graph.captured import captured_or_bare
-from fxlrd.graph.facts import FACTORS, provenance, shape
+from fxlrd.graph.facts import FACTORS, entangle, provenance, shape
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import evaluating
 from fxlrd.graph.settings import settings_restored
@@ -52,6 +52,7 @@ WIDEST = 2304
 ENOUGH, FEWEST = 32, 65536
 """Positions for each number that a layer reads, and for each layer, from which on further inputs are left out."""
 
+ENTANGLED = Reason("entangled", "it does another part of the work than the original layer: a neighbour is in it")
 NO_LAYER = Reason("no-layer", "it is no layer")
 
 
@@ -125,6 +126,8 @@ def _rewritten(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
 
 def _place(gm: fx.GraphModule, original: fx.GraphModule, name: str, nodes: list[fx.Node]) -> Place | Reason:
     """Return where to refit a layer, or why it is left alone."""
+    if any(p is not None and p.entangled for p in map(provenance, nodes)):
+        return ENTANGLED
     last = [n for n in nodes if not any(user in nodes for user in n.users)]
     original_calls = calls(original, name)
     if len(last) != 1 or len(original_calls) != 1:
@@ -185,4 +188,6 @@ def _refit(
         return Skip(name, NOT_FINITE)
     for target, module in made.items():
         gm.set_submodule(target, module)
+    if len(made) > 1:  # a BatchNorm holds the constant
+        entangle(gm, name)
     return Site(name, False, "refitted")

@@ -22,7 +22,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from fxlrd.errors import FxlrdError, Reason, unknown
-from fxlrd.graph.facts import Provenance, provenance
+from fxlrd.graph.facts import FACTORS, Provenance, provenance
 from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls, infer_shape, restore
 from fxlrd.layers.build import decomposed
@@ -40,6 +40,8 @@ from fxlrd.timing.search import best_share, grid, largest_drop, scan
 from fxlrd.timing.stopwatch import Stopwatch
 
 SEARCHES = ("grid", "algorithm1")
+_BRANCHED = Reason("branched", "its core is branched", "snap before branching")
+_ENTANGLED = Reason("entangled", "part of what it does is in a neighbour, or the other way round", "snap first")
 _NO_ORIGINAL = Reason("no-original", "its original layer is not known any more", "snap before the model is handed out")
 
 
@@ -142,15 +144,26 @@ def _layers(gm: fx.GraphModule) -> dict[str, Decomposed | Reason]:
     layers: dict[str, Decomposed | Reason] = {}
     for node in gm.graph.nodes:
         origin = provenance(node)
-        if origin is None or origin.role not in ("first", "core", "last") or origin.name in layers:
+        if origin is None or origin.role not in FACTORS or origin.name in layers:
             continue
-        if origin.original is None:
-            layers[origin.name] = _NO_ORIGINAL
+        if (reason := _why_not(gm, origin)) is not None:
+            layers[origin.name] = reason
             continue
+        assert origin.original is not None
         places = placed(calls(gm, str(node.target)), origin.original)
         fit = _fit(gm, origin)
         layers[origin.name] = places if isinstance(places, Reason) else Decomposed(places, origin.ranks, fit)
     return layers
+
+
+def _why_not(gm: fx.GraphModule, origin: Provenance) -> Reason | None:
+    """Return why the ranks of a decomposed layer cannot be moved, if they cannot."""
+    recorded = [p for node in gm.graph.nodes if (p := provenance(node)) is not None and p.name == origin.name]
+    if any(p.entangled for p in recorded):
+        return _ENTANGLED
+    if any(p.role == "branch" for p in recorded):
+        return _BRANCHED
+    return _NO_ORIGINAL if origin.original is None else None
 
 
 def _fit(gm: fx.GraphModule, origin: Provenance) -> Fit | None:

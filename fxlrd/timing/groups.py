@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,20 +22,28 @@ from fxlrd.timing.stopwatch import Stopwatch
 from fxlrd.timing.workload import Workload, example, layout
 
 
+@dataclass(frozen=True)
+class Making:
+    """How a layer is cut that makes the channels: in so many equal parts."""
+
+    parts: int
+
+
 def time_group(gm: fx.GraphModule, group: Group, ranks: Sequence[int], stopwatch: Stopwatch) -> dict[str, Timing]:
     """Time the group's producers, depthwise convs and consumers together at each number of retained channels.
 
     Ratios are to the first of ``ranks``. Weights are arbitrary. The nodes need shapes.
     """
-    parts: list[tuple[fx.Node, str | int]] = [
-        *((producer.node, "out") for producer in group.producers),
+    parts: list[tuple[fx.Node, str | int | Making]] = [
+        *((producer.node, Making(producer.parts)) for producer in group.producers),
         *((node, "through") for node in group.through if isinstance(gm.get_submodule(str(node.target)), LAYERS)),
         *((consumer.node, consumer.block) for consumer in group.consumers),
     ]
     texts = []
-    for node, _ in parts:
+    for node, how in parts:
         module, meta = as_layer(gm.get_submodule(str(node.target))), _input(node)
-        texts.append(signature(module, tuple(_shape(module, meta)), meta.dtype, layout(meta)))
+        text = signature(module, tuple(_shape(module, meta)), meta.dtype, layout(meta))
+        texts.append(f"{text}, {how.parts} parts" if isinstance(how, Making) and how.parts > 1 else text)
     device = next(gm.get_submodule(str(group.producers[0].node.target)).parameters()).device
 
     def workload(rank: int) -> Workload:
@@ -44,21 +53,21 @@ def time_group(gm: fx.GraphModule, group: Group, ranks: Sequence[int], stopwatch
     return stopwatch.times(key, device, {str(rank): partial(workload, rank) for rank in ranks})
 
 
-def _cut(gm: fx.GraphModule, node: fx.Node, how: str | int, rank: int) -> tuple[nn.Module, Inputs]:
-    """Return a layer that makes ("out"), passes on ("through") or reads ``rank`` channels, and its inputs.
+def _cut(gm: fx.GraphModule, node: fx.Node, how: str | int | Making, rank: int) -> tuple[nn.Module, Inputs]:
+    """Return a layer that makes, passes on ("through") or reads ``rank`` channels, and its inputs.
 
     A number is that of the features that a reader has for each channel.
     """
     module, meta = as_layer(gm.get_submodule(str(node.target))), _input(node)
     shape, weight, groups = _shape(module, meta), module.weight, None
     count, width = weight.shape[:2]
-    if how == "out":
-        count = rank
+    if isinstance(how, Making):
+        count = rank * how.parts
     elif how == "through":
         count = groups = rank
     else:
         width = rank * int(how)
-    if how != "out":
+    if not isinstance(how, Making):
         shape[channel_axis(module, len(shape))] = rank if how == "through" else width
     arbitrary = torch.full((count, width, *weight.shape[2:]), 1e-2, dtype=weight.dtype, device=weight.device)
     bias = None if module.bias is None else arbitrary.flatten(1)[:, 0]

@@ -13,9 +13,10 @@ from fxlrd.calibration.importance import FEW, PROBES, Importance
 from fxlrd.calibration.metric import logits_among
 from fxlrd.calibration.moments import sweep
 from fxlrd.calibration.samples import POSITIONS, Samples
+from fxlrd.capturing.model import capture_any
 from fxlrd.graph.facts import statistics
 from fxlrd.graph.inputs import Inputs
-from fxlrd.graph.surgery import layers
+from fxlrd.graph.surgery import calls, layers
 
 
 def node(gm, name):
@@ -427,3 +428,28 @@ def test_few_inputs_are_added_all_the_same():
     assert not importance.sums
     assert importance.finish()
     assert importance.probes == 6
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x, chosen):
+        y = torch.zeros_like(x).index_put((chosen == 0,), self.a(x[chosen == 0]))
+        return y.index_put((chosen == 1,), self.b(x[chosen == 1]))
+
+
+def test_an_expert_without_any_tokens_in_a_batch_is_measured_in_the_others():
+    torch.manual_seed(0)
+    chosen = torch.arange(40) % 2
+    data = [(torch.randn(40, 32), chosen) for _ in range(4)]
+    model = Experts().eval()
+    found = []
+    for batches in (data, [*data, (torch.randn(40, 32), 1 + 0 * chosen)]):
+        gm = capture_any(model, Inputs.of(data[0]))
+        sweep(gm, as_inputs(gm, batches), effects=200)
+        found.append(statistics(calls(gm, "a")[0]).importance)
+    assert found[0] is not None
+    assert found[1] is not None
+    torch.testing.assert_close(found[0] / found[0].trace(), found[1] / found[1].trace())

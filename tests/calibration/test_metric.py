@@ -103,3 +103,20 @@ def test_calibrate_records_which_outputs_are_logits():
         assert logits_among(Calibrate(x, effects=40, metric=asked)(gm).graph_module) == right
     with pytest.raises(FxlrdError, match="calibrate: metric=fisher: give squared or softmax"):
         Calibrate(x, metric="fisher")
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outputs_that_are_not_finite_are_infinitely_far(logits, value):
+    z = torch.randn(4, 5)
+    changed = z.clone()
+    changed[1, 2] = value
+    assert squared_error([changed], [z], [logits]) == math.inf
+
+
+def test_a_half_that_no_half_can_hold_still_starts_a_backward_pass():
+    z = torch.full((4, 3, 512, 512), 200.0).half()
+    v = drawn(z, False, torch.Generator().manual_seed(0))
+    assert v.dtype == torch.float16
+    assert float(v.abs().max()) == pytest.approx(1 / float(z.double().norm()), rel=1e-2)
+    assert bool(drawn(torch.zeros(2, 3).half(), False, torch.Generator()).isfinite().all())

@@ -416,3 +416,41 @@ def test_bad_options(options, message):
     with pytest.raises(FxlrdError, match=message) as error:
         Allocate(**options)
     assert "\n" not in str(error.value)
+
+
+def test_a_plan_does_not_depend_on_the_scale_of_activations():
+    """Without Γ the errors of merges and of factors are in one unit."""
+
+    def plan(scale):
+        torch.manual_seed(0)
+        layers = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
+        model = nn.Sequential(*layers).double().eval()
+        with torch.no_grad():  # the same function
+            model[2].weight.mul_(scale)
+            model[2].bias.mul_(scale)
+            model[4].weight.div_(scale)
+        x = torch.randn(2000, 64).double()
+        made = planned(Allocate(params=0.6)(Calibrate(x)(capture(model, x)).graph_module).graph_module)
+        return dict(made.retained), dict(made.ranks)
+
+    assert plan(1e-4) == plan(1.0) == plan(1e4)
+
+
+def test_merged_layers_have_no_other_form():
+    torch.manual_seed(0)
+    blocks = [layer for _ in range(3) for layer in (nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())]
+    model, x = nn.Sequential(*blocks).double().eval(), torch.randn(40, 32, 8, 8).double()
+    text = "merge{mode=exact,norms=true},calibrate{effects=40},allocate{params=0.5,merge=false},decompose"
+    with pytest.raises(FxlrdError, match="allocate"):
+        Pipeline.parse(text).with_options(calibration=x)(capture(model, x))
+
+
+def test_a_plan_whose_merges_were_not_made_is_refused():
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
+    model, x = nn.Sequential(*layers).double().eval(), torch.randn(2000, 64).double()
+    gm = Allocate(params=0.5)(Calibrate(x, effects=64)(capture(model, x)).graph_module).graph_module
+    assert planned(gm).retained
+    with pytest.raises(FxlrdError, match=r"has planned to merge the channels of .*: put merge before decompose"):
+        Decompose()(gm)
+    Decompose()(Merge()(gm).graph_module)

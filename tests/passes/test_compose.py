@@ -10,9 +10,10 @@ from torchvision import models
 import fxlrd
 from fxlrd import capture
 from fxlrd.graph import cost
-from fxlrd.graph.facts import provenance
-from fxlrd.graph.surgery import layers
-from fxlrd.passes import Decompose, Merge
+from fxlrd.graph.facts import output_moments, provenance, statistics
+from fxlrd.graph.surgery import calls, layers
+from fxlrd.layers.compose import affine
+from fxlrd.passes import Calibrate, Decompose, Merge
 from tests.support.merging import Net, conv, hooked_conv, randomised, sequence
 from tests.support.results import reasons
 from tests.support.tensors import assert_close, images, relative_error
@@ -185,3 +186,28 @@ def test_what_is_left_of_composed_factors_is_no_form(after):
     result = fxlrd.compress(model, x, pipeline=given, measure=False)
     assert [row["decision"] for row in result.report.layers] == ["merged"] * 3
     assert not result.report.passes[-1]["sites"]
+
+
+def test_statistics_are_those_of_what_one_layer_reads_and_makes():
+    torch.manual_seed(0)
+    layers = [nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)]
+    model, x = nn.Sequential(*layers).double().eval(), torch.randn(2000, 32).double()
+    composed = Merge(mode="exact")(Calibrate(x)(capture(model, x)).graph_module).graph_module
+    from_one_run = Merge(ranks={"0": 40})(composed).graph_module
+    measured_again = Merge(ranks={"0": 40})(Calibrate(x)(composed).graph_module).graph_module
+    torch.testing.assert_close(from_one_run(x), measured_again(x))
+
+
+def test_the_importance_of_a_layer_is_that_behind_the_norm_it_took_in():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(12 * 16, 4)).double().eval()
+    with torch.no_grad():
+        model[3].weight.uniform_(0.1, 4.0)
+    x = torch.randn(64, 8, 4, 4).double()
+    calibrated = Calibrate(x, effects=64)(capture(model, x)).graph_module
+    composed = Merge(mode="exact", norms=True)(calibrated).graph_module
+    (before,), (node,) = (calls(gm, "2") for gm in (calibrated, composed))
+    g, _ = affine(model[3])  # what the norm makes of a change of its input
+    torch.testing.assert_close(torch.outer(g, g) * statistics(node).importance, statistics(before).importance)
+    assert output_moments(node) is None, "no layer reads what it makes now"

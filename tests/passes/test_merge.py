@@ -187,3 +187,9 @@ def test_frozen_weights_stay_frozen(mode):
     gm = half(mode)(calibrated(model, x)).graph_module
     if mode != "relocate":  # whose norms are new
         assert not any(p.requires_grad for p in gm.parameters())
+
+
+@pytest.mark.parametrize(("option", "message"), [("floor", "is not a fraction"), ("seconds", "leaves no time")])
+def test_options_of_timing_are_checked(option, message):
+    with pytest.raises(FxlrdError, match=message):
+        Merge(**{"snap": True, option: 0.0})

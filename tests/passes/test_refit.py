@@ -265,3 +265,34 @@ def test_a_layer_without_bias_gets_none_but_the_norm_after_it_takes_the_constant
         shift = mean - refitted.get_submodule("3").running_mean
         gap = (original - before).transpose(0, 1).flatten(1).mean(1)
         assert torch.allclose(shift, gap, rtol=1e-6), "the mean output is restored"
+
+
+def test_what_took_in_a_neighbour_is_not_fitted_to_the_original_layer():
+    torch.manual_seed(0)
+    x = torch.randn(40, 16, 8, 8).double()
+    convs = nn.Sequential(nn.Conv2d(16, 32, 1, bias=False), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 16, 1)).double().eval()
+    text = "calibrate,decompose{ranks=12,skip=0|2},merge{mode=exact}"
+    gm = Pipeline.parse(text).with_options(calibration=x)(capture(convs, x)).graph_module
+    result = Refit(x, guard=False)(gm)
+    assert set(reasons(result).values()) == {"entangled"}
+    assert torch.equal(result.graph_module(x), gm(x))
+
+
+def test_what_works_in_rank_space_is_not_fitted():
+    torch.manual_seed(0)
+    x = torch.randn(40, 8, 8, 8).double()
+    parts = [nn.Conv2d(8, 32, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32)]
+    model = nn.Sequential(*parts, nn.ReLU(), nn.Conv2d(32, 8, 1)).double().eval()
+    gm = Merge(mode="relocate", ranks=12)(Calibrate(x)(capture(model, x)).graph_module).graph_module
+    assert set(reasons(Refit(x, guard=False)(gm)).values()) == {"entangled"}
+
+
+@pytest.mark.parametrize("length", [16, 20])
+def test_a_norm_over_positions_takes_no_constant_of_channels(length):
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16, bias=False), nn.BatchNorm1d(length)]
+    model, x = nn.Sequential(*layers).double().eval(), torch.randn(200, length, 16).double()
+    gm = Merge(ranks={"0": 16})(Calibrate(x)(capture(model, x)).graph_module).graph_module
+    fitted = Refit(x, guard=False)(gm).graph_module
+    assert torch.equal(fitted.get_submodule("3").running_mean, model[3].running_mean)
+    assert fitted.get_submodule("2").bias is None

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from fxlrd import FxlrdError, capture, compress
+from fxlrd import FxlrdError, Pipeline, capture, compress
 from fxlrd.graph.captured import propagate
 from fxlrd.graph.facts import provenance
 from fxlrd.graph.inputs import Inputs
 from fxlrd.layers.build import decomposed
 from fxlrd.passes import Calibrate, Decompose, Snap
 from fxlrd.timing.layers import ORIGINAL
+from tests.support.results import reasons
 from tests.support.timers import FakeTimer, SizeTimer
 
 NOISE = 0.001
@@ -280,3 +281,36 @@ def test_what_a_layer_was_fitted_to_survives_that_the_original_comes_back():
     back = Snap(timer=clock)(Decompose()(calibrated).graph_module).graph_module
     assert torch.equal(back(x), model(x))
     assert torch.equal(Decompose(ranks=9)(back).graph_module(x), Decompose(ranks=9)(calibrated).graph_module(x))
+
+
+def always_slower(name, _):
+    return 1.0 if name == ORIGINAL else 2.0
+
+
+def test_a_layer_that_took_in_its_norm_is_not_given_its_original_back():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()).double()
+    model[1].running_mean.fill_(3.0)
+    x = torch.randn(4, 32, 8, 8).double()
+    gm = Pipeline.parse("decompose{ranks=32},merge{mode=exact,norms=true}")(capture(model.eval(), x)).graph_module
+    result = Snap(timer=FakeTimer(always_slower), cache=False)(gm)
+    torch.testing.assert_close(result.graph_module(x), model(x))
+
+
+def test_a_layer_whose_constant_a_norm_took_is_not_given_its_original_back():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU()).double().eval()
+    x = 2 + torch.randn(64, 16, 6, 6).double()
+    pipeline = Pipeline.parse("calibrate,decompose{ranks=8,fit=false},refit{guard=false}")
+    gm = pipeline.with_options(calibration=x)(capture(model, x)).graph_module
+    result = Snap(timer=FakeTimer(always_slower), cache=False)(gm)
+    assert reasons(result)["0"] == "entangled"
+    assert torch.equal(result.graph_module(x), gm(x))
+
+
+def test_a_branched_layer_is_left_alone():
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(64, 64, 3).eval(), torch.randn(1, 64, 9, 9)
+    gm = Pipeline.parse("decompose{ranks=20},branch{groups=4}")(capture(conv, x)).graph_module
+    result = Snap(timer=FakeTimer(lambda name, _: 1.0 if name == ORIGINAL else 0.2), cache=False)(gm)
+    assert set(reasons(result).values()) == {"branched"}

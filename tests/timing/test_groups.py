@@ -59,3 +59,20 @@ def test_ratios_to_another_number_of_channels_are_another_entry():
     assert len(timer.rounds) == 2
     time_group(gm, group_of(gm), [16, 8], Stopwatch(timer=timer))
     assert len(timer.rounds) == 2, "both are on disk"
+
+
+def test_a_layer_that_makes_several_parts_keeps_them_all():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both, self.last = nn.Linear(8, 32), nn.Linear(16, 5)
+
+        def forward(self, x):
+            gate, up = self.both(x).chunk(2, -1)
+            return self.last(gate.sigmoid() * up)
+
+    gm = capture(Gated().eval(), torch.randn(2, 8))
+    timer = WeightTimer(lambda _, count: float(count))
+    timings = time_group(gm, group_of(gm, "both"), [16, 8], Stopwatch(timer=timer))
+    assert timings["16"].seconds == pytest.approx(32 * 8 + 5 * 16)
+    assert timings["8"].ratio == pytest.approx(0.5)
