@@ -29,6 +29,7 @@ SECTIONS = {
     "peers": [{}],
     "backend": [{}],
     "trained": [{}],
+    "drops": [{}],
     "frontier": [{}],
     "zoo": [{}],
     "int8": [{}],

@@ -1,241 +1,164 @@
-"""Accuracy against size and measured speed on a trained network, with the paper's presets and with channel pruning.
+"""Accuracy against measured speed on the trained network: `auto` by latency, the paper's presets, and channel pruning.
 
-``python -m bench.frontier [--figure FILE.png] [--finetune 1]`` prints two tables, of the embedded
-network on the 10,000 test images. ``drops``: what preset auto loses under budgets of parameters, next to
-uniform ranks of as many parameters, and what merging loses next to the published relocation; targets beside it.
-``frontier``: accuracy against speed under Inductor with frozen weights, batch 64, channels_last, interleaved with the
-original; also for magnitude pruning of whole channels (torch-pruning, ``pip install -e '.[bench]'``).
-
-Calibration: 1,024 training images without labels. "Re-estimated" is with BatchNorm statistics from those, of the
-original too, and a drop without training is between the two re-estimated ones. ``--finetune 1`` adds an epoch of
-fxlrd.finetune, the original teaching, with the same settings for all; that drop is from the original as trained.
+``python -m bench.frontier [--modes eager,Inductor] [--methods auto,pruning] [--steps 150] [--quick] [--json FILE]``
+makes each variant, measures its accuracy on the 10,000 test images of Fashion-MNIST, before and after the same training
+(the original teaches), and its speed at batch 64, interleaved with the original. Forms that are chosen by timing are
+chosen in the mode that they are timed in. Channel pruning (by magnitude: torch-pruning, in the extra ``bench``) has
+`auto` at its speed beside it, linear between `auto`'s points. Fitted to 1,024 training images without labels;
+"re-estimated" is with BatchNorm statistics from those. Stored in a JSON file (default build/bench/frontier.json), with
+an SVG beside it; a cell that is there is not measured again.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice, pairwise
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from tabulate import tabulate
-from torch import Tensor, fx, nn
+from torch import nn
 
-from bench.fashion import accuracy, augmented, load
+from bench import settings, speed
+from bench.cells import Cells, Rows
+from bench.network import BATCH, LR, Network
 from bench.pruning import pruned
-from fxlrd import Budget, capture, compress, finetune
-from fxlrd.app import fashion
+from bench.settings import Setting, measured, parser, read
+from bench.systems import ORIGINAL
+from fxlrd import Budget, capture, compress
 from fxlrd.errors import FxlrdError
-from fxlrd.graph import cost
-from fxlrd.graph.inputs import Inputs
-from fxlrd.passes import Decompose, Recalibrate
-from fxlrd.timing.clock import Timing
-from fxlrd.timing.models import time_models
 
-BATCH = 64
-DROPS = {1 / 2: (0.3, 0.0), 1 / 3: (0.5, None), 1 / 4: (1.0, 0.3)}
-"""Share of the parameters: the largest drop in points without training, and after an epoch of it."""
-MERGES = {
-    "merge, α = 2.75": ("calibrate{outputs=false,effects=256,holdout=true},merge,recalibrate", 1.5),
-    "merge as published (relocate), α = 2.75": ("merge{mode=relocate}", None),
+METHODS = {
+    "auto": ("latency", (0.8, 0.65, 0.5)),
+    "merge": ("α", (2.0, 2.75, 4.0)),
+    "ranks": ("ratio", (1.5, 2.0)),
+    "branch": ("ratio", (2.0,)),
+    "lrd": ("ratio", (1.5, 2.0, 3.0)),
+    "pruning": ("removed", (0.1, 0.15, 0.2, 0.3)),
 }
-SETTINGS = {  # ratio, share of the latency, share of the channels to remove
-    "auto": (0.8, 0.65, 0.5),
-    "merge": (2.0, 2.75, 4.0),
-    "ranks": (1.5, 2.0),
-    "branch": (2.0,),
-    "lrd": (1.5, 2.0, 3.0),
-    "pruning": (0.1, 0.15, 0.2, 0.3),
-}
-TUNED = {
-    "lrd": (),
-    "ranks": (),
-    "branch": (),
-    "merge": (),
-    "auto": (0.65, 0.5),
-    "pruning": (0.15, 0.2, 0.3),
-}
+"""What each is made with: a share of the latency, a ratio, or the share of the channels to remove."""
+AUTO, PRUNING = "auto", "pruning"
+TRAINED = (AUTO, PRUNING)
+SECONDS = 15.0
+"""Bounds each timing."""
 COLOURS = {
     "lrd": "#999999",
     "ranks": "#0072b2",
     "branch": "#cc79a7",
     "merge": "#009e73",
-    "auto": "#d55e00",
-    "pruning": "#000000",
+    AUTO: "#d55e00",
+    PRUNING: "#000000",
 }
-TICKS = (10, 20, 40, 60, 70, 80, 85, 88, 90, 92, 94)
+TICKS = (10, 20, 40, 60, 70, 80, 85, 88, 90, 92, 93, 94)
 
 
-class Batches:
-    """The training images, augmented anew in each epoch; ``count`` batches of them."""
-
-    def __init__(self, images: Tensor, labels: Tensor, batch: int = 128, count: int | None = None) -> None:
-        self.images, self.labels, self.batch = images, labels, batch
-        self.count = count or -(-len(images) // batch)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return islice(augmented(self.images, self.labels, self.batch), self.count)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A variant: its share of the parameters, time as a share of the original's, and accuracies in %."""
-
-    method: str
-    setting: float
-    params: float
-    timing: Timing
-    made: float
-    again: float
-    tuned: float | None
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser("frontier")
+    options.set_defaults(batches="64", seconds=SECONDS)
+    options.add_argument("--methods", default=",".join(METHODS), help=", ".join(METHODS))
+    options.add_argument("--steps", type=int, default=150, help=f"of training, {BATCH} images each; 0 is none")
+    arguments = read(options, argv)
+    title = f"Accuracy against speed, before and after {arguments.steps} steps of training"
+    results = settings.results(arguments, title, rows, steps=arguments.steps, lr=LR, batch=BATCH)
+    network = Network(arguments.steps, arguments.quick)
+    results.cell(ORIGINAL, lambda: accuracies(network, network.model))
+    for setting in arguments.settings:
+        for method in _methods(arguments.methods):
+            for value in METHODS[method][1]:
+                own = (network, method, value, setting, arguments)
+                results.cell(variant(method, value, setting), lambda own=own: _figures(*own))
+    results.write()
+    print(results.text())
+    if arguments.json is not None:
+        figure(results.cells, arguments.json.with_suffix(".svg"))
 
 
-class Bench:
-    """The trained network, and what every variant of it goes through."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.model = fashion.trained().to(memory_format=torch.channels_last)
-        images, labels = load(train=True)
-        generator = torch.Generator().manual_seed(0)
-        self.calibration = list(images[torch.randperm(len(images), generator=generator)[:1024]].split(128))
-        self.loader = Batches(images, labels, count=arguments.quick)
-        self.epochs, self.lr = arguments.finetune, arguments.lr
-        self.results = arguments.results
-        self.training = f"{self.epochs} epoch(s)" if not arguments.quick else f"{self.epochs * arguments.quick} steps"
-        self.test = tuple(t[: arguments.images] for t in load(train=False))
-        self.x = self.test[0][:BATCH].contiguous(memory_format=torch.channels_last)
-        self.original = capture(self.model, self.x)
-        self.accuracy = self.right(self.model)
-        self.again = self.right(self.estimated(self.model))
-
-    def right(self, model: nn.Module) -> float:
-        return 100 * accuracy(model, *self.test)
-
-    def estimated(self, model: nn.Module) -> fx.GraphModule:
-        """Return the model with BatchNorm statistics from the calibration images."""
-        return Recalibrate(calibration=self.calibration, guard=False)(capture(model, self.x)).graph_module
-
-    def share(self, model: nn.Module) -> float:
-        return cost.params(model) / cost.params(self.model)
-
-    def tuned(self, name: str, model: nn.Module) -> float:
-        """Return the accuracy after fine-tuning a copy; with ``--results``, that of an earlier run."""
-        key = f"{name}, {cost.params(model)} parameters, {self.training}, lr {self.lr:g}"
-        results = json.loads(self.results.read_text()) if self.results and self.results.exists() else {}
-        if key not in results:
-            model = copy.deepcopy(model)
-            finetune(model, self.loader, epochs=self.epochs, lr=self.lr, teacher=self.model)
-            results[key] = self.right(model)
-            if self.results:
-                self.results.write_text(json.dumps(results, indent=1))
-        return float(results[key])
-
-    def timed(self, model: nn.Module) -> Timing:
-        torch.compiler.reset()
-        models = {"original": self.original, "variant": capture(model, self.x)}
-        return time_models(models, Inputs.of(self.x), under_inductor=True, seconds=12.0)["variant"]
-
-    def uniform(self, share: float) -> fx.GraphModule:
-        """Return the model at the uniform ratio that leaves this share of the parameters, or just more."""
-        low, high = 1.0, 64.0
-        for _ in range(10):
-            middle = (low * high) ** 0.5
-            if self.share(Decompose(ratio=middle)(self.original).graph_module) >= share:
-                low = middle
-            else:
-                high = middle
-        return Decompose(ratio=low)(self.original).graph_module
+def _methods(text: str) -> list[str]:
+    methods = text.split(",")
+    if PRUNING in methods and importlib.util.find_spec("torch_pruning") is None:
+        print("channel pruning is left out: it needs torch-pruning (pip install -e '.[bench]')")
+        methods.remove(PRUNING)
+    return methods
 
 
-def target(most: float | None) -> str:
-    return "" if most is None else f"≤ {most:.1f}"
+def variant(method: str, value: float, setting: Setting) -> str:
+    return f"{method}, {METHODS[method][0]}={value:g}, {setting}"
 
 
-def drops(bench: Bench) -> None:
-    head = f"{bench.accuracy:.2f}", "", f"{bench.again:.2f}"
-    rows = [["original", "1.000", *head, "", "", "", "", ""]]
-
-    def add(name: str, model: nn.Module, most: float | None = None, after: float | None = None) -> None:
-        again = bench.estimated(model)
-        made, right = bench.right(model), bench.right(again)
-        row = [name, f"{bench.share(model):.3f}", f"{made:.2f}", f"{bench.accuracy - made:+.2f}"]
-        row += [f"{right:.2f}", f"{bench.again - right:+.2f}", target(most)]
-        if after is not None and bench.epochs:
-            tuned = bench.tuned(name, again)
-            row += [f"{tuned:.2f}", f"{bench.accuracy - tuned:+.2f}", target(after)]
-        print(" | ".join(row), flush=True)
-        rows.append(row)
-
-    for share, (most, after) in DROPS.items():
-        model = compress(
-            bench.model, bench.x, budget=Budget(params=share), calibration=bench.calibration, measure=False
-        ).model
-        add(f"auto, params = 1/{1 / share:.0f}", model, most, after)
-        add("  uniform ranks, weights alone", bench.uniform(bench.share(model)))
-    for name, (text, most) in MERGES.items():
-        data = bench.calibration if "calibrate" in text else None
-        add(name, compress(bench.model, bench.x, pipeline=text, calibration=data, measure=False).model, most)
-    headers = ["", "parameters", "as made %", "drop", "re-estimated %", "drop", "target"]
-    headers += [bench.training + " %", "drop", "target"]
-    print("\n" + tabulate(rows, headers=headers, disable_numparse=True), flush=True)
+def accuracies(network: Network, model: nn.Module) -> dict[str, float]:
+    """Return the share of the parameters and, in per cent of right answers, the model as made and re-estimated."""
+    again = network.top1(network.estimated(model))
+    return {"params": network.share(model), "made": network.top1(model), "again": again}
 
 
-def variant(bench: Bench, method: str, setting: float) -> nn.Module:
-    if method == "pruning":
-        return pruned(bench.model, bench.x, setting, [bench.model.fc])
-    if method == "auto":
-        options = {"budget": Budget(latency=setting), "calibration": bench.calibration}
-    else:
-        options = {"preset": method, "ratio": setting}
-        if method == "merge":
-            options["calibration"] = bench.calibration
-    return compress(bench.model, bench.x, compile=True, measure=False, **options).model
+def _figures(network: Network, method: str, value: float, setting: Setting, arguments: Any) -> dict[str, Any]:
+    """Return what a variant comes to; why it cannot be made, where it is refused."""
+    x = network.test[0][: setting.batch].to(memory_format=settings.LAYOUTS[setting.layout])
+    try:
+        model = _made(network, method, value, x, setting.compiled)
+    except FxlrdError as error:
+        return {"refused": str(error)}
+    cell: dict[str, Any] = accuracies(network, model)
+    if method in TRAINED and arguments.steps > 0:
+        cell["trained"] = network.trained(network.estimated(model), teacher=network.model)
+    models = {ORIGINAL: capture(network.model, x), method: capture(model, x)}
+    return cell | speed.infer(models, x, setting, arguments.seconds)[method]
 
 
-def frontier(bench: Bench, methods: list[str]) -> list[Point]:
-    variants = []
-    for method in methods:
-        for setting in SETTINGS[method]:
-            try:
-                model = variant(bench, method, setting)
-            except FxlrdError as error:
-                print(f"{method} {setting:g}: {error}", flush=True)
+def _made(network: Network, method: str, value: float, x: torch.Tensor, compiled: bool) -> nn.Module:
+    if method == PRUNING:
+        return pruned(network.model, x, value, [network.model.fc])
+    options: dict[str, Any] = {"budget": Budget(latency=value)} if method == AUTO else {"preset": method}
+    options |= {} if method == AUTO else {"ratio": value}
+    options |= {"calibration": network.calibration} if method in (AUTO, "merge") else {}
+    return compress(network.model, x, compile=compiled, measure=False, **options).model
+
+
+def _variants(cells: Cells, setting: Setting) -> Iterator[tuple[str, float, Any]]:
+    """Yield the variants that are measured in a setting: the method, its value and the cell."""
+    for method, (_, values) in METHODS.items():
+        for value in values:
+            if (own := cells.get(variant(method, value, setting))) is not None:
+                yield method, value, own
+
+
+def rows(cells: Cells) -> Rows:
+    table: Rows = []
+    names = ["model", "mode", "parameters", "speed-up", "as made %", "re-estimated %", "trained %"]
+    names += ["auto at its speed, re-estimated %", "auto at its speed, trained %"]
+    empty = dict.fromkeys(names, "")
+    first = cells[ORIGINAL]
+    right = {"as made %": f"{first['made']:.2f}", "re-estimated %": f"{first['again']:.2f}"}
+    table.append(empty | {"model": ORIGINAL, "parameters": "1.000", "speed-up": "1.00"} | right)
+    for setting in _settings(cells):
+        for method, value, own in _variants(cells, setting):
+            row = empty | {"model": f"{method}, {METHODS[method][0]}={value:g}", "mode": setting.mode}
+            if "refused" in own:
+                table.append(row | {"model": f"{row['model']}: {own['refused']}"})
                 continue
-            again = bench.estimated(model)
-            tuned = bench.tuned(f"{method} {setting:g}", again) if bench.epochs and setting in TUNED[method] else None
-            variants.append((method, setting, model, bench.right(model), bench.right(again), tuned))
-            print(method, setting, *(f"{right:.2f}" for right in variants[-1][3:] if right is not None), flush=True)
-    print("timing", flush=True)  # last and all together: training beside it would disturb it
-    points = [Point(method, setting, bench.share(m), bench.timed(m), *right) for method, setting, m, *right in variants]
-    rows = [["original", "", "1.000", "1.00×", "", f"{bench.accuracy:.2f}", f"{bench.again:.2f}", "", "", ""]]
-    for p in points:
-        rows.append([p.method, f"{p.setting:g}", f"{p.params:.3f}", f"{1 / p.timing.ratio:.2f}×"])
-        rows[-1] += [f"± {p.timing.spread / p.timing.ratio**2:.2f}", f"{p.made:.2f}", f"{p.again:.2f}"]
-        rows[-1] += ["" if p.tuned is None else f"{p.tuned:.2f}"]
-        if p.method == "pruning":
-            rows[-1] += [at(bench.again, points, p, "again")]
-            rows[-1] += ["" if p.tuned is None else at(bench.accuracy, points, p, "tuned")]
-    headers = ["", "setting", "parameters", "speed", "", "as made %", "re-estimated %", bench.training + " %"]
-    headers += ["auto at its speed, re-estimated", "the same, fine-tuned"]
-    print("\n" + tabulate(rows, headers=headers, disable_numparse=True), flush=True)
-    return points
+            row |= {"parameters": f"{own['params']:.3f}", "as made %": f"{own['made']:.2f}"}
+            row["speed-up"] = f"{1 / own['ratio']:.2f} ± {own['spread'] / own['ratio'] ** 2:.2f}"
+            row["re-estimated %"] = f"{own['again']:.2f}"
+            row["trained %"] = f"{own['trained']:.2f}" if "trained" in own else ""
+            if method == PRUNING:
+                row["auto at its speed, re-estimated %"] = at(cells, setting, own, "again", first["again"])
+                row["auto at its speed, trained %"] = at(cells, setting, own, "trained", first["made"])
+            table.append(row)
+    return table
 
 
-def at(original: float, points: list[Point], peer: Point, kind: str) -> str:
+def _settings(cells: Cells) -> list[Setting]:
+    parts = [f"{method}, {word}={value:g}" for method, (word, values) in METHODS.items() for value in values]
+    return measured(cells, *parts)
+
+
+def at(cells: Cells, setting: Setting, peer: Mapping[str, float], kind: str, original: float) -> str:
     """Return auto's accuracy at the peer's latency: linear between auto's points, the original being one."""
-    curve = [(p.timing.ratio, getattr(p, kind)) for p in points if p.method == "auto"]
-    curve = sorted([(1.0, original)] + [(ratio, right) for ratio, right in curve if right is not None])
-    ratio = peer.timing.ratio
-    if len(curve) == 1:
+    own = [cell for method, _, cell in _variants(cells, setting) if method == AUTO and kind in cell]
+    curve = sorted([(1.0, original), *((cell["ratio"], cell[kind]) for cell in own)])
+    ratio = peer["ratio"]
+    if kind not in peer or len(curve) == 1:
         return ""
     if ratio < curve[0][0]:
         return "faster than auto's"
@@ -243,89 +166,74 @@ def at(original: float, points: list[Point], peer: Point, kind: str) -> str:
         return f"{original:.2f}"
     (r0, a0), (r1, a1) = next(pair for pair in pairwise(curve) if pair[0][0] <= ratio < pair[1][0])
     interpolated = a0 + (a1 - a0) * (ratio - r0) / (r1 - r0)
-    return f"{interpolated:.2f} ({interpolated - getattr(peer, kind):+.2f})"
+    return f"{interpolated:.2f} ({interpolated - peer[kind]:+.2f})"
 
 
-def figure(points: list[Point], trained: float, again: float, path: Path) -> None:
-    """Draw accuracy against speed: one line a method, without training and, where there are any, after it.
+def figure(cells: Cells, path: Path) -> None:
+    """Draw accuracy against speed: a row of panels a mode, a line a method.
 
     The scale is logarithmic in the share of wrong answers, so that half a point counts near the original.
     """
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{path} is not drawn: it needs matplotlib (pip install -e '.[bench]')")
+        return
     matplotlib.use("agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import pyplot
 
-    panels = [("again", "Without training, BatchNorm statistics re-estimated", again)]
-    if any(p.tuned is not None for p in points):
-        panels.append(("tuned", "After fine-tuning, the same for all", trained))
-    size = (1 + 5.5 * len(panels), 5.4)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharex=True, squeeze=False, layout="constrained")
-    for axis, (kind, title, original) in zip(axes[0], panels, strict=True):
-        axis.axhline(original, color="#666666", linewidth=0.8, linestyle=":", zorder=1)
-        axis.plot([1], [original], "*", color="#666666", markersize=12, linestyle="", label="original", zorder=4)
-        for method, colour in COLOURS.items():
-            line = [p for p in points if p.method == method and getattr(p, kind) is not None]
-            if not line:
-                continue
-            line.sort(key=lambda p: -p.timing.ratio)
-            peer, strong = method == "pruning", method in ("auto", "pruning")
-            axis.errorbar(
-                [1 / p.timing.ratio for p in line],
-                [getattr(p, kind) for p in line],
-                xerr=[p.timing.spread / p.timing.ratio**2 for p in line],
-                color=colour,
-                marker="s" if peer else "o",
-                linestyle="--" if peer else "-",
-                linewidth=2.2 if strong else 1.3,
-                markersize=6 if strong else 5,
-                elinewidth=1,
-                capsize=2,
-                zorder=3 if strong else 2,
-                label="channel pruning (torch-pruning)" if peer else method,
-            )
-        axis.set_yscale("function", functions=(lambda y: -np.log(101 - y), lambda z: 101 - np.exp(-z)))
-        lowest = min(getattr(p, kind) for p in points if getattr(p, kind) is not None)
-        if original - lowest > 12:
-            axis.set_yticks([t for t in TICKS if lowest - 5 < t < 100])
-        axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g×"))
-        axis.set_title(title, fontsize=11)
-        axis.set_xlabel(f"speed-up (×), Inductor with frozen weights, batch {BATCH}")
-        axis.set_ylabel("accuracy (%)")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(),
-        fontsize=9,
-        ncols=7 if len(panels) > 1 else 4,
-        frameon=False,
-        loc="outside lower center",
-    )
-    figure.savefig(path, dpi=150)
+    modes, first = _settings(cells), cells[ORIGINAL]
+    with pyplot.rc_context({"svg.hashsalt": path.stem}):
+        size = (11, 4.4 * len(modes) + 0.6)
+        drawn, axes = pyplot.subplots(len(modes), 2, figsize=size, sharex=True, squeeze=False, layout="constrained")
+        for line, setting in zip(axes, modes, strict=True):
+            _panel(line[0], cells, setting, "again", first["again"])
+            _panel(line[1], cells, setting, "trained", first["made"])
+        axes[0][0].set_title("without training, BatchNorm statistics re-estimated", fontsize=10)
+        axes[0][1].set_title("after the same training", fontsize=10)
+        legend = axes[0][0].get_legend_handles_labels()
+        drawn.legend(*legend, fontsize=9, ncols=7, frameon=False, loc="outside lower center")
+        drawn.savefig(path, metadata={"Date": None})
+        pyplot.close(drawn)
     print(f"{path} written")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.frontier")
-    parser.add_argument("--figure", type=Path, help="write the frontier as a PNG")
-    parser.add_argument("--finetune", type=int, default=0, metavar="EPOCHS")
-    parser.add_argument("--lr", type=float, default=0.005, help="peak learning rate of fine-tuning, for all alike")
-    parser.add_argument("--table", choices=("drops", "frontier"), help="only this one")
-    parser.add_argument("--methods", default=",".join(SETTINGS), help="of the frontier, as auto,pruning")
-    parser.add_argument("--images", type=int, default=10000, help="to try it out: on so many test images")
-    parser.add_argument("--results", type=Path, help="JSON that keeps what fine-tuning came to for the next run")
-    parser.add_argument("--quick", type=int, metavar="N", help="an epoch of fine-tuning is N batches of 128 images")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", module="torch")
-    torch.manual_seed(0)
-    bench = Bench(arguments)
-    if arguments.table != "frontier":
-        drops(bench)
-    if arguments.table != "drops":
-        points = frontier(bench, arguments.methods.split(","))
-        if arguments.figure:
-            figure(points, bench.accuracy, bench.again, arguments.figure)
+def _panel(axes: Any, cells: Cells, setting: Setting, kind: str, original: float) -> None:
+    import numpy as np
+    from matplotlib import ticker
+
+    axes.axhline(original, color="#666666", linewidth=0.8, linestyle=":", zorder=1)
+    axes.plot([1], [original], "*", color="#666666", markersize=12, linestyle="", label=ORIGINAL, zorder=4)
+    lowest = original
+    for method, colour in COLOURS.items():
+        points = [own for name, _, own in _variants(cells, setting) if name == method and kind in own]
+        if not points:
+            continue
+        points.sort(key=lambda own: -own["ratio"])
+        lowest = min(lowest, *(own[kind] for own in points))
+        strong = method in TRAINED
+        axes.errorbar(
+            [1 / own["ratio"] for own in points],
+            [own[kind] for own in points],
+            xerr=[own["spread"] / own["ratio"] ** 2 for own in points],
+            color=colour,
+            marker="s" if method == PRUNING else "o",
+            linestyle="--" if method == PRUNING else "-",
+            linewidth=2.2 if strong else 1.3,
+            markersize=6 if strong else 5,
+            elinewidth=1,
+            capsize=2,
+            zorder=3 if strong else 2,
+            label="channel pruning" if method == PRUNING else method,
+        )
+    axes.set_yscale("function", functions=(lambda y: -np.log(101 - y), lambda z: 101 - np.exp(-z)))
+    if original - lowest > 12:
+        axes.set_yticks([tick for tick in TICKS if lowest - 5 < tick < 95])
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g×"))
+    axes.set(xlabel=f"speed-up, {setting}", ylabel="accuracy (%)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":

@@ -18,18 +18,15 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import torch
 from torch import nn
 
 from bench import settings, speed
 from bench.cells import Cells, Rows
-from bench.fashion import accuracy, load
-from bench.frontier import Batches
+from bench.network import BATCH, LR, Network, channels_last
 from bench.pruning import pruned
 from bench.settings import DTYPES, LAYOUTS, Setting, measured, parser, read
 from bench.systems import ORIGINAL, SYSTEMS, TIMED, counts
-from fxlrd import Budget, capture, compress, finetune
-from fxlrd.app import fashion
+from fxlrd import Budget, capture, compress
 from fxlrd.pipeline import PRESETS
 
 PIPELINES = {
@@ -48,68 +45,48 @@ PUBLISHED = {
     "Layer Branching, not rotated": ("0", "-0.70", "-0.34"),
 }
 """Changes in Top-1, in points. The 0 is a cell that the paper left empty."""
-LR = 0.005
 
 
 class Subject:
-    """The trained network, the images it is fitted to and trained on, and its test images."""
+    """What each system makes of the trained network."""
 
     def __init__(self, arguments: Namespace) -> None:
-        self.model = fashion.trained()
-        if arguments.quick:  # the images that ship have no labels but the network's own
-            images, self.test = fashion.calibration()[:128], tuple(t[:50] for t in fashion.test())
-            labels = self.model(images).argmax(1).detach()
-            self.loader = Batches(images, labels, batch=16, count=1)
-        else:
-            images, labels = load(train=True)
-            self.test = load(train=False)
-            self.loader = Batches(images, labels, count=arguments.steps)
-        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1024]
-        self.calibration = list(images[chosen].split(len(chosen) // 8))
+        self.network = Network(arguments.steps, arguments.quick)
         self.made = cache(self._made)  # cells of one system share it
 
     def _made(self, system: str, compile: bool = False) -> nn.Module:
-        x = self.calibration[0][:8]
+        model, x, data = self.network.model, self.network.x, self.network.calibration
         if system == ORIGINAL:
-            return self.model
+            return model
         if system == PRUNING:
-            return pruned(self.model, x, 0.3, [self.model.fc])
+            return pruned(model, x, 0.3, [model.fc])
         if system == AUTO:
-            options: dict[str, Any] = {"budget": Budget(params=0.5), "calibration": self.calibration}
+            options: dict[str, Any] = {"budget": Budget(params=0.5), "calibration": data}
         else:
             options = {"pipeline": PIPELINES[system]}
-            options |= {"calibration": self.calibration} if "calibrate" in PIPELINES[system] else {}
+            options |= {"calibration": data} if "calibrate" in PIPELINES[system] else {}
         if TIMED in options.get("pipeline", ""):
             options["compile"] = compile
-        return compress(self.model, x, measure=False, **options).model
-
-    def top1(self, model: nn.Module) -> float:
-        return 100 * accuracy(model, *self.test)
+        return compress(model, x, measure=False, **options).model
 
     def figures(self, system: str) -> dict[str, Any]:
         """Return depth, parameters, FLOPs and the accuracy before any training."""
         model = self.made(system)
-        return {**counts(capture(model, self.calibration[0][:1]), 1), "top1": self.top1(_channels_last(model))}
+        top1 = self.network.top1(channels_last(model))
+        return {**counts(capture(model, self.network.x[:1]), 1), "top1": top1}
 
     def trained(self, system: str, seed: int) -> dict[str, float]:
-        model = _channels_last(self.made(system))
-        finetune(model, self.loader, epochs=1, lr=LR, seed=seed, progress=False)
-        return {"top1": self.top1(model)}
+        return {"top1": self.network.trained(self.made(system), seed)}
 
     def timed(self, systems: Sequence[str], setting: Setting, arguments: Namespace) -> speed.Timed:
         """Time all systems side by side; those that time ranks, for this mode."""
         form: dict[str, Any] = {"dtype": DTYPES[setting.dtype], "memory_format": LAYOUTS[setting.layout]}
-        x = self.test[0][: setting.batch].to(arguments.device, **form)
+        x = self.network.test[0][: setting.batch].to(arguments.device, **form)
         models = {
             system: capture(copy.deepcopy(self.made(system, setting.compiled)).to(arguments.device, **form), x)
             for system in systems
         }
         return speed.infer(models, x, setting, arguments.seconds)
-
-
-def _channels_last(model: nn.Module) -> nn.Module:
-    """Return a copy in the layout in which CPUs run and train convs faster."""
-    return copy.deepcopy(model).to(memory_format=torch.channels_last)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--systems", help="only these, separated by semicolons")
     arguments = read(options, argv)
     title = f"Tables 4 to 6: accuracy of the trained network after {arguments.steps} steps of training"
-    results = settings.results(arguments, title, rows, steps=arguments.steps, lr=LR, batch=128)
+    results = settings.results(arguments, title, rows, steps=arguments.steps, lr=LR, batch=BATCH)
     subject = Subject(arguments)
     systems = arguments.systems.split(";") if arguments.systems else _systems(arguments)
     for system in systems:

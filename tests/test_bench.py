@@ -141,6 +141,8 @@ def test_factors_of_a_model_that_keeps_its_own_forward_are_scaled_by_what_its_la
         ("fig5", []),
         ("attained", []),
         ("tables456", ["--systems", "original;Vanilla LRD"]),
+        ("drops", []),
+        ("frontier", ["--methods", "auto,lrd"]),
         ("scaling", []),
         ("peers", ["--here", "--methods", "original;torch-pruning, 30 %;fxlrd lrd"]),
     ],
