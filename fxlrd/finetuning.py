@@ -207,13 +207,13 @@ def _objective(
     )
 
 
-def _trainable(model: nn.Module, schedule: str | None) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def _trainable(model: nn.Module, schedule: str | None) -> tuple[list[nn.Parameter], list[Tensor]]:
     """Return the parameters to train, and the weights of decomposed layers that stay frozen altogether.
 
     With a schedule, factors train that are frozen now, and whose turn comes.
     """
     taking_turns: set[int] = set()
-    frozen: list[nn.Parameter] = []
+    frozen: list[Tensor] = []
     if schedule is not None:
         if not (found := forms(model)):
             raise FxlrdError(f"finetune: schedule={schedule}: no layer of the model is decomposed; leave schedule out")

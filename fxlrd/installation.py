@@ -6,7 +6,6 @@ changed in place. Its outputs must then be those of the graph; where they are no
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -137,7 +136,8 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 def _independent(gm: fx.GraphModule, model: nn.Module, made: Mapping[int, Tensor]) -> fx.GraphModule:
     """Return a copy that shares no tensor with ``model``, has the ones ``made``, and does not keep ``model`` alive."""
     let_go(gm)
-    result = copy.deepcopy(gm, dict(made))
+    result = independent_copy(gm, made)
+    assert isinstance(result, fx.GraphModule)
     forget(result)  # neither the example inputs nor an executed plan belong in a saved model
     _restore_modes(result, model)
     return result

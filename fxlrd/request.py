@@ -63,6 +63,11 @@ def _check_weights(model: nn.Module) -> None:
             "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
         )
     for name, parameter in model.named_parameters():
+        if parameter.device.type == "mps":
+            raise FxlrdError(
+                f"model: {name} is on mps, which has no float64, in which factors are computed: "
+                'compress on the CPU, model.cpu(), and move the result, result.model.to("mps")'
+            )
         if _is_dtensor(parameter) or hasattr(parameter, "ds_id"):  # the latter: DeepSpeed's ZeRO
             raise FxlrdError(f"model: {name} is sharded over processes; {_WHOLE}")
 

@@ -245,3 +245,27 @@ def test_a_graph_that_lacks_methods_of_the_class_says_how_to_keep_them():
     in_place = quick(copy.deepcopy(model), x, inplace=True)
     assert not any("training_step" in text for text in in_place.report.warnings)
     in_place.model.training_step(x)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_hooks_of_the_result_refer_to_the_result(bound):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(16))
+            self.block, self.last = nn.Sequential(nn.Linear(16, 16)), nn.Linear(16, 16)
+            self.block.register_forward_hook(self.scaled if bound else lambda module, args, output: output * self.gain)
+
+        def scaled(self, module, args, output):
+            return output * self.gain
+
+        def forward(self, x):
+            return self.last(self.block(x))
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 16)
+    result = fxlrd.compress(model, x, ratio=2, measure=False).model
+    before = result(x)
+    with torch.no_grad():
+        model.gain.zero_()
+    assert torch.equal(before, result(x))

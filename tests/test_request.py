@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 import fxlrd
 from fxlrd import Budget, FxlrdError, Pipeline
 from fxlrd.passes import Decompose
+from fxlrd.request import _check_weights
 from tests.support.compression import quick
 from tests.support.models import classifier
 from tests.support.tensors import images
@@ -126,3 +129,15 @@ def test_skip_reaches_allocate_merge_and_decompose():
     result = quick(model, x, budget=Budget(params=0.95), calibration=image(20), skip="3")
     assert torch.equal(result.model.get_submodule("3").weight, model[3].weight)
     assert next(r for r in result.report.layers if r["name"] == "3")["decision"] in ("original", "skipped")
+
+
+def test_a_device_without_float64_is_refused():
+    class OnMps:
+        def modules(self):
+            return []
+
+        def named_parameters(self):
+            yield "0.weight", SimpleNamespace(device=torch.device("mps"))
+
+    with pytest.raises(FxlrdError, match=r"0\.weight is on mps, which has no float64, .*: compress on the CPU"):
+        _check_weights(OnMps())

@@ -11,16 +11,18 @@ from, and changed weights get new factors (`fxlrd.backend.factor_sets`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxlrd.backend.compressed import Compressed
 from fxlrd.backend.options import Options
 from fxlrd.capturing.dynamo import has_layers, weights_of
 from fxlrd.errors import FxlrdError
+from fxlrd.graph.writes import WritesWeightError
 
 
 def fxlrd(gm: fx.GraphModule, example_inputs: Sequence[Any], **compile_arguments: Any) -> Callable[..., Any]:
@@ -34,10 +36,21 @@ def fxlrd(gm: fx.GraphModule, example_inputs: Sequence[Any], **compile_arguments
     weights = weights_of(gm, example_inputs)
     if not has_layers(gm, weights):
         return options.compile(gm, example_inputs)
-    if torch.is_grad_enabled() and any(w.requires_grad for w in weights.values()):
+    if torch.is_grad_enabled() and _trains(gm) and any(w.requires_grad for w in weights.values()):
         raise FxlrdError(
             "backend fxlrd is for inference: call the model under torch.no_grad() or torch.inference_mode(); "
             "to train it compressed, fxlrd.compress(model, …), then fxlrd.finetune(result.model, …)"
         )
     compressed = Compressed(gm, pipeline, options)
-    return compressed if compressed.start(example_inputs, weights) else options.compile(gm, example_inputs)
+    try:
+        started = compressed.start(example_inputs, weights)
+    except WritesWeightError as error:
+        warnings.warn(f"backend fxlrd: {error}: this graph is compiled as it is", stacklevel=2)
+        started = False
+    return compressed if started else options.compile(gm, example_inputs)
+
+
+def _trains(gm: fx.GraphModule) -> bool:
+    """Whether gradients may flow from an output: a ``with torch.no_grad()`` may be in the graph itself."""
+    outputs = [node.meta.get("example_value") for node in next(iter(gm.graph.find_nodes(op="output"))).all_input_nodes]
+    return any(not isinstance(value, Tensor) or value.requires_grad for value in outputs)

@@ -19,7 +19,9 @@ from fxlrd.errors import FxlrdError, one_line, unknown
 from fxlrd.graph.captured import Whole, captured
 from fxlrd.graph.guards import matches
 from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.run import evaluating, isolated
 from fxlrd.graph.surgery import layers
+from fxlrd.graph.writes import guarding_weights, may_write
 from fxlrd.pipeline import Pipeline
 
 
@@ -48,9 +50,23 @@ def rewrite(
         raised = raise_graph(gm, dict(weights))
         check_weights(raised.graph_module)
         inputs = example_inputs(gm, values, weights, autocast)
+        if warn:
+            _check_writes(raised.graph_module, inputs)
         captured.record(raised.graph_module, Whole(Inputs(inputs)))
         applicable = _with_skips_of(raised.graph_module, pipeline, warn)
         return lower_graph(_run(applicable, raised.graph_module, verify), raised, gm, frozen)
+
+
+def _check_writes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Raise WritesWeightError for a graph that writes into a weight: a run for its shapes would change the model."""
+    if any(may_write(node) for node in gm.graph.nodes):
+        with guarding_weights(gm) as guard:
+            try:
+                with evaluating(gm), isolated(gm), torch.no_grad():
+                    fx.Interpreter(gm).run(*inputs)
+            except Exception:
+                if guard.written is not None:
+                    raise
 
 
 def _run(pipeline: Pipeline, gm: fx.GraphModule, verify: bool) -> fx.GraphModule:

@@ -10,8 +10,8 @@ The user's model is not called, since calls may leave something on it: copies of
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,7 @@ class Behaviour:
         buffers: what the calls left in the buffers, by name.
         changed: the names of the buffers that hold something else than before.
         gradients: where gradients of the other outputs go; None where the model fails with gradients on.
+        mappings: the classes of dicts in the outputs, in order.
     """
 
     outputs: list[Tensor]
@@ -77,6 +78,7 @@ class Behaviour:
     buffers: Mapping[str, Tensor]
     changed: frozenset[str]
     gradients: Gradients | None
+    mappings: Sequence[type] = ()
 
 
 class Original:
@@ -161,10 +163,11 @@ class Original:
             except Exception as error:
                 raise _OtherInputsError(error) from error
             with torch.no_grad():
-                outputs = _copied(on_example(model, self.inputs))
+                made = on_example(model, self.inputs)
+                outputs = _copied(made)
             after = _buffers(model)
         changed = {name for name, value in after.items() if name not in before or not bit_equal(value, before[name])}
-        return Behaviour(outputs, other_outputs, after, frozenset(changed), gradients)
+        return Behaviour(outputs, other_outputs, after, frozenset(changed), gradients, [*_mappings(made)])
 
     def _call_on_other(self, model: nn.Module, call: Call) -> tuple[list[Tensor], Gradients | None]:
         if not self._gradients:
@@ -208,6 +211,7 @@ class Original:
         return (
             _other_outputs(behaviour.outputs, expected.outputs)
             or _other_outputs(behaviour.other_outputs, expected.other_outputs)
+            or _other_mappings(behaviour.mappings, expected.mappings)
             or self._other_buffers(behaviour)
         )
 
@@ -268,6 +272,24 @@ def _other_outputs(outputs: list[Tensor], expected: list[Tensor]) -> Reason | No
         f"differs from the model by {relative:.2g} relative (is its forward random in eval mode, does it depend on "
         "values, or does it read what a hook or an earlier call stored?)",
     )
+
+
+def _mappings(value: Any) -> Iterator[type]:
+    if isinstance(value, dict):
+        yield type(value)
+        for part in value.values():
+            yield from _mappings(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _mappings(part)
+
+
+def _other_mappings(classes: Sequence[type], expected: Sequence[type]) -> Reason | None:
+    """Return that a dict of the user's own class, whose attributes callers may read, came out as another one."""
+    for cls, own in zip(classes, expected, strict=False):
+        if cls is not own and own not in (dict, OrderedDict):
+            return Reason("outputs", f"returns a {cls.__name__} in the place of a {own.__name__}")
+    return None
 
 
 def _other_dtype(outputs: list[Tensor], expected: list[Tensor]) -> bool:

@@ -7,6 +7,7 @@ mode keep working on the result. So is every module with hooks, which a trace wo
 
 from __future__ import annotations
 
+import enum
 import inspect
 import keyword
 import operator
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
@@ -34,6 +36,7 @@ from fxlrd.graph.surgery import is_reserved, set_container_mode
 from fxlrd.graph.writes import guarding_weights
 from fxlrd.layers.attention import ProjectedAttention
 from fxlrd.layers.folded import is_layer
+from fxlrd.layers.kinds import written_class
 
 
 def constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -54,6 +57,15 @@ def constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
         if (value is None or isinstance(value, (bool, int, float, str)))
         and signature.parameters[name].kind not in variadic
     }
+
+
+def check_arguments(model: nn.Module, inputs: Inputs) -> None:
+    """Raise CaptureError for an argument, or a default, whose value a trace would compare and never ask again."""
+    bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
+    bound.apply_defaults()
+    for name, value in bound.arguments.items():
+        if isinstance(value, (enum.Enum, np.generic)):
+            raise CaptureError(f"forward takes {name}={value!r}: a trace cannot tell it from other values")
 
 
 class _InPlaceProxy(fx.Proxy):
@@ -101,7 +113,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
-            super().is_leaf_module(m, module_qualified_name)
+            (super().is_leaf_module(m, module_qualified_name) and written_class(m).__module__.startswith("torch."))
             or id(m) in self._layers
             or not any(id(child) in self._layers for child in m.modules())
             or hooked(m)
@@ -252,7 +264,12 @@ def check_names(targets: Iterable[str], in_code: bool = True) -> None:
 def _is_impure(model: nn.Module, node: fx.Node) -> bool:
     """Whether the node must stay although nothing uses its value: an argument, the output, a check."""
     if node.op == "call_module":
-        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+        module = model.get_submodule(str(node.target))
+        if is_layer(module):
+            return False
+        # A module of the user's may act on what it is given or holds, as statistics do, or as a BatchNorm does.
+        own = not type(module).__module__.startswith("torch.nn")
+        return own or bool(getattr(module, "inplace", False)) or any(True for _ in module.buffers())
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     name = getattr(node.target, "__name__", "")

@@ -24,7 +24,7 @@ from fxlrd.graph.run import called_on, counting, evaluating, isolated, training_
 from fxlrd.graph.surgery import is_reserved
 from fxlrd.graph.writes import guarding_weights
 from fxlrd.layers.folded import is_layer, layer_of
-from fxlrd.layers.kinds import LAYERS, op
+from fxlrd.layers.kinds import LAYERS, op, written_class
 from fxlrd.layers.stand_ins import stand_in
 
 RESERVED = Reason("reserved-name", "its name begins with that of an attribute of torch.fx.GraphModule", "rename it")
@@ -191,24 +191,47 @@ def asked_for(original: Original, names: Sequence[str], described: Collection[st
     The set is empty if two runs of the model itself differ.
     """
 
+    of_the_model = _called(structural_copy(original.model), names, original)
+
     def affecting(some: Sequence[str]) -> set[str]:
-        if _unaffected(original, some, described):
+        if _unaffected(original, some, described, of_the_model):
             return set()
         half = len(some) // 2
         return affecting(some[:half]) | affecting(some[half:]) if half else set(some)
 
-    if _unaffected(original, names, described) or not _unaffected(original, (), described):
+    if _unaffected(original, names, described, of_the_model) or not _unaffected(original, (), described, of_the_model):
         return set()
     return affecting(names)
 
 
-def _unaffected(original: Original, names: Sequence[str], described: Collection[str]) -> bool:
-    """Whether the model does the same with each of the layers inside a Sequential, as factors are."""
+def _unaffected(
+    original: Original, names: Sequence[str], described: Collection[str], of_the_model: Collection[str]
+) -> bool:
+    """Whether the model does the same with each of the layers inside a Sequential, as factors are, and calls those.
+
+    It does not call them where it holds the layers in places that nobody looks into, such as a closure.
+    """
     wrapped = structural_copy(original.model)
     modules = dict(wrapped.named_modules(remove_duplicate=False))
     containers = {name: nn.Sequential(OrderedDict(first=stand_in(modules[name]) or modules[name])) for name in names}
     set_modules(wrapped, containers, described)
-    return original.difference(wrapped) is None
+    wanted = {name for name in names if name in of_the_model}
+    return original.difference(wrapped) is None and _called(wrapped, wanted, original) == wanted
+
+
+def _called(model: nn.Module, names: Collection[str], original: Original) -> set[str]:
+    """Return those of the modules that are called where ``model`` is, on the example inputs."""
+    found: set[str] = set()
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: found.add(name)) for name in names
+    ]
+    try:
+        with evaluating(model), isolated(model), torch.no_grad(), suppress(Exception):
+            called_on(model, original.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -221,4 +244,5 @@ def is_opaque(module: nn.Module) -> bool:
     if hasattr(module, "_orig_mod"):  # what torch.compile returns
         return True
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict, *TRANSFORMERS, *LAYERS)
-    return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, containers)
+    torchs = written_class(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+    return torchs and not isinstance(module, containers)

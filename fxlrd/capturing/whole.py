@@ -18,11 +18,11 @@ from fxlrd.capturing.inlined import call_inlined_layers
 from fxlrd.capturing.multiplied import without_layer
 from fxlrd.capturing.proof import Original, same
 from fxlrd.capturing.substitution import fold_layers, put_stand_ins, why_not_alike
-from fxlrd.capturing.tracing import constants, trace, train_path_differs
+from fxlrd.capturing.tracing import check_arguments, constants, trace, train_path_differs
 from fxlrd.errors import CaptureError, FxlrdError, Reason
 from fxlrd.factor.failures import holds_everywhere
 from fxlrd.graph.captured import Unreached, Whole, captured, feed, propagate_once
-from fxlrd.graph.copies import structural_copy
+from fxlrd.graph.copies import modules_behind, structural_copy
 from fxlrd.graph.facts import described_layers
 from fxlrd.graph.guards import (
     MORE_INPUTS,
@@ -83,8 +83,10 @@ def capture_whole(original: Original, for_users_forward: bool = False) -> fx.Gra
     if not original.behaviour.outputs:
         raise CaptureError(f"{type(model).__name__} returns no tensor for the example inputs")
     frozen = constants(model, inputs)
+    check_arguments(model, inputs)
     gm, warnings = trace(model, frozen)
     _close_leaves(gm, original.users)
+    _check_hooks(gm)
     if train_path_differs(model, frozen, gm):
         warnings.append("forward takes another path in training mode: the eval path was captured")
     if not for_users_forward:
@@ -121,6 +123,15 @@ def _close_leaves(gm: fx.GraphModule, users: nn.Module) -> None:
     own = structural_copy(users) if leaves else users
     for name in leaves:
         gm.set_submodule(name, own.get_submodule(name))
+
+
+def _check_hooks(gm: fx.GraphModule) -> None:
+    """Raise CaptureError for a hook that refers to modules which are not in the graph, such as the model itself."""
+    own = set(map(id, gm.modules()))
+    for name, module in gm.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if any(id(held) not in own for held in modules_behind(hook)):
+                raise CaptureError(f"a hook of {name} refers to a module that is not part of {name}")
 
 
 def _check(gm: fx.GraphModule, original: Original) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxlrd.errors import VerificationError
 from fxlrd.graph.precision import TF32_EPS, uses_tf32
+from fxlrd.graph.run import stored
 
 _ENTRIES = 2**18
 """Entries that are compared at a time."""
@@ -51,7 +52,13 @@ def difference(outputs: list[Tensor], reference: list[Tensor], where: str) -> Di
 def _parts(t: Tensor) -> Iterator[Tensor]:
     """Yield a tensor's entries in float64, some at a time: logits of a language model are large."""
     wide = torch.complex128 if t.is_complex() else torch.float64
-    return (part.to(wide) for part in t.flatten().split(_ENTRIES) if part.numel())
+    dense = [t] if t.layout is torch.strided else _of_sparse(t)
+    return (part.to(wide) for each in dense for part in each.flatten().split(_ENTRIES) if part.numel())
+
+
+def _of_sparse(t: Tensor) -> list[Tensor]:
+    """Return the dense tensors that hold a sparse one, in an order of their own."""
+    return stored(t.coalesce() if t.layout is torch.sparse_coo else t)
 
 
 def rounding(values: Sequence[Tensor]) -> float:

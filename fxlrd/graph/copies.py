@@ -250,6 +250,22 @@ def _reached(values: Iterable[Any], parts: Callable[[Any], Iterable[Any]], known
     return reached
 
 
+def modules_behind(function: Any, depth: int = _DEPTH) -> Iterator[nn.Module]:
+    """Yield the modules that a function refers to: by its closure, as a method, or as a partial function."""
+    if isinstance(function, nn.Module):
+        yield function
+    elif depth > 0:
+        parts: list[Any] = []
+        if isinstance(function, types.MethodType):
+            parts = [function.__self__, function.__func__]
+        elif isinstance(function, functools.partial):
+            parts = [function.func, *function.args, *function.keywords.values()]
+        elif isinstance(function, types.FunctionType):
+            parts = list(_contents(function.__closure__ or ()))
+        for part in parts:
+            yield from modules_behind(part, depth - 1)
+
+
 def _is_mutable(value: Any) -> bool:
     """Whether the value can change, so that a copy of it is another one; objects of a class made in Python can."""
     if isinstance(value, _MUTABLE):

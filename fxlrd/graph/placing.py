@@ -6,6 +6,8 @@ is replaced under its name alone would go on computing there.
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +18,9 @@ _DEPTH = 3
 
 
 def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules in the place of those of these names, also in lists, tuples, dicts and attributes that hold those.
+    """Put modules in the place of those of these names, also in attributes, containers and partial functions.
 
-    Lists and dicts are changed in place.
+    Lists, dicts and deques are changed in place.
 
     >>> model = nn.Sequential(nn.ReLU())
     >>> model.steps = [model[0]]
@@ -39,12 +41,21 @@ def _with(value: Any, new: Mapping[int, nn.Module], depth: int) -> Any:
     """Return the value with ``new`` modules in the place of those of these identities; itself if it has none."""
     if isinstance(value, nn.Module):
         return new.get(id(value), value)
-    if depth == 0 or not isinstance(value, (list, tuple, dict)):
+    if depth == 0 or not isinstance(value, (list, tuple, dict, deque, set, functools.partial)):
         return value
-    if isinstance(value, tuple):
+    if isinstance(value, functools.partial):
+        parts = (value.func, *value.args, *value.keywords.values())
+        func, *others = items = [_with(part, new, depth - 1) for part in parts]
+        if all(a is b for a, b in zip(items, parts, strict=True)):
+            return value
+        args, keywords = others[: len(value.args)], others[len(value.args) :]
+        return type(value)(func, *args, **dict(zip(value.keywords, keywords, strict=True)))
+    if isinstance(value, (tuple, set)):
         items = [_with(item, new, depth - 1) for item in value]
-        same = all(a is b for a, b in zip(items, value, strict=True))
-        return value if same or type(value) is not tuple else tuple(items)
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        made = getattr(type(value), "_make", type(value))  # of a named tuple
+        return made(items) if type(value) in (tuple, set) or made is not type(value) else value
     pairs = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
     for key, item in pairs:
         if (replaced := _with(item, new, depth - 1)) is not item:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -74,6 +74,15 @@ def guarding_weights(model: nn.Module) -> Iterator[WriteGuard]:
             if address(parameter) != address(data):
                 guard.note(name)
                 parameter.data = data
+
+
+def may_write(node: fx.Node) -> bool:
+    """Whether a node's operation, by its name, may write into what it is given."""
+    name = str(getattr(node.target, "__name__", node.target)).rpartition(".")[2]
+    named = name.endswith("_") and not name.endswith("__")
+    in_place = name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "copy_")
+    calls = node.op in ("call_function", "call_method")
+    return calls and (named or in_place or "out" in node.kwargs or node.kwargs.get("inplace") is True)
 
 
 def _with_values(arguments: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 Conv = nn.modules.conv._ConvNd
 """The common class of all convs."""
@@ -128,3 +129,9 @@ def make(kind: type[nn.Module], options: Mapping[str, Any]) -> nn.Module:
 def depthwise(module: nn.Module) -> bool:
     """Whether the module is a conv of one input channel a group."""
     return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+
+
+def written_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that somebody wrote: under the one that torch makes for a parametrized module."""
+    cls = type(module)
+    return cls.__mro__[1] if is_parametrized(module) else cls

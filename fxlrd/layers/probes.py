@@ -40,9 +40,12 @@ def takes_one_argument(module: nn.Module) -> bool:
     return sum(p.default is p.empty for p in named) == 1
 
 
+_OWN = frozenset(vars(nn.Module()))
+
+
 def behaviour_key(module: nn.Module) -> Any:
     """Return what sets the behaviour of a module of one class, but for the values of its parameters and buffers."""
-    attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    attributes = {name: value for name, value in vars(module).items() if name not in _OWN}
     plain = sorted((name, repr(value)) for name, value in attributes.items() if name != "training")
     tensors = {**module._parameters, **module._buffers}
     shapes = [(name, t.shape, t.dtype, t.device) for name, t in tensors.items() if t is not None]

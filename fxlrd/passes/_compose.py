@@ -162,7 +162,8 @@ def _record_statistics_with_norms(gm: fx.GraphModule, chain: Chain) -> None:
     measured = statistics(chain.first)
     if measured is None or measured.importance is None:
         return
-    scale = math.prod((affine(gm.get_submodule(str(norm.target)))[0] for norm in chain.norms), start=1.0)
+    scales = [affine(gm.get_submodule(str(norm.target)))[0] for norm in chain.norms]
+    scale = torch.stack(scales).prod(0)
     importance = measured.importance / torch.outer(scale, scale).to(measured.importance)
     statistics.record(
         chain.first, replace(measured, importance=importance if bool(importance.isfinite().all()) else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -193,3 +194,37 @@ def test_names_that_break_code(name):
     torch._dynamo.reset()
     model, x = Named().eval(), torch.randn(2, 64)
     assert torch.equal(compiled(model)(x), expected(model, x))
+
+
+def test_a_graph_that_writes_into_its_weights_is_compiled_as_it_is():
+    class Rescaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.done = nn.Linear(16, 16), nn.Linear(16, 16, bias=False), False
+
+        def forward(self, x):
+            if not self.done:
+                self.b.weight.div_(4)
+                self.done = True
+            return self.b(self.a(x)) * 4
+
+    torch.manual_seed(0)
+    model, x = Rescaled().eval(), torch.randn(2, 16)
+    weight, expected = model.b.weight.detach().clone(), copy.deepcopy(model)
+    compiled_model = torch.compile(model, backend="fxlrd", options={"inner": "eager"})
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="writes into .*: this graph is compiled as it is"):
+            made = compiled_model(x)
+        torch.testing.assert_close(made, expected(x))
+    torch.testing.assert_close(model.b.weight, weight / 4)
+
+
+def test_no_grad_may_be_inside_what_is_compiled():
+    model, x = nn.Sequential(nn.Linear(16, 16)).eval(), torch.randn(2, 16)
+
+    @torch.compile(backend="fxlrd", options={"inner": "eager"})
+    def inside(x):
+        with torch.no_grad():
+            return model(x)
+
+    assert inside(x).shape == (2, 16)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import fxlrd
 from fxlrd.capturing.regions import ASKED, UNLIKE, capture_regions
 from fxlrd.capturing.tracing import trace
 from fxlrd.capturing.watch import RESERVED
@@ -531,3 +532,39 @@ def test_a_conv_of_few_channels_after_other_layers_is_no_stem():
     gm = capture_regions(module(forward, **parts), inputs)
     assert captured(gm).user_forward
     assert {layer.name: layer.is_stem for layer in layers_of(gm)} == {"encode": True, "depth": True, "decode": False}
+
+
+class Holder:
+    """Holds a layer where nobody looks for it."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def run(self, x):
+        return self.layer(x)
+
+
+def test_a_layer_in_a_partial_function_is_replaced_there_and_one_in_an_object_stays(tmp_path):
+    def step(layer, x):
+        return layer(x).relu()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.step, self.held = functools.partial(step, self.a), Holder(self.b)
+
+        def forward(self, x):
+            if x.sum() > 1e9:
+                x = x * 2
+            return self.head(self.held.run(self.step(x)))
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 16)
+    result = fxlrd.compress(model, x, ratio=2, measure=False)
+    assert {row["name"]: row["decision"] for row in result.report.layers} == {"a": "svd", "b": "skipped", "head": "svd"}
+    assert next(row["reason"] for row in result.report.layers if row["name"] == "b")
+    fxlrd.save(result, tmp_path / "out")
+    fresh = Net().eval()
+    fresh.b.load_state_dict(model.b.state_dict())
+    assert torch.equal(fxlrd.load(tmp_path / "out", fresh)(x), result.model(x))

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import fxlrd
 from tests.support.compression import decisions
@@ -103,3 +104,19 @@ def test_causal_convs():
     assert set(decisions(result).values()) == {"tucker2"}
     x = torch.randn(3, 16, 11).double()
     torch.testing.assert_close(result.model(x), net(x), rtol=1e-9, atol=1e-9)
+
+
+def test_a_layer_of_a_class_is_known_by_its_private_attributes_too():
+    class Dropping(nn.Linear):
+        def __init__(self, p):
+            super().__init__(16, 16)
+            self._p = p
+
+        def forward(self, x):
+            return F.linear(F.dropout(x, self._p, self.training), self.weight, self.bias)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 16)
+    model = nn.Sequential(Dropping(0.0), nn.ReLU(), Dropping(0.5))
+    result = fxlrd.compress(model, x, ratio=2, measure=False).model.train()
+    assert not torch.equal(result(x), result(x)), "its dropout is still there"

@@ -4,7 +4,9 @@ import copy
 import operator
 import pickle
 import threading
+from enum import Enum
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -547,3 +549,117 @@ def test_another_thread_notices_nothing_of_a_trace():
         thread.join()
     assert not failures
     assert all(targets(gm) == ["0", "1", "2"] for gm in graphs)
+
+
+class Statistics(nn.Module):
+    """Acts in training mode only, on what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+
+
+class Observed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.statistics = nn.Linear(16, 16), nn.Linear(16, 4), Statistics()
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        h = self.a(x)
+        self.statistics(h)
+        self.norm(h)
+        return self.b(h - self.statistics.mean)
+
+
+def test_a_module_that_is_called_as_a_statement_stays():
+    torch.manual_seed(0)
+    model, x = Observed(), torch.randn(8, 16)
+    gm = capture(copy.deepcopy(model).eval(), x)
+    gm.train()(x)
+    model.train()(x)
+    assert torch.equal(gm.get_submodule("statistics").mean, model.statistics.mean)
+    assert torch.equal(gm.get_submodule("norm").running_mean, model.norm.running_mean)
+
+
+class Pooling(Enum):
+    MEAN, MAX = "mean", "max"
+
+
+class Named(str, Enum):
+    MEAN, MAX = "mean", "max"
+
+
+@pytest.mark.parametrize("kind", [Pooling, Named, np.float64])
+def test_an_argument_that_a_trace_would_never_ask_for_again_keeps_the_forward(kind):
+    mean, other = (kind(0), kind(1)) if kind is np.float64 else (kind.MEAN, kind.MAX)
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+
+        def forward(self, x, pooling=mean):
+            h = self.a(x)
+            return h.amax(1) if pooling is other or pooling == other else h.mean(1)
+
+    torch.manual_seed(0)
+    model, x = Pooled().eval(), torch.randn(2, 5, 16)
+    result = compress(model, x, pipeline="decompose{ranks=16}", measure=False).model
+    assert type(result) is Pooled
+    torch.testing.assert_close(result(x, other), model(x, other))
+
+
+class Out(dict):
+    __getattr__ = dict.__getitem__
+
+
+def test_outputs_of_a_class_of_the_users_keep_it():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return Out(logits=self.a(x))
+
+    x = torch.randn(2, 16)
+    assert compress(Net(), x, ratio=2, measure=False).model(x).logits.shape == (2, 16)
+
+
+def test_sparse_outputs_are_compared():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+
+        def forward(self, x, adjacency):
+            return torch.sparse.mm(adjacency, self.a(x)), adjacency
+
+    result = compress(Net().eval(), (torch.randn(4, 16), torch.eye(4).to_sparse()), ratio=2, measure=False)
+    assert result.report.layers[0]["decision"] == "svd"
+
+
+def test_layers_beside_a_parametrized_parameter_are_layers():
+    class Exp(nn.Module):
+        def forward(self, v):
+            return v.exp()
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.zeros(16))
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()) * self.gain
+
+    block = Block()
+    nn.utils.parametrize.register_parametrization(block, "gain", Exp())
+    for model in (nn.Sequential(block, nn.Linear(16, 16)), block):
+        result = compress(model.eval(), torch.randn(2, 16), ratio=2, measure=False)
+        assert {row["decision"] for row in result.report.layers} == {"svd"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections import deque, namedtuple
 
 import pytest
 import torch
@@ -65,3 +67,17 @@ def test_what_is_put_is_taken_back():
     put(model, layers)
     assert (model.steps[0], model.by_name["last"][0]) == (layers["0"], layers["last"])
     assert_same_outputs(model, twin, X)
+
+
+def test_modules_are_found_in_partials_named_tuples_deques_and_sets():
+    pair = namedtuple("pair", "a b")
+    model = nn.Sequential(nn.ReLU(), nn.Tanh())
+    model.step = functools.partial(max, model[0], key=model[1])
+    model.pair, model.queue, model.group = pair(model[0], 1), deque([model[0]]), {model[0]}
+    new = nn.Identity()
+    put(model, {"0": new})
+    assert model.step.args == (new,)
+    assert model.step.keywords == {"key": model[1]}
+    assert model.pair == pair(new, 1)
+    assert [*model.queue] == [new]
+    assert model.group == {new}
