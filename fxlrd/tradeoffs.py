@@ -117,14 +117,14 @@ class Frontier:
         return max(within, key=lambda p: p.speed if p.speed is not None else -p.report.after["flops"])
 
     def __repr__(self) -> str:
-        return f"Frontier({points.summary(self.to_dict())})"
+        return f"Frontier({points.summary(self._data())})"
 
     def __str__(self) -> str:
         return self.to_table()
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the table."""
-        return points.table(self.to_dict(), style="html")
+        return points.table(self._data(), style="html")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain data, fit for JSON: a number that is not finite is None."""
@@ -143,7 +143,7 @@ class Frontier:
         """Write the figures as one page, with charts, that needs nothing else: no server, no network."""
         from fxlrd.report.html import frontier_page
 
-        write_out(Path(path), frontier_page(self.to_dict()))
+        write_out(Path(path), frontier_page(self._data()))
 
 
 def frontier(

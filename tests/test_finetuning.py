@@ -200,6 +200,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         finetune(again, loader(), epochs=3, checkpoint=path)
 
 
+def test_modules_that_tell_the_version_of_their_state_are_resumed(tmp_path):
+    class Versioned(nn.Linear):
+        _version = 2
+
+        def _load_from_state_dict(self, state, prefix, metadata, *rest):
+            assert metadata.get("version") == 2
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    for _ in range(2):
+        torch.manual_seed(0)
+        assert len(finetune(nn.Sequential(Versioned(16, 4)), loader(), checkpoint=tmp_path / "run.pt")) == 1
+
+
 def test_a_learning_rate_of_numpys_is_resumed(tmp_path):
     options = {"lr": np.float64(0.01), "checkpoint": tmp_path / "run.pt", "epochs": np.int64(1)}
     first = finetune(net(), loader(), **options)

@@ -38,7 +38,8 @@ def documents_in(where: str, running: bool) -> list[Document]:
     files = list(files_with(path, SUFFIXES)) if path.is_dir() else [path]
     if not files:
         raise FxlrdError(f"{where}: there are no texts in it ({', '.join(s[1:] for s in SUFFIXES)})")
-    files = without_strays(where, path, files) if path.is_dir() and not running else files
+    if path.is_dir() and not running and all(file.suffix.lower() == ".txt" for file in files):
+        files = without_strays(where, path, files)
     folders = classes_of(where, path, files) if path.is_dir() else []
     if running or len(set(folders)) < 2 or any(file.suffix.lower() != ".txt" for file in files):
         folders = []

@@ -53,23 +53,28 @@ def labels_of(where: str, classes: Sequence[Class], count: int, names: Mapping[s
 def _by_name(own: Sequence[str], names: Mapping[str, int]) -> dict[str, int] | None:
     """Return the outputs of the user's classes, or None where one has the name of none.
 
-    Names are compared as they are, and then by their letters and digits alone, as far as that tells them apart.
+    Names are compared as they are, then without case and kinds of spaces, then by their letters and digits alone: each
+    as far as that tells the model's classes, and at last the user's, apart.
     """
-    if all(name in names for name in own):
-        return {name: names[name] for name in own}
-    loose: dict[str, set[int]] = {}
-    for name, number in names.items():
-        loose.setdefault(_plain(name), set()).add(number)
-    found = {name: loose.get(_plain(name), set()) if _plain(name) else set() for name in own}
-    if len(set(map(_plain, own))) < len(own) or any(len(numbers) != 1 for numbers in found.values()):
-        return None
-    return {name: next(iter(numbers)) for name, numbers in found.items()}
+    for form in (str, _folded, _plain):
+        known: dict[str, set[int]] = {}
+        for name, number in names.items():
+            known.setdefault(form(name), set()).add(number)
+        found = [known.get(form(name), set()) if form(name) else set() for name in own]
+        apart = form is not _plain or len(set(map(_plain, own))) == len(set(map(_folded, own)))
+        if apart and all(len(numbers) == 1 for numbers in found):
+            return {name: next(iter(numbers)) for name, numbers in zip(own, found, strict=True)}
+    return None
 
 
 def _are_outputs(own: Sequence[str], count: int) -> bool:
     """Whether classes are the numbers of outputs, each of another one."""
     numbers = {int(name) for name in own if name.isdecimal()}
     return len(numbers) == len(own) and max(numbers) < count
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
 def _plain(name: str) -> str:

@@ -52,5 +52,6 @@ def fxlrd(gm: fx.GraphModule, example_inputs: Sequence[Any], **compile_arguments
 
 def _trains(gm: fx.GraphModule) -> bool:
     """Whether gradients may flow from an output: a ``with torch.no_grad()`` may be in the graph itself."""
-    outputs = [node.meta.get("example_value") for node in next(iter(gm.graph.find_nodes(op="output"))).all_input_nodes]
-    return any(not isinstance(value, Tensor) or value.requires_grad for value in outputs)
+    (output,) = gm.graph.find_nodes(op="output")
+    values = [node.meta.get("example_value", output) for node in output.all_input_nodes]
+    return any(value is output or (isinstance(value, Tensor) and value.requires_grad) for value in values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +19,10 @@ from fxlrd.errors import FxlrdError, one_line, unknown
 from fxlrd.graph.captured import Whole, captured
 from fxlrd.graph.guards import matches
 from fxlrd.graph.inputs import Inputs
+from fxlrd.graph.regions import copies
 from fxlrd.graph.run import evaluating, isolated
 from fxlrd.graph.surgery import layers
-from fxlrd.graph.writes import guarding_weights, may_write
+from fxlrd.graph.writes import WritesWeightError, guarding_weights, may_write
 from fxlrd.pipeline import Pipeline
 
 
@@ -60,13 +61,10 @@ def rewrite(
 def _check_writes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Raise WritesWeightError for a graph that writes into a weight: a run for its shapes would change the model."""
     if any(may_write(node) for node in gm.graph.nodes):
-        with guarding_weights(gm) as guard:
-            try:
-                with evaluating(gm), isolated(gm), torch.no_grad():
-                    fx.Interpreter(gm).run(*inputs)
-            except Exception:
-                if guard.written is not None:
-                    raise
+        with guarding_weights(gm) as guard, suppress(Exception), evaluating(gm), isolated(gm), torch.no_grad():
+            fx.Interpreter(gm).run(*copies(inputs))
+        if guard.written is not None:
+            raise WritesWeightError(f"its forward writes into {guard.written}")
 
 
 def _run(pipeline: Pipeline, gm: fx.GraphModule, verify: bool) -> fx.GraphModule:

@@ -70,7 +70,7 @@ class Behaviour:
         buffers: what the calls left in the buffers, by name.
         changed: the names of the buffers that hold something else than before.
         gradients: where gradients of the other outputs go; None where the model fails with gradients on.
-        mappings: the classes of dicts in the outputs, in order.
+        mappings: the classes of dicts in the other outputs, in order.
     """
 
     outputs: list[Tensor]
@@ -159,24 +159,25 @@ class Original:
         with evaluating(model), isolated(model, seed):
             before = _buffers(model)
             try:
-                other_outputs, gradients = self._call_on_other(model, call)
+                other_outputs, gradients, mappings = self._call_on_other(model, call)
             except Exception as error:
                 raise _OtherInputsError(error) from error
             with torch.no_grad():
-                made = on_example(model, self.inputs)
-                outputs = _copied(made)
+                outputs = _copied(on_example(model, self.inputs))
             after = _buffers(model)
         changed = {name for name, value in after.items() if name not in before or not bit_equal(value, before[name])}
-        return Behaviour(outputs, other_outputs, after, frozenset(changed), gradients, [*_mappings(made)])
+        return Behaviour(outputs, other_outputs, after, frozenset(changed), gradients, mappings)
 
-    def _call_on_other(self, model: nn.Module, call: Call) -> tuple[list[Tensor], Gradients | None]:
+    def _call_on_other(self, model: nn.Module, call: Call) -> tuple[list[Tensor], Gradients | None, Sequence[type]]:
         if not self._gradients:
             with torch.no_grad():
-                return _copied(call(model, self.other)), None
+                made = call(model, self.other)
+            return _copied(made), None, [*_mappings(made)]
         # Where gradients go is read off the autograd graph.
         with torch.enable_grad(), not_saving_for_backward():
-            outputs = tensors(call(model, self.other))
-        return _copied(outputs), _gradients_of(outputs)
+            made = call(model, self.other)
+            outputs = tensors(made)
+        return _copied(outputs), _gradients_of(outputs), [*_mappings(made)]
 
     def difference(
         self, model: nn.Module, call: Call = called_plainly, on_example: Call = called_counting, seed: int = 0

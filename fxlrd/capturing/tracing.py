@@ -229,6 +229,7 @@ def _graph(model: nn.Module, frozen: dict[str, Any], training: bool) -> tuple[fx
         name, module = tracer.failed_in or ("", model)
         where = f"{name} ({type(module).__name__})" if name else type(module).__name__
         raise CaptureError(f"{where} cannot be traced{obstacle(error, module)}") from error
+    _check_statements(model, graph)
     _plain_checks(graph)
     graph.eliminate_dead_code(partial(_is_impure, model))
     fuse_unread_weights(graph)
@@ -261,15 +262,22 @@ def check_names(targets: Iterable[str], in_code: bool = True) -> None:
             raise CaptureError(f"{target}: {word!r} {what}, and torch.fx writes code with it")
 
 
+def _check_statements(model: nn.Module, graph: fx.Graph) -> None:
+    """Raise CaptureError for a call of which nothing is used, of a module of the user's with buffers to write into.
+
+    It may act in training mode only, as statistics do; a trace in eval mode shows nothing of that.
+    """
+    for node in graph.find_nodes(op="call_module"):
+        module = model.get_submodule(str(node.target))
+        own = not type(module).__module__.startswith("torch.nn") and not is_layer(module)
+        if not node.users and own and any(True for _ in module.buffers()):
+            raise CaptureError(f"{node.target} is called as a statement: what it does in training is not known")
+
+
 def _is_impure(model: nn.Module, node: fx.Node) -> bool:
     """Whether the node must stay although nothing uses its value: an argument, the output, a check."""
     if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        if is_layer(module):
-            return False
-        # A module of the user's may act on what it is given or holds, as statistics do, or as a BatchNorm does.
-        own = not type(module).__module__.startswith("torch.nn")
-        return own or bool(getattr(module, "inplace", False)) or any(True for _ in module.buffers())
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     name = getattr(node.target, "__name__", "")

@@ -86,7 +86,8 @@ def capture_whole(original: Original, for_users_forward: bool = False) -> fx.Gra
     check_arguments(model, inputs)
     gm, warnings = trace(model, frozen)
     _close_leaves(gm, original.users)
-    _check_hooks(gm)
+    if not for_users_forward:
+        _check_hooks(gm)
     if train_path_differs(model, frozen, gm):
         warnings.append("forward takes another path in training mode: the eval path was captured")
     if not for_users_forward:

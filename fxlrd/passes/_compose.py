@@ -25,7 +25,7 @@ from torch import fx, nn
 
 from fxlrd.errors import Reason
 from fxlrd.graph.channels import MERGEABLE
-from fxlrd.graph.facts import FACTORS, output_moments, provenance, shape, statistics
+from fxlrd.graph.facts import FACTORS, entangle, output_moments, provenance, shape, statistics
 from fxlrd.graph.guards import matches, skip_reason, why_not_replaceable
 from fxlrd.graph.layer import origin
 from fxlrd.graph.surgery import calls, layers, source
@@ -131,7 +131,7 @@ def _absorb(gm: fx.GraphModule, chain: Chain, module: nn.Module) -> Site:
         norm.replace_all_uses_with(norm.all_input_nodes[0])
         _remove(gm, norm)
     put_merged(gm, chain.first, module, entangled=True)
-    _relabel_factors(gm, {origin(chain.first)})
+    entangle(gm, origin(chain.first))
     return Site(origin(chain.first), True, f"took in {', '.join(str(n.target) for n in chain.norms)}")
 
 
@@ -153,7 +153,7 @@ def _record_statistics_of_both(gm: fx.GraphModule, first: fx.Node, second: fx.No
 
 
 def _record_statistics_with_norms(gm: fx.GraphModule, chain: Chain) -> None:
-    """Let a layer have the moments of what its BatchNorms made, and Γ of that: Γ / (g·gᵀ), unless some g is 0."""
+    """Let a layer have the moments of what its BatchNorms made, and Γ of that: Γ / (g·gᵀ), 0 where g is."""
     made = output_moments(chain.norms[-1])
     if made is None:
         output_moments.drop(chain.first)
@@ -164,10 +164,9 @@ def _record_statistics_with_norms(gm: fx.GraphModule, chain: Chain) -> None:
         return
     scales = [affine(gm.get_submodule(str(norm.target)))[0] for norm in chain.norms]
     scale = torch.stack(scales).prod(0)
-    importance = measured.importance / torch.outer(scale, scale).to(measured.importance)
-    statistics.record(
-        chain.first, replace(measured, importance=importance if bool(importance.isfinite().all()) else None)
-    )
+    made_of_one = torch.outer(scale, scale).to(measured.importance)
+    importance = torch.where(made_of_one == 0, 0.0, measured.importance / made_of_one)
+    statistics.record(chain.first, replace(measured, importance=importance))
 
 
 def _relabel_factors(gm: fx.GraphModule, names: set[str]) -> None:

@@ -135,7 +135,9 @@ class Allocate:
     def _items(
         self, run: Run, measure: Measure, goals: Sequence[float] | None
     ) -> tuple[dict[str, list[Choice]], list[Trial]]:
-        """Return the forms of the layers that may be changed; of the stem, which a merge may cut, the original only.
+        """Return the forms of the layers that may be changed; of those that only a merge may cut, the original only.
+
+        These are the stem and layers that are merged already.
 
         With ``goals``, shares of their cost to measure errors at, also the trials for that.
         """
@@ -145,7 +147,7 @@ class Allocate:
 
         def visit(layer: Layer) -> Skip | None:
             reason = self._left_alone(layer)
-            if reason is None or reason.code == "stem":
+            if reason is None or reason.code in ("stem", MERGED.code):
                 curve = curve_of(layer) if reason is None else None
                 forms = forms_of(layer, measure, curve)
                 if isinstance(forms, Reason):

@@ -161,7 +161,8 @@ def _check_merges(gm: fx.GraphModule) -> None:
     """Raise FxlrdError where a plan has merges that were not made: the budget would be missed."""
     plan = planned(gm)
     for name in plan.retained if plan is not None else ():
-        if not any((p := provenance(node)) is not None and p.role == "merged" for node in calls(gm, name)):
+        nodes = calls(gm, name)  # none where it was composed into another one since
+        if nodes and not any((p := provenance(node)) is not None and p.role == "merged" for node in nodes):
             raise FxlrdError(
                 f"decompose: allocate has planned to merge the channels of {name}, which no pass has done: "
                 "put merge before decompose, or write allocate{merge=false}"

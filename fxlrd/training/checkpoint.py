@@ -37,12 +37,11 @@ def save(
     """Replace the checkpoint atomically: the file is the old one or the new one, never a part of it."""
     content = {
         "format": _FORMAT,
-        "settings": settings,
+        "settings": tree_map(_plain, settings),
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": [vars(epoch) for epoch in history],
+        "optimizer": tree_map(_plain, optimizer.state_dict()),
+        "history": tree_map(_plain, [vars(epoch) for epoch in history]),
     }
-    content = tree_map(_plain, content)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     try:

@@ -63,6 +63,14 @@ def test_files_beside_the_folders_of_classes_are_left_out(tmp_path, capsys):
     assert "urls.txt left out: beside the folders of classes" in capsys.readouterr().err
 
 
+def test_a_table_is_read_whatever_texts_lie_in_folders_beside_it(tmp_path):
+    for name in ("docs", "licenses"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a", "label": 1}))
+    assert Document("a", 1) in documents_in(str(tmp_path), running=False)
+
+
 def test_running_text_in_folders_runs_on(tmp_path):
     for name in ("books", "wiki"):
         (tmp_path / name).mkdir()

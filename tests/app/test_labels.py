@@ -23,9 +23,11 @@ NAMES = {"NEGATIVE": 0, "POSITIVE": 1, "very_good": 2}
         (["-1", 0, 1], 3, {"-1": 0, "0": 1, "1": 2}, [0, 1, 2]),
         (["👍", "👎"], 2, {"👎": 0, "👍": 1}, [1, 0]),
         (["c-sharp", "c"], 2, {"C": 0, "C sharp": 1}, [1, 0]),
-        (["c", "d"], 2, {"C": 1, "C#": 0, "D": 2}, [0, 1]),  # C and C# may be meant: in the order of the names
+        (["c", "d"], 3, {"C": 1, "C#": 0, "D": 2}, [1, 2]),
         ([str(i) for i in range(12)], 12, {}, list(range(12))),  # and not 0, 1, 10, …
         (["1", "01"], 2, {}, [1, 0]),
+        (["negative", "Negative", "very good", "Very-good"], 3, NAMES, [0, 0, 2, 2]),
+        (["C", "C++"], 2, {"C": 1, "D": 0}, [0, 1]),  # C++ is not C: in the order of the names
     ],
 )
 def test_classes_are_told_by_name_or_number_or_order(classes, count, names, labels):

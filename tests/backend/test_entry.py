@@ -228,3 +228,22 @@ def test_no_grad_may_be_inside_what_is_compiled():
             return model(x)
 
     assert inside(x).shape == (2, 16)
+
+
+def test_what_is_written_into_arguments_is_written_once():
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x, total, position):
+            total.add_(x)
+            position.add_(1)
+            return self.b(self.a(x).relu()) + total
+
+    call = torch.compile(Decoder().eval(), backend="fxlrd", options={"ratio": 2.0, "inner": "eager"})
+    total, position = torch.zeros(4, 64), torch.zeros(1)
+    with torch.no_grad():
+        call(torch.ones(4, 64), total, position)
+    assert float(total.max()) == 1.0
+    assert float(position) == 1.0

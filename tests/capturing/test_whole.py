@@ -567,23 +567,36 @@ class Observed(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b, self.statistics = nn.Linear(16, 16), nn.Linear(16, 4), Statistics()
-        self.norm = nn.BatchNorm1d(16)
 
     def forward(self, x):
         h = self.a(x)
         self.statistics(h)
-        self.norm(h)
         return self.b(h - self.statistics.mean)
 
 
-def test_a_module_that_is_called_as_a_statement_stays():
+def test_a_module_that_is_called_as_a_statement_acts_in_training():
     torch.manual_seed(0)
-    model, x = Observed(), torch.randn(8, 16)
-    gm = capture(copy.deepcopy(model).eval(), x)
-    gm.train()(x)
+    model, x = Observed().eval(), torch.randn(8, 16)
+    result = compress(model, x, pipeline="decompose{ranks=16}", measure=False).model
+    assert not result.statistics.mean.any(), "none of what was tried is left"
+    result.train()(x)
     model.train()(x)
-    assert torch.equal(gm.get_submodule("statistics").mean, model.statistics.mean)
-    assert torch.equal(gm.get_submodule("norm").running_mean, model.norm.running_mean)
+    torch.testing.assert_close(result.statistics.mean, model.statistics.mean)
+
+
+def test_a_head_of_training_mode_is_not_in_the_graph():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+            self.auxiliary = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+
+        def forward(self, x):
+            x = self.stem(x)
+            auxiliary = self.auxiliary(x)
+            return (self.head(x), auxiliary) if self.training else self.head(x)
+
+    assert set(layers(capture(Auxiliary().eval(), torch.randn(4, 16)))) == {"stem", "head"}
 
 
 class Pooling(Enum):
@@ -615,7 +628,9 @@ def test_an_argument_that_a_trace_would_never_ask_for_again_keeps_the_forward(ki
 
 
 class Out(dict):
-    __getattr__ = dict.__getitem__
+    @property
+    def logits(self):
+        return self["logits"]
 
 
 def test_outputs_of_a_class_of_the_users_keep_it():

@@ -436,13 +436,19 @@ def test_a_plan_does_not_depend_on_the_scale_of_activations():
     assert plan(1e-4) == plan(1.0) == plan(1e4)
 
 
-def test_merged_layers_have_no_other_form():
+def test_merged_layers_have_no_other_form_but_lose_channels():
     torch.manual_seed(0)
     blocks = [layer for _ in range(3) for layer in (nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())]
     model, x = nn.Sequential(*blocks).double().eval(), torch.randn(40, 32, 8, 8).double()
-    text = "merge{mode=exact,norms=true},calibrate{effects=40},allocate{params=0.5,merge=false},decompose"
+    start = "merge{mode=exact,norms=true},calibrate{effects=40}"
+
+    def made(text):
+        return Pipeline.parse(f"{start},{text}").with_options(calibration=x)(capture(model, x)).graph_module
+
     with pytest.raises(FxlrdError, match="allocate"):
-        Pipeline.parse(text).with_options(calibration=x)(capture(model, x))
+        made("allocate{params=0.7,merge=false},decompose")
+    small = made("allocate{params=0.7},merge,decompose")
+    assert cost.params(small) <= 0.7 * cost.params(model)
 
 
 def test_a_plan_whose_merges_were_not_made_is_refused():

@@ -14,6 +14,7 @@ from fxlrd.graph.facts import output_moments, provenance, statistics
 from fxlrd.graph.surgery import calls, layers
 from fxlrd.layers.compose import affine
 from fxlrd.passes import Calibrate, Decompose, Merge
+from fxlrd.passes.freeze import freeze_factors
 from tests.support.merging import Net, conv, hooked_conv, randomised, sequence
 from tests.support.results import reasons
 from tests.support.tensors import assert_close, images, relative_error
@@ -211,3 +212,13 @@ def test_the_importance_of_a_layer_is_that_behind_the_norm_it_took_in():
     g, _ = affine(model[3])  # what the norm makes of a change of its input
     torch.testing.assert_close(torch.outer(g, g) * statistics(node).importance, statistics(before).importance)
     assert output_moments(node) is None, "no layer reads what it makes now"
+
+
+def test_factors_whose_norm_was_taken_in_are_factors():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3)]
+    model, x = nn.Sequential(*layers).eval(), images(2, 9, 16, dtype=torch.float32)
+    text = "decompose{ratio=2},merge{mode=exact,norms=true}"
+    result = fxlrd.compress(model, x, pipeline=text, measure=False)
+    assert {row["decision"] for row in result.report.layers} == {"tucker2"}
+    assert set(freeze_factors(result.model)) == {"0.core.weight", "3.core.weight"}
