@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fxlrd.app.huggingface import check_target, save_folder
-from fxlrd.app.models import architecture_of, evaluation_of, folder_of
+from fxlrd.app.models import architecture_of, evaluation_of, folder_of, huggingface_folder
 from fxlrd.app.output import check_writable, colored, show, warn, write_json, write_page
 from fxlrd.app.prepared import Prepared, prepared
 from fxlrd.app.scores import Scores, ScoresInTurn, as_evaluation
@@ -182,10 +182,10 @@ def _check_folder(arguments: argparse.Namespace, inside: Sequence[str] = ()) -> 
         return
     if arguments.save.exists() and not arguments.save.is_dir():
         raise FxlrdError(f"--save {arguments.save}: that is a file; name a directory")
-    folder = folder_of(arguments.model)
+    folder = huggingface_folder(arguments.model)
     for target in (arguments.save, *(arguments.save / name for name in inside)):
         if folder is not None:
-            check_target(folder, target)
+            check_target(Path(folder).expanduser(), target)
 
 
 def _save(result: Result, folder: Path, subject: Subject, arguments: argparse.Namespace) -> None:

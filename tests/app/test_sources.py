@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from fxlrd import FxlrdError
+from fxlrd.app.commands import _check_folder
 from fxlrd.app.models import load_model, source_of
 from fxlrd.cli import main
 from tests.support.pictures import write_images
@@ -153,21 +155,12 @@ def test_greys_of_timm_want_a_mean(tmp_path, capsys):
     assert main([*command, "--ratio", "1.01", "--mean", "0.5", "--std", "0.5"]) == 0
 
 
-def test_the_model_that_is_read_is_not_replaced(tmp_path, monkeypatch, capsys):
-    small = ["--size", "8", "--ratio", "1.5", "--skip", "0"]
-    out = str(tmp_path / "out")
-    assert main(["compress", NET, *small, "--save", out]) == 0
-    before = (tmp_path / "out" / "plan.json").read_bytes()
-    for command in (
-        ["compress", f"{NET}@{out}", *small, "--save", out],
-        ["frontier", f"{NET}@{out}", "--size", "8", "--budgets", "params=0.9", "--save", str(tmp_path)],
-    ):
-        if command[0] == "frontier":
-            (tmp_path / "out").rename(tmp_path / "params=0.9")
-            command[1] = f"{NET}@{tmp_path / 'params=0.9'}"
-        assert main(command) == 2
-        assert "the original model is there; name another directory" in capsys.readouterr().err
-    assert (tmp_path / "params=0.9" / "plan.json").read_bytes() == before
+def test_a_folder_of_hugging_face_that_is_read_is_not_replaced(tmp_path):
+    for inside, save in (((), tmp_path / "params=0.9"), (("params=0.9",), tmp_path)):
+        options = argparse.Namespace(model=f"hf:{tmp_path / 'params=0.9'}", save=save)
+        with pytest.raises(FxlrdError, match="the original model is there; name another directory"):
+            _check_folder(options, inside)
+        _check_folder(argparse.Namespace(model="hf:elsewhere", save=save), inside)
 
 
 @pytest.mark.slow
