@@ -131,7 +131,8 @@ class Subject:
         model, images = channels_last(model), torch.cat(self.calibration)
         with torch.no_grad():
             loader = Batches(images, self.model(images).argmax(1))
-        fxlrd.finetune(model, loader, epochs=EPOCHS, lr=LR, teacher=self.model, distill=1.0, progress=False)
+        with torch.enable_grad():
+            fxlrd.finetune(model, loader, epochs=EPOCHS, lr=LR, teacher=self.model, distill=1.0, progress=False)
         return model
 
     def figures(self, runtime: str) -> dict[str, Any]:
