@@ -6,8 +6,6 @@ speed is against the original in fp32 there. Stored in a JSON file (default buil
 there is not measured again. ResNet-50 and ViT-B/16 have random weights, at batch 1 and 8. Of the embedded network, at
 batch 50, also the accuracy, on 2,000 test images; ranges of activations are measured on its 1,024 calibration images.
 
-The embedded network is also trained before it is quantised: on the original's answers to those images, without labels.
-
 Targets of `auto` by int8 times over the original in int8 under Inductor: the embedded network 1.4 times at 0.3 points,
 ResNet-50 2 times at batch 8. Needs torchao; without onnx, onnxscript and onnxruntime that runtime is left out.
 """
@@ -27,7 +25,6 @@ import fxlrd
 from bench import settings
 from bench.cells import Cells, Rows
 from bench.models import image_model
-from bench.network import LR, Batches, channels_last
 from bench.onnx_runtime import PACKAGES, in_onnx_runtime
 from bench.settings import Setting, parser, read
 from bench.systems import ORIGINAL
@@ -46,8 +43,6 @@ BUDGETS = {"fashion": (0.7, 0.6), "vit_b_16": (0.65,)}
 """Budgets of latency by int8 times, shares of the original's in int8. ViT-B/16 comes to 0.6 at batch 1."""
 BUDGET = (0.45,)
 """That of models with random weights, whose errors say nothing."""
-EPOCHS = 20
-"""Of training the embedded network, on its calibration images: 160 steps."""
 Call = Callable[[Tensor], Tensor]
 
 
@@ -119,21 +114,10 @@ class Subject:
                 try:
                     result = fxlrd.compress(self.model, self.x, calibration=data, measure=False, **options)
                     self.models[preset] = result.model
-                    if self.test is not None and options.get("compile") == "int8":
-                        self.models[f"{preset}, trained"] = self._trained(result.model)
                 except BudgetError as error:
                     self.refused[preset] = str(error)
                 torch.compiler.reset()  # what was timed is as large as the model, many times
         return self.models
-
-    def _trained(self, model: nn.Module) -> nn.Module:
-        """Return a copy that was trained on the original's answers."""
-        model, images = channels_last(model), torch.cat(self.calibration)
-        with torch.no_grad():
-            loader = Batches(images, self.model(images).argmax(1))
-        with torch.enable_grad():
-            fxlrd.finetune(model, loader, epochs=EPOCHS, lr=LR, teacher=self.model, distill=1.0, progress=False)
-        return model
 
     def figures(self, runtime: str) -> dict[str, Any]:
         """Return seconds, ratio, spread and, of the embedded network, accuracy, by model and precision."""
