@@ -68,7 +68,8 @@ class Reader:
     @property
     def weight(self) -> Tensor:
         """A = Σ WᵀΓW over the kernel, the importance of the channels that it reads."""
-        return input_importance(self.module, self.consumer.block, self.importance) * self.scale
+        importance = input_importance(self.module, self.consumer.block, self.importance)
+        return importance if self.scale == 1.0 else importance * self.scale
 
     @property
     def matters(self) -> bool:

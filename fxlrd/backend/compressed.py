@@ -92,7 +92,7 @@ class Compressed:
 
     def _lowered(self, values: Sequence[Any], weights: Mapping[str, Tensor], first: bool) -> Lowered:
         verify = self.options.verify and first
-        return rewrite(self.gm, self.pipeline, values, weights, verify=verify, warn=first, frozen=self.frozen)
+        return rewrite(self.gm, self.pipeline, values, weights, verify=verify, first=first, frozen=self.frozen)
 
     def _arguments(self, lowered: Lowered) -> tuple[Tensor, ...]:
         """Return the factors that are arguments of the lowered graph."""

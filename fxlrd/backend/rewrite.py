@@ -33,7 +33,7 @@ def rewrite(
     weights: Mapping[str, Tensor],
     *,
     verify: bool,
-    warn: bool,
+    first: bool,
     frozen: bool,
 ) -> Lowered:
     """Return Dynamo's graph ``gm`` as the passes leave it.
@@ -44,17 +44,17 @@ def rewrite(
         values: what the placeholders are called with, real or fake.
         weights: those of them that are weights, by placeholder or attribute.
         verify: compare outputs after each pass.
-        warn: warn of names to skip that no layer of this graph has.
+        first: refuse a graph that writes into its weights, and warn of names to skip that no layer of it has.
         frozen: make factors attributes of the graph instead of arguments.
     """
     with building(weights.values()) as autocast:
         raised = raise_graph(gm, dict(weights))
         check_weights(raised.graph_module)
         inputs = example_inputs(gm, values, weights, autocast)
-        if warn:
+        if first:
             _check_writes(raised.graph_module, inputs)
         captured.record(raised.graph_module, Whole(Inputs(inputs)))
-        applicable = _with_skips_of(raised.graph_module, pipeline, warn)
+        applicable = _with_skips_of(raised.graph_module, pipeline, first)
         return lower_graph(_run(applicable, raised.graph_module, verify), raised, gm, frozen)
 
 

@@ -33,7 +33,7 @@ from fxlrd.graph.guards import hooked
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.run import isolated, set_mode
 from fxlrd.graph.surgery import is_reserved, set_container_mode
-from fxlrd.graph.writes import guarding_weights
+from fxlrd.graph.writes import guarding_weights, may_write
 from fxlrd.layers.attention import ProjectedAttention
 from fxlrd.layers.folded import is_layer
 from fxlrd.layers.kinds import written_class
@@ -278,12 +278,7 @@ def _is_impure(model: nn.Module, node: fx.Node) -> bool:
     """Whether the node must stay although nothing uses its value: an argument, the output, a check."""
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    name = getattr(node.target, "__name__", "")
-    writes = name.endswith("_") and not name.endswith("__")
-    in_place = node.target in _IN_PLACE or writes or "out" in node.kwargs or node.kwargs.get("inplace") is True
-    return node.op in ("placeholder", "output") or in_place or node.is_impure()
+    return node.op in ("placeholder", "output") or may_write(node) or node.is_impure()
 
 
 def _plain_checks(graph: fx.Graph) -> None:

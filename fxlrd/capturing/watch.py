@@ -191,47 +191,46 @@ def asked_for(original: Original, names: Sequence[str], described: Collection[st
     The set is empty if two runs of the model itself differ.
     """
 
-    of_the_model = _called(structural_copy(original.model), names, original)
-
     def affecting(some: Sequence[str]) -> set[str]:
-        if _unaffected(original, some, described, of_the_model):
+        if _unaffected(original, some, described):
             return set()
         half = len(some) // 2
         return affecting(some[:half]) | affecting(some[half:]) if half else set(some)
 
-    if _unaffected(original, names, described, of_the_model) or not _unaffected(original, (), described, of_the_model):
+    if _unaffected(original, names, described) or not _unaffected(original, (), described):
         return set()
     return affecting(names)
 
 
-def _unaffected(
-    original: Original, names: Sequence[str], described: Collection[str], of_the_model: Collection[str]
-) -> bool:
+def _unaffected(original: Original, names: Sequence[str], described: Collection[str]) -> bool:
     """Whether the model does the same with each of the layers inside a Sequential, as factors are, and calls those.
 
-    It does not call them where it holds the layers in places that nobody looks into, such as a closure.
+    It does not call them where it holds the layers in places that nobody looks into, such as an object of its own.
     """
     wrapped = structural_copy(original.model)
     modules = dict(wrapped.named_modules(remove_duplicate=False))
     containers = {name: nn.Sequential(OrderedDict(first=stand_in(modules[name]) or modules[name])) for name in names}
     set_modules(wrapped, containers, described)
-    wanted = {name for name in names if name in of_the_model}
-    return original.difference(wrapped) is None and _called(wrapped, wanted, original) == wanted
+    called = _noted(wrapped, names)
+    return original.difference(wrapped) is None and not _called(original, set(names) - called)
 
 
-def _called(model: nn.Module, names: Collection[str], original: Original) -> set[str]:
-    """Return those of the modules that are called where ``model`` is, on the example inputs."""
-    found: set[str] = set()
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: found.add(name)) for name in names
-    ]
-    try:
-        with evaluating(model), isolated(model), torch.no_grad(), suppress(Exception):
-            called_on(model, original.inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+def _called(original: Original, names: Collection[str]) -> set[str]:
+    """Return those of the modules that the model calls, and does not only read."""
+    if not names:
+        return set()
+    model = structural_copy(original.model)
+    called = _noted(model, names)
+    original.difference(model)
+    return called
+
+
+def _noted(model: nn.Module, names: Collection[str]) -> set[str]:
+    """Return a set that fills with the names of those modules that are called from now on."""
+    called: set[str] = set()
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    return called
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from fxlrd.errors import FxlrdError
+from fxlrd.errors import FxlrdError, one_line
 
 _FORMAT = 1
 
@@ -74,9 +74,9 @@ def resume(
     try:
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
-    except Exception as error:
+    except (RuntimeError, ValueError, KeyError) as error:  # what torch raises for other names, shapes or groups
         reason = "is of another model, or trains other parameters of it"
-        raise FxlrdError(f"finetune: {path} {reason}: remove it") from error
+        raise FxlrdError(f"finetune: {path} {reason}: remove it ({one_line(error)})") from error
     return [Epoch(**fields) for fields in content["history"]]
 
 
