@@ -92,7 +92,7 @@ def finetune(
     """
     _check(epochs, lr, warmup, distill, temperature, schedule, batch_norm)
     steps = _length(loader)
-    parameters, frozen = _trainable(model, schedule)
+    parameters = _trainable(model, schedule)
     device = next(model.parameters()).device
     make = optimizer or (lambda ps: torch.optim.SGD(ps, lr, momentum=0.9, nesterov=True, weight_decay=weight_decay))
     path = None if checkpoint is None else Path(checkpoint)
@@ -116,8 +116,6 @@ def finetune(
             start = time.perf_counter()
             if schedule is not None:
                 freeze_factors(model, schedule, epoch)
-                for parameter in frozen:
-                    parameter.requires_grad_(False)
             _train_mode(model, batch_norm)
             mean = run.train(epoch, show(loader, f"epoch {epoch + 1}/{epochs}"))
             metric = _evaluated(evaluate, model) if processes.rank == 0 else None
@@ -207,13 +205,12 @@ def _objective(
     )
 
 
-def _trainable(model: nn.Module, schedule: str | None) -> tuple[list[nn.Parameter], list[Tensor]]:
-    """Return the parameters to train, and the weights of decomposed layers that stay frozen altogether.
+def _trainable(model: nn.Module, schedule: str | None) -> list[nn.Parameter]:
+    """Return the parameters to train: with a schedule also factors that are frozen now, and whose turn comes.
 
-    With a schedule, factors train that are frozen now, and whose turn comes.
+    A layer none of whose factors trains stays as it is.
     """
     taking_turns: set[int] = set()
-    frozen: list[Tensor] = []
     if schedule is not None:
         if not (found := forms(model)):
             raise FxlrdError(f"finetune: schedule={schedule}: no layer of the model is decomposed; leave schedule out")
@@ -221,12 +218,10 @@ def _trainable(model: nn.Module, schedule: str | None) -> tuple[list[nn.Paramete
             weights = [as_layer(part).weight for part in form.children()]
             if any(weight.requires_grad for weight in weights):
                 taking_turns.update(map(id, weights))
-            else:
-                frozen += weights
     parameters = [p for p in model.parameters() if p.requires_grad or id(p) in taking_turns]
     if not parameters:
         raise FxlrdError("finetune: no parameter requires a gradient")
-    return parameters, frozen
+    return parameters
 
 
 def _check(

@@ -111,7 +111,7 @@ class _Reader:
 def _eight_bits(image: Any) -> Any:
     """Return an image in grey or in colours. Pillow cuts off what is above 255 in greys of 16 bits; they are scaled."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
-        return image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
     return image.convert("RGB") if image.mode != "L" else image.copy()
 
 

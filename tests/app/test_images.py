@@ -77,8 +77,8 @@ def test_greys_of_sixteen_bits_are_scaled(tmp_path):
     import numpy as np
     from PIL import Image
 
-    eight = np.linspace(0, 255, 64).astype(np.uint16).reshape(8, 8)
-    Image.fromarray(eight * 257).save(tmp_path / "a.png")
+    eight, near = np.linspace(1, 254, 64).astype(np.uint16).reshape(8, 8), np.array([-128, 128] * 4)
+    Image.fromarray((eight * 257 + near).astype(np.uint16)).save(tmp_path / "a.png")
     (x, _), *_ = images_in(str(tmp_path), plain(1)).batches(1)
     assert torch.equal(x[0, 0], torch.from_numpy(eight.astype(np.uint8)).float() / 255)
 

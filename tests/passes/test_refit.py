@@ -296,3 +296,14 @@ def test_a_norm_over_positions_takes_no_constant_of_channels(length):
     fitted = Refit(x, guard=False)(gm).graph_module
     assert torch.equal(fitted.get_submodule("3").running_mean, model[3].running_mean)
     assert fitted.get_submodule("2").bias is None
+
+
+def test_factors_whose_norm_was_taken_in_are_not_fitted_to_the_layer_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU()).double().eval()
+    x = torch.randn(40, 16, 8, 8).double()
+    gm = Decompose(ranks={"0": (None, 12)})(Calibrate(x)(capture(model, x)).graph_module).graph_module
+    gm = Merge(mode="exact", norms=True)(gm).graph_module
+    result = Refit(x, guard=False)(gm)
+    assert reasons(result) == {"0": "entangled"}
+    assert torch.equal(result.graph_module(x), gm(x))
