@@ -26,7 +26,7 @@ from fxlrd.graph.surgery import calls, source
 from fxlrd.layers.forms import Ranks, form, parameters, ranks_text
 from fxlrd.layers.kinds import TRANSPOSED, as_layer, channel_axis, channels_per_group, depthwise, kernel_area
 from fxlrd.timing.clock import Timing
-from fxlrd.timing.groups import time_group
+from fxlrd.timing.groups import time_between, time_group
 from fxlrd.timing.layers import ORIGINAL, placed, time_ranks
 from fxlrd.timing.models import time_models
 from fxlrd.timing.stopwatch import Stopwatch
@@ -222,8 +222,8 @@ class Latency:
         ]
 
     def between(self, gm: fx.GraphModule, group: Group) -> float:
-        """Return 0: the model is timed as a plan makes it."""
-        return 0.0
+        """Time the modules and functions between; 0 in int8, where they are part of the layers."""
+        return 0.0 if self.stopwatch.under_inductor == "int8" else time_between(gm, group, self.stopwatch)
 
     def bias(self, module: nn.Module) -> float:
         """Return 0: a bias takes no time of its own."""

@@ -124,6 +124,11 @@ class Merging:
         return frozenset(str(producer.node.target) for producer in self.group.producers)
 
     @cached_property
+    def readers(self) -> frozenset[str]:
+        """The layers that read the channels."""
+        return frozenset(str(consumer.node.target) for consumer in self.group.consumers)
+
+    @cached_property
     def cut(self) -> list[str]:
         """The layers that retaining fewer channels cuts."""
         return self.group.cut
@@ -135,18 +140,19 @@ def mergeable(
     reasons: Mapping[str, Reason | None],
     skip: Sequence[str],
     stem: bool = False,
+    sums: bool = False,
 ) -> Group | Reason:
     """Return the group of the channels that a layer's call makes, or why it is not to be merged.
 
     ``reasons`` are those of `fxlrd.graph.guards.why_not_replaceable`, with norms. A group is left alone if any of its
-    layers matches ``skip``; so is the stem's group, unless ``stem``.
+    layers matches ``skip``; so is the stem's group, unless ``stem``, and what several layers add up, unless ``sums``.
     """
     name = str(node.target)
     if depthwise(gm.get_submodule(name)):
         return Reason("depthwise", "a depthwise conv is cut with the layer that feeds it, which stays")
     if is_stem(gm, name, gm.get_submodule(name)) and not stem:
         return stem_reason(gm.get_submodule(name))
-    group = group_of(gm, node, reasons)
+    group = group_of(gm, node, reasons, sums)
     if isinstance(group, Reason):
         return group
     for member in group.layers:
@@ -260,7 +266,7 @@ def _measured_groups(gm: fx.GraphModule, names: Sequence[str], skip: Sequence[st
         node = calls(gm, name)[0]
         if node in done:
             continue
-        group = mergeable(gm, node, reasons, skip)
+        group = mergeable(gm, node, reasons, skip, sums=True)
         if isinstance(group, Reason):
             continue
         read = readers(gm, group)

@@ -116,7 +116,11 @@ class Problem:
         cutters: dict[str, tuple[list[str], list[str]]] = {}
         for group, merging in self.groups.items():
             for name in merging.cut:
-                cutters.setdefault(name, ([], []))[name in merging.makers].append(group)
+                reads, makes = cutters.setdefault(name, ([], []))
+                if name in merging.makers:
+                    makes.append(group)
+                if name in merging.readers:
+                    reads.append(group)
         return cutters
 
     @cached_property

@@ -51,7 +51,7 @@ def groups_of(gm: fx.GraphModule) -> list[Group]:
     groups: list[Group] = []
     producers: set[str] = set()
     for name in layers(gm):
-        group = None if name in producers else group_of(gm, calls(gm, name)[0], reasons)
+        group = None if name in producers else group_of(gm, calls(gm, name)[0], reasons, sums=True)
         if not isinstance(group, Group):
             continue
         names = {str(producer.node.target) for producer in group.producers}

@@ -3,7 +3,8 @@
 Selecting channels of a tensor commutes with every operation that acts on each channel alone. A `Group` is everything
 that has to be cut together: the layers that make the channels, the modules on the way that have parameters for each
 (BatchNorm, depthwise conv, PReLU), and the layers that read them. A layer may make several parts of as many channels
-each, which are split and multiplied (gated linear units): then channel j is row j of each part.
+each, which are split and multiplied (gated linear units): then channel j is row j of each part. Where several layers'
+outputs are added up, as along a residual stream, channel j is row j of each of them.
 """
 
 from __future__ import annotations
@@ -69,15 +70,17 @@ class Group:
 
     Attributes:
         channels: C.
-        producers: the layers that make the channels; several where their outputs are multiplied.
+        producers: the layers that make the channels; several where their outputs are multiplied or added up.
         through: first calls of modules between, with parameters or buffers for each channel.
         consumers: the layers that read the channels.
+        between: all nodes between whose values have the channels, in no order.
     """
 
     channels: int
     producers: list[Producer] = field(default_factory=list)
     through: list[fx.Node] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
+    between: list[fx.Node] = field(default_factory=list)
 
     @property
     def cut(self) -> list[str]:
@@ -90,14 +93,17 @@ class Group:
         return [*(producer.node for producer in self.producers), *(consumer.node for consumer in self.consumers)]
 
 
-def group_of(gm: fx.GraphModule, producer: fx.Node, reasons: Mapping[str, Reason | None]) -> Group | Reason:
+def group_of(
+    gm: fx.GraphModule, producer: fx.Node, reasons: Mapping[str, Reason | None], sums: bool = False
+) -> Group | Reason:
     """Return the group of the channels that layer call ``producer`` makes, or why it has none.
 
-    ``reasons`` says which modules must not be replaced (`fxlrd.graph.guards.why_not_replaceable`, with norms).
+    ``reasons`` says which modules must not be replaced (`fxlrd.graph.guards.why_not_replaceable`, with norms). With
+    ``sums``, layers whose outputs are added up make the channels together.
     """
-    walk = _Walk(gm, producer, reasons)
+    walk = _Walk(gm, producer, reasons, sums)
     try:
-        walk.backward(producer)
+        walk.run(producer)
     except _Mixes as stop:
         return stop.reason
     except Unshaped:
@@ -116,16 +122,29 @@ class _Mixes(Exception):
 class _Walk:
     """A walk over the graph that collects one group."""
 
-    def __init__(self, gm: fx.GraphModule, producer: fx.Node, reasons: Mapping[str, Reason | None]) -> None:
+    def __init__(self, gm: fx.GraphModule, producer: fx.Node, reasons: Mapping[str, Reason | None], sums: bool) -> None:
         self.gm = gm
         self.reasons = reasons
+        self.sums = sums
         module = gm.get_submodule(str(producer.target))
         self.linear = isinstance(module, nn.Linear)
         self.values = Values(gm, self.linear)
         self.group = Group(_out_channels(module) // self._parts(producer))
         self.visited: set[fx.Node] = set()
+        self.added: list[fx.Node] = []
         capture = captured(gm)
         self.fixed = capture.fixed_widths if isinstance(capture, Regions) else frozenset()
+
+    def run(self, producer: fx.Node) -> None:
+        """Collect the group: sums one by one, as there may be hundreds along a residual stream."""
+        self.backward(producer)
+        while self.added:
+            node = self.added.pop()
+            self.visited.discard(node)
+            self.forward(node, 1)
+            self._follow_operands(node)
+        made = {call for each in self.group.producers for call in calls(self.gm, str(each.node.target))}
+        self.group.between = [node for node in self.visited if node not in made]
 
     def backward(self, node: fx.Node) -> None:
         """Add the producer of a node's value, which carries the channels, and follow them from there."""
@@ -151,8 +170,12 @@ class _Walk:
             return
         self.visited.add(node)
         for user in node.users:
-            if user not in self.visited and not reads_only_batch_size(user):
+            if not self._passed(user):
                 self._visit(user, node, block)
+
+    def _passed(self, user: fx.Node) -> bool:
+        """Whether a reader of the channels is none, or was seen to: one that makes the channels may read them too."""
+        return reads_only_batch_size(user) or (user in self.visited and self.values.mixing_layer(user) is None)
 
     def _visit(self, user: fx.Node, node: fx.Node, block: int) -> None:
         if user.op == "output":
@@ -176,7 +199,7 @@ class _Walk:
         """Follow a layer's outputs up to the node that splits them into ``parts``, and each part from there."""
         self.visited.add(node)
         for user in node.users:
-            if user in self.visited or reads_only_batch_size(user):
+            if self._passed(user):
                 continue
             self._check_added(user)
             if (split := split_of(self.gm, user, self.values.axis(node))) is not None and split.parts == parts:
@@ -257,11 +280,20 @@ class _Walk:
             self.backward(operand)
 
     def _take_sum(self, node: fx.Node, block: int) -> None:
-        """Follow a sum of values that the group's own channels make, as in an activation written out."""
+        """Follow a sum: of values that the group's own channels make, as in an activation written out, or of others."""
         own = {call for producer in self.group.producers for call in calls(self.gm, str(producer.node.target))}
-        if block > 1 or not self.values.origins(node.all_input_nodes) <= own:
+        if block == 1 and self.values.origins(node.all_input_nodes) <= own:
+            self.forward(node, block)
+        elif block == 1 and self.sums and self._aligned(node):
+            self.visited.add(node)
+            self.added.append(node)
+        else:
             raise _Mixes(Reason("residual", f"its output joins a residual at {_name(node)}"))
-        self.forward(node, block)
+
+    def _aligned(self, node: fx.Node) -> bool:
+        """Whether the channels are on the same axis in both operands."""
+        axes = {self.values.dims(operand) - self.values.axis(operand) for operand in node.all_input_nodes}
+        return len(axes) == 1
 
     def _take_through(self, node: fx.Node) -> None:
         """Add the module that the node calls, if it has parameters or buffers."""

@@ -9,7 +9,8 @@ consumers read (fxlrd/factor/interpolative.py). To select channels commutes with
     W' = W[S]  (r rows),    V' = V·T  (r columns),    b' = b + V·t
 
 compute exactly what producer → select S → interpolate → consumer would. Whatever is between has its parameters cut to
-S too. A squeeze-excitation is one more consumer and one more producer. t is 0 for a consumer without a bias, and for a
+S too. A squeeze-excitation is one more consumer and one more producer; along a residual stream all that is added to it
+retains S, where a plan or ``ranks`` names one of these producers. t is 0 for a consumer without a bias, and for a
 conv that pads with zeros, which is not the same constant at the border.
 
 Approximate: S and T are chosen by the error that the moments left by `calibrate` predict for what the consumers make
@@ -114,7 +115,8 @@ class Interpolate(Targets):
         name = str(node.target)
         if (reason := self.left_alone(name)) is not None and not depthwise(gm.get_submodule(name)):
             return reason
-        group = mergeable(gm, node, guards, self.skip, stem=isinstance(self.ranks, Mapping))
+        named = self.ranks if isinstance(self.ranks, Mapping) else None
+        group = mergeable(gm, node, guards, self.skip, stem=named is not None, sums=named is not None and name in named)
         if isinstance(group, Reason):
             return group
         rank = self._rank(gm, name, group)

@@ -22,6 +22,50 @@ from fxlrd.timing.stopwatch import Stopwatch
 from fxlrd.timing.workload import Workload, example, layout
 
 
+def time_between(gm: fx.GraphModule, group: Group, stopwatch: Stopwatch) -> float:
+    """Return the seconds that all between a group's layers takes, with all channels: norms, activations, sums.
+
+    0 where a value that is read there is no tensor of which the shape is known.
+    """
+    graph, read = _between(gm, group)
+    metas = [tensor_meta(node) for node in read]
+    if not group.between or any(meta is None for meta in metas):
+        return 0.0
+    known = [meta for meta in metas if meta is not None]
+    device = next(gm.get_submodule(str(group.producers[0].node.target)).parameters()).device
+    inputs = [example(tuple(meta.shape), meta.dtype, layout(meta), device) for meta in known]
+    shapes = ", ".join(f"{str(meta.dtype)[6:]}{list(meta.shape)} {layout(meta)}" for meta in known)
+    key = f"between the layers of a channel group: {_text(gm, graph)} on {shapes}"
+
+    def workload() -> Workload:
+        return Workload([(fx.GraphModule(gm, graph), Inputs(tuple(inputs)))], stopwatch.under_inductor)
+
+    return stopwatch.times(key, device, {"all": workload})["all"].seconds
+
+
+def _between(gm: fx.GraphModule, group: Group) -> tuple[fx.Graph, list[fx.Node]]:
+    """Return a graph of what is between a group's layers, and the nodes whose values are its inputs."""
+    inside = [node for node in gm.graph.nodes if node in set(group.between)]
+    read = list(dict.fromkeys(n for node in inside for n in node.all_input_nodes if n not in set(inside)))
+    graph = fx.Graph()
+    values = {node: graph.placeholder(f"x{i}") for i, node in enumerate(read)}
+    for node in inside:
+        values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(tuple(values[node] for node in inside if not any(user in values for user in node.users)))
+    return graph, read
+
+
+def _text(gm: fx.GraphModule, graph: fx.Graph) -> str:
+    """Return a graph as text that has no names in it."""
+    numbers = {node: i for i, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        what = gm.get_submodule(node.target) if node.op == "call_module" else node._pretty_print_target(node.target)
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{numbers[n]}")
+        lines.append(f"{what} {arguments}" if node.op != "placeholder" else "input")
+    return "; ".join(lines)
+
+
 @dataclass(frozen=True)
 class Making:
     """How a layer is cut that makes the channels: in so many equal parts."""
@@ -39,18 +83,24 @@ def time_group(gm: fx.GraphModule, group: Group, ranks: Sequence[int], stopwatch
         *((node, "through") for node in group.through if isinstance(gm.get_submodule(str(node.target)), LAYERS)),
         *((consumer.node, consumer.block) for consumer in group.consumers),
     ]
-    texts = []
-    for node, how in parts:
-        module, meta = as_layer(gm.get_submodule(str(node.target))), _input(node)
-        text = signature(module, tuple(_shape(module, meta)), meta.dtype, layout(meta))
-        texts.append(f"{text}, {how.parts} parts" if isinstance(how, Making) and how.parts > 1 else text)
+    texts = [_text_of(gm, node, how) for node, how in parts]
     device = next(gm.get_submodule(str(group.producers[0].node.target)).parameters()).device
 
     def workload(rank: int) -> Workload:
-        return Workload([_cut(gm, node, how, rank) for node, how in parts], stopwatch.under_inductor, inside=True)
+        first = {text: _cut(gm, node, how, rank) for text, (node, how) in dict(zip(texts, parts, strict=True)).items()}
+        return Workload([first[text] for text in texts], stopwatch.under_inductor, inside=True)
 
     key = f"channel group, ratios to {ranks[0]} channels: {' + '.join(texts)}"
     return stopwatch.times(key, device, {str(rank): partial(workload, rank) for rank in ranks})
+
+
+def _text_of(gm: fx.GraphModule, node: fx.Node, how: str | int | Making) -> str:
+    """Return what the time of a group's layer depends on: those of the same text are one layer to a clock."""
+    module, meta = as_layer(gm.get_submodule(str(node.target))), _input(node)
+    text = signature(module, tuple(_shape(module, meta)), meta.dtype, layout(meta))
+    if isinstance(how, Making):
+        return f"{text}, {how.parts} parts" if how.parts > 1 else text
+    return f"{text}, {how}"
 
 
 def _cut(gm: fx.GraphModule, node: fx.Node, how: str | int | Making, rank: int) -> tuple[nn.Module, Inputs]:

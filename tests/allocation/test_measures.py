@@ -133,6 +133,17 @@ def test_the_share_of_a_merge_is_that_of_its_channels_or_of_its_time():
     assert Latency(Stopwatch(timer=timer)).shares(gm, group, [16, 48]) == {16: 0.25, 48: 0.5}
 
 
+def test_what_is_between_layers_is_timed():
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 8, 3)).eval()
+    gm = capture(model, torch.randn(2, 3, 8, 8))
+    group = mergeable(gm, calls(gm, "0")[0], why_not_replaceable(gm, norms=True), (), stem=True)
+    timer = FakeTimer(lambda name, _: {"all": 3.0}[name])
+    assert Latency(Stopwatch(timer=timer)).between(gm, group) == pytest.approx(3.0)
+    assert Latency(Stopwatch(under_inductor="int8", timer=timer)).between(gm, group) == 0.0
+    assert len(timer.rounds) == 1
+    assert Params().between(gm, group) == 128
+
+
 def test_totals():
     gm = capture(Twice(), X)
     assert Params().total(gm, 0) == cost.params(gm)

@@ -16,8 +16,9 @@ BUDGETS = [4.0, 9.0, 14.0, 20.0, 31.0, 60.0]
 
 
 def merging(producer: str, consumer: str, options) -> Merging:
-    makers = [SimpleNamespace(node=SimpleNamespace(target=producer))]
-    return Merging(SimpleNamespace(cut=[producer, consumer], producers=makers), options)
+    producers, consumers = ([SimpleNamespace(node=SimpleNamespace(target=name))] for name in (producer, consumer))
+    cut = list(dict.fromkeys([producer, consumer]))
+    return Merging(SimpleNamespace(cut=cut, producers=producers, consumers=consumers), options)
 
 
 def problem(seed: int) -> Problem:
@@ -94,6 +95,12 @@ def test_a_layer_that_two_merges_cut_costs_the_product_of_their_shares():
     )
     merges = shared.groups
     assert shared.error(plan) == pytest.approx(merges["2"].options[4].error + merges["3"].options[6].error)
+
+
+def test_a_layer_that_reads_and_makes_the_same_channels_is_cut_on_both_sides():
+    items = {"a": [Choice(None, 0.0, 22.0)], "b": [Choice(None, 0.0, 10.0)]}
+    stream = Problem(items, {"a": merging("a", "a", {4: Option(0.1, 0.5)})}, {"a": 2.0})
+    assert stream.cost(Plan({}, {"a": 4})) == 0.5 * (0.5 * 20 + 2) + 10
 
 
 def test_a_bias_goes_with_what_its_layer_makes_and_what_is_between_goes_too():

@@ -24,9 +24,10 @@ from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls, fork, layers
 from fxlrd.layers.compose import input_importance, takes_shift
-from fxlrd.layers.kinds import channel_axis
+from fxlrd.layers.kinds import as_layer, channel_axis
 from fxlrd.passes import Branch, Calibrate, Decompose, Freeze, Merge
 from tests.support.merging import Net, calibrated, conv, hooked_conv, merged, randomised
+from tests.support.models import ResidualNet
 from tests.support.results import reasons, site_names
 from tests.support.tensors import assert_close, images, relative_error
 from tests.support.timers import FakeTimer
@@ -48,7 +49,7 @@ class Interpolate(nn.Module):
 
 def group_made_by(gm: fx.GraphModule, name: str) -> Group:
     """Return the group of the channels that a layer makes."""
-    return group_of(gm, calls(gm, name)[0], why_not_replaceable(gm, norms=True))
+    return group_of(gm, calls(gm, name)[0], why_not_replaceable(gm, norms=True), sums=True)
 
 
 def interpolation(gm: fx.GraphModule, consumer: Consumer, retained: torch.Tensor) -> Interpolate:
@@ -152,6 +153,78 @@ def test_the_network_is_that_with_interpolative_factors(name):
     out = gm(unseen)
     assert relative_error(out, interpolated(original, result)(unseen)) < 1e-9
     assert relative_error(out, model(unseen)) > 1e-6, "something was cut"
+
+
+# Model, image size, channels to retain: of residual streams and of a layer inside a block.
+STREAMS = {
+    "resnet18": (models.resnet18, 64, {"layer1.0.conv2": 50, "layer3.1.conv2": 100, "layer3.1.conv1": 120}),
+    "resnet50": (models.resnet50, 32, {"layer1.0.conv3": 150, "layer1.1.conv1": 40, "layer4.0.downsample.0": 900}),
+    "mobilenet_v2": (models.mobilenet_v2, 32, {"features.4.conv.2": 20, "features.5.conv.0.0": 90}),
+    "efficientnet_b0": (models.efficientnet_b0, 32, {"features.3.0.block.3.0": 30, "features.3.1.block.0.0": 200}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_residual_stream_is_cut_by_name(name):
+    build, size, ranks = STREAMS[name]
+    model, x = settled(randomised(build()), images(16, size)), images(4, size)
+    original = calibrated(model, x)
+    result = Merge(ranks=ranks)(original)
+    gm = result.graph_module
+    for layer, count in ranks.items():
+        assert as_layer(gm.get_submodule(layer)).weight.shape[0] == count
+    assert len(gm.graph.nodes) == len(original.graph.nodes)
+    unseen = images(2, size)
+    assert relative_error(gm(unseen), interpolated(original, result)(unseen)) < 1e-9
+    assert relative_error(gm(unseen), model(unseen)) > 1e-6, "something was cut"
+
+
+def test_a_ratio_leaves_residual_streams_as_they_are():
+    model, x = randomised(ResidualNet(8)), images(4, 8)
+    assert {reasons(merged(model, x))[f"blocks.{i}.conv2"] for i in (0, 1)} == {"residual"}
+    assert reasons(merged(model, x, ranks={"blocks.*": 4}))["blocks.0.conv2"] == "residual"
+    result = merged(model, x, ranks={"blocks.0.conv2": 5})
+    assert site_names(result) == ["blocks.0.conv2"]
+    assert result.graph_module.get_submodule("stem").out_channels == 5
+
+
+@pytest.mark.usefixtures("without_ridge")
+def test_channels_of_a_stream_that_others_determine_cost_nothing():
+    """Eight channels of which four are twice the others, in the stem and in all that is added to it."""
+    model, x = randomised(ResidualNet(8)), images(20, 8)
+    with torch.no_grad():
+        for conv in (model.stem, *(block.conv2 for block in model.blocks)):
+            conv.weight[4:] = 2 * conv.weight[:4]
+            conv.bias[4:] = 2 * conv.bias[:4]
+    result = merged(model, x, ranks={"blocks.1.conv2": 4})
+    assert result.graph_module.get_submodule("head").in_features == 4
+    unseen = images(3, 8)
+    assert relative_error(result.graph_module(unseen), model(unseen)) < 1e-9
+
+
+class Steps(nn.Module):
+    """x + f(x) twice, of a layer that reads and makes the same channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.into, self.step, self.out = nn.Linear(4, width), nn.Linear(width, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.into(x)
+        y = y + self.step(y.tanh())
+        return self.out(y + self.step(y.tanh()))
+
+
+def test_a_layer_that_reads_and_makes_the_same_channels():
+    model = Steps(6).double().eval()
+    with torch.no_grad():
+        for layer in (model.into, model.step):
+            layer.weight[3:], layer.bias[3:] = layer.weight[:3], layer.bias[:3]
+    result = merged(model, torch.randn(200, 4).double(), ranks={"step": 3})
+    assert result.graph_module.get_submodule("step").weight.shape == (3, 3)
+    unseen = torch.randn(20, 4).double()
+    assert relative_error(result.graph_module(unseen), model(unseen)) < 1e-9
 
 
 @pytest.mark.slow
@@ -436,8 +509,6 @@ MIXED = {
         "own-forward",
         "r: ",
     ),
-    "residual": (lambda m, x: m.b(m.a(x)) + m.a(x), {"a": conv(), "b": conv()}, "residual", "add"),
-    "joins": (lambda m, x: (lambda y: m.b(y) + y)(m.a(x)), {"a": conv(), "b": conv()}, "residual", "add"),
     "output": (lambda m, x: (lambda y: (m.b(y), y))(m.a(x)), {"a": conv(), "b": conv()}, "model-output", ""),
     "shared": (lambda m, x: m.b(m.b(m.a(x))), {"a": conv(), "b": conv()}, "model-output", ""),
     "shared norm": (

@@ -11,6 +11,8 @@ from fxlrd.timing.clock import Timing
 from fxlrd.timing.stopwatch import REFERENCE, REFERENCE_ALONE
 
 KERNELS = (REFERENCE, REFERENCE_ALONE)
+_LEAST = 1e-30
+"""Seconds of what takes none by a formula."""
 
 
 class FakeClock:
@@ -54,7 +56,7 @@ class FakeTimer:
         """Return made-up timings of ``variants``, whose callables run once each."""
         asked = len(self.rounds)
         times = {
-            name: self.kernel * len(call.modules) if name in KERNELS else self.seconds_of(name, asked)
+            name: self.kernel * len(call.modules) if name in KERNELS else self.seconds_of(name, asked) or _LEAST
             for name, call in variants.items()
         }
         if names := [name for name in variants if name not in KERNELS]:

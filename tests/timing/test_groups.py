@@ -8,7 +8,7 @@ from fxlrd import capture
 from fxlrd.allocation.merges import mergeable
 from fxlrd.graph.guards import why_not_replaceable
 from fxlrd.graph.surgery import calls
-from fxlrd.timing.groups import time_group
+from fxlrd.timing.groups import time_between, time_group
 from fxlrd.timing.stopwatch import Stopwatch
 from tests.support.timers import FakeTimer, WeightTimer
 
@@ -76,3 +76,72 @@ def test_a_layer_that_makes_several_parts_keeps_them_all():
     timings = time_group(gm, group_of(gm, "both"), [16, 8], Stopwatch(timer=timer))
     assert timings["16"].seconds == pytest.approx(32 * 8 + 5 * 16)
     assert timings["8"].ratio == pytest.approx(0.5)
+
+
+class Stage(nn.Module):
+    """Two blocks that add to a stream: relu(bn(conv(relu(x))) + x)."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(2))
+
+    def forward(self, x):
+        x = self.into(x)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = torch.relu(norm(conv(x)) + x)
+        return self.out(x)
+
+
+def stream(gm):
+    return mergeable(gm, calls(gm, "convs.0")[0], why_not_replaceable(gm, norms=True), (), sums=True)
+
+
+def test_layers_of_a_stream_that_are_alike_are_one_module_that_is_called_again():
+    gm = capture(Stage().eval(), torch.randn(2, 3, 9, 9))
+    made = []
+
+    def timer(variants, device, seconds):
+        made.extend(variants[name] for name in ("16", "8") if name in variants)
+        return FakeTimer(lambda name, _: 1.0)(variants, device)
+
+    time_group(gm, stream(gm), [16, 8], Stopwatch(timer=timer))
+    parts = made[-1].modules  # three that make channels, of which two are alike, and three that read them
+    assert len(parts) == 6
+    assert sorted(tuple(m.weight.shape[:2]) for m in set(parts)) == [(2, 8), (8, 3), (8, 16), (16, 8)]
+
+
+def test_what_is_between_layers_is_run_whole():
+    gm = capture(Stage().eval(), torch.randn(2, 3, 9, 9))
+    ran = []
+
+    def timer(variants, device, seconds):
+        if "all" in variants:
+            ((module, inputs),) = variants["all"].parts
+            ran.append((module, inputs))
+        return FakeTimer(lambda name, _: 5.0)(variants, device)
+
+    assert time_between(gm, stream(gm), Stopwatch(timer=timer)) == pytest.approx(5.0)
+    module, inputs = ran[0]
+    into, *made = inputs.args
+    assert [tuple(x.shape) for x in inputs.args] == [(2, 16, 9, 9)] * 3
+    first = torch.relu(gm.get_submodule("norms.0")(made[0]) + into)
+    (out,) = module(*inputs.args)
+    assert torch.equal(out, torch.relu(gm.get_submodule("norms.1")(made[1]) + first))
+    assert time_between(gm, stream(gm), Stopwatch(timer=timer)) == pytest.approx(5.0)
+    assert len({id(module) for module, _ in ran}) == 1, "from the cache"
+
+
+def test_what_stands_between_is_told_from_other_such():
+    texts = set()
+    for norm in (nn.BatchNorm2d(16), nn.Identity()):
+        for act in (nn.ReLU(), nn.GELU()):
+            model = nn.Sequential(nn.Conv2d(3, 16, 3), norm, act, nn.Conv2d(16, 2, 1)).eval()
+            gm = capture(model, torch.randn(2, 3, 9, 9))
+            stopwatch = Stopwatch(timer=FakeTimer(lambda name, _: 1.0))
+            time_between(gm, group_of(gm), stopwatch)
+            texts |= {signature for _, signature in stopwatch._entries}
+    assert len(texts) == 4
+    gm = capture(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 2, 1)).eval(), torch.randn(2, 3, 9, 9))
+    assert time_between(gm, group_of(gm), Stopwatch(timer=FakeTimer(lambda name, _: 1.0))) == 0.0
