@@ -145,7 +145,8 @@ def mergeable(
     """Return the group of the channels that a layer's call makes, or why it is not to be merged.
 
     ``reasons`` are those of `fxlrd.graph.guards.why_not_replaceable`, with norms. A group is left alone if any of its
-    layers matches ``skip``; so is the stem's group, unless ``stem``, and what several layers add up, unless ``sums``.
+    layers matches ``skip``; so is that of a stem's own call, unless ``stem``, and what several layers add up, unless
+    ``sums``.
     """
     name = str(node.target)
     if depthwise(gm.get_submodule(name)):
@@ -195,7 +196,7 @@ def _moments_read(gm: fx.GraphModule, consumer: Consumer, count: int) -> Moments
 
 def chosen(read: Sequence[Reader], rank: int) -> Tensor:
     """Return the channels to retain (ascending)."""
-    return eliminated(read, rank).retained(rank)
+    return eliminated([comparable(reader) for reader in read], rank).retained(rank)
 
 
 def interpolations(read: Sequence[Reader], retained: Tensor) -> list[Interpolation]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from fxlrd.allocation.choices import Choice
@@ -292,6 +292,19 @@ class Problem:
             if retained == before:
                 break
         return retained
+
+
+def within(groups: Mapping[str, Merging], rest: float) -> dict[str, Merging]:
+    """Return the groups such that all between their layers costs no more than the ``rest``: what no layer costs.
+
+    What is timed alone may take longer than in the model, where it is fused with layers, or finds its input in a cache.
+    """
+    between = sum(merging.between for merging in groups.values())
+    scale = max(rest, 0.0) / between if between > 0 else 1.0
+    return {
+        name: merging if scale >= 1 else replace(merging, between=merging.between * scale)
+        for name, merging in groups.items()
+    }
 
 
 def _moved(retained: Retained, group: str, count: int | None) -> Retained:

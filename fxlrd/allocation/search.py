@@ -120,7 +120,7 @@ def plan_measured(
     is within.
     """
     total = max(total, problem.original)  # layers that are timed alone may add up to more
-    least = problem.least * (1 + 1e-9)  # within reach whatever the order of its summands
+    least = problem.least + 1e-9 * max(abs(problem.least), problem.original)  # whatever the order of its summands
     target = share * total - (total - problem.original)  # the rest: norms, activations, additions, and what caches do
     attempts = [] if attempts is None else attempts
     if attempts:

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from fxlrd.errors import Reason
 from fxlrd.graph.captured import Regions, captured
+from fxlrd.graph.facts import shape
 from fxlrd.graph.operations import PRODUCTS, SUMS, is_elementwise, is_flatten, reads_only_batch_size, takes_two_tensors
 from fxlrd.graph.splits import split_of
 from fxlrd.graph.surgery import calls
@@ -143,7 +144,7 @@ class _Walk:
             self.visited.discard(node)
             self.forward(node, 1)
             self._follow_operands(node)
-        made = {call for each in self.group.producers for call in calls(self.gm, str(each.node.target))}
+        made = self._made()
         self.group.between = [node for node in self.visited if node not in made]
 
     def backward(self, node: fx.Node) -> None:
@@ -280,20 +281,23 @@ class _Walk:
             self.backward(operand)
 
     def _take_sum(self, node: fx.Node, block: int) -> None:
-        """Follow a sum: of values that the group's own channels make, as in an activation written out, or of others."""
-        own = {call for producer in self.group.producers for call in calls(self.gm, str(producer.node.target))}
-        if block == 1 and self.values.origins(node.all_input_nodes) <= own:
-            self.forward(node, block)
-        elif block == 1 and self.sums and self._aligned(node):
+        """Follow a sum: later, if sums are; else one of the group's own channels, as in an activation written out."""
+        if block == 1 and self.sums and self._aligned(node):
             self.visited.add(node)
             self.added.append(node)
+        elif block == 1 and self.values.origins(node.all_input_nodes) <= self._made():
+            self.forward(node, block)
         else:
             raise _Mixes(Reason("residual", f"its output joins a residual at {_name(node)}"))
 
+    def _made(self) -> set[fx.Node]:
+        """Return all calls of the producers so far."""
+        return {call for producer in self.group.producers for call in calls(self.gm, str(producer.node.target))}
+
     def _aligned(self, node: fx.Node) -> bool:
         """Whether the channels are on the same axis in both operands."""
-        axes = {self.values.dims(operand) - self.values.axis(operand) for operand in node.all_input_nodes}
-        return len(axes) == 1
+        sizes = [shape(operand) for operand in node.all_input_nodes]
+        return all(size is not None and (self.linear or len(size) == len(sizes[0] or ())) for size in sizes)
 
     def _take_through(self, node: fx.Node) -> None:
         """Add the module that the node calls, if it has parameters or buffers."""

@@ -29,7 +29,7 @@ from torch import Tensor, fx
 
 from fxlrd.allocation.merges import Reader, chosen, interpolations, mergeable, readers
 from fxlrd.allocation.plan import planned
-from fxlrd.errors import Reason
+from fxlrd.errors import FxlrdError, Reason
 from fxlrd.factor.failures import check_finite
 from fxlrd.graph.channels import Group, Producer
 from fxlrd.graph.facts import provenance, retained_channels, statistics
@@ -89,6 +89,8 @@ class Interpolate(Targets):
         guards = why_not_replaceable(run.gm, norms=True)
         done: set[fx.Node] = set()
         run.each(layers(run.gm), lambda name: self._visit(run.gm, calls(run.gm, name)[0], guards, done, channels))
+        cut = {origin(node) for node in done}
+        run.skipped = [skip for skip in run.skipped if skip.name not in cut]  # visited before the one that is named
 
     def _visit(
         self,
@@ -120,6 +122,7 @@ class Interpolate(Targets):
         if isinstance(group, Reason):
             return group
         rank = self._rank(gm, name, group)
+        self._check_agreed(name, group, rank)
         if rank < 1:
             return Reason("no-channels", f"ratio={self.ratio:g} leaves none of its {group.channels} channels")
         if rank >= group.channels:
@@ -131,6 +134,14 @@ class Interpolate(Targets):
         if isinstance(measured, Reason):
             return measured
         return Cut(group, measured, self._snapped(gm, group, rank) if self.snap else rank)
+
+    def _check_agreed(self, name: str, group: Group, rank: int) -> None:
+        """Raise FxlrdError where ``ranks`` names another layer of the group's producers with another number."""
+        for producer in group.producers:
+            other = str(producer.node.target)
+            if isinstance(self.ranks, Mapping) and self.ranks.get(other, rank) != rank:
+                text = f"{name} and {other} make the same channels: ranks= asks for {rank} and {self.ranks[other]}"
+                raise FxlrdError(f"merge: {text}; name one of them")
 
     def _rank(self, gm: fx.GraphModule, name: str, group: Group) -> int:
         """Return the number of channels that ``ranks`` or else ``ratio`` asks for."""

@@ -49,6 +49,8 @@ class Targets:
         """Return the rank that ``ranks`` asks for in a layer that the options do not leave alone."""
         if not isinstance(self.ranks, Mapping):
             return self.ranks
+        if name in self.ranks:
+            return self.ranks[name]
         pattern = matches(name, list(self.ranks))
         assert pattern is not None
         return self.ranks[pattern]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from torch import fx
 
@@ -34,19 +33,16 @@ class Priced:
         run: the run of `allocate` that found it: the graph, layers left alone, warnings.
         measure: what the budget limits.
         problem: the forms of all layers, the groups that may be merged.
+        total: the cost of the model, of which a budget is a share.
         uncut: what has no smaller form, in words, to end an error with.
     """
 
     run: Run
     measure: Measure
     problem: Problem
+    total: float
     uncut: str
     _attempts: list[Attempt] = field(default_factory=list, init=False, repr=False)
-
-    @cached_property
-    def _total(self) -> float:
-        """The cost of the model, of which a budget is a share: a latency is measured once."""
-        return self.measure.total(self.run.gm, self.problem.original)
 
     def within(self, budget: Budget, progress: Progress = quiet) -> PassResult:
         """Return a copy of the graph with the best plan for this budget on it, and what `allocate` reports of it.
@@ -60,7 +56,7 @@ class Priced:
             self.measure,
             budget,
             progress,
-            total=self._total,
+            total=self.total,
             uncut=self.uncut,
             attempts=self._attempts,
         )
@@ -72,8 +68,9 @@ class Priced:
             plan = shared.firsts(plan)
         planned.record(run.gm, plan)
         run.warnings += [*warnings, *doubts(run.gm, problem, plan, budget)]
-        reported = {skip.name for skip in run.skipped}
         cut = problem.cut(plan.retained)
+        run.skipped = [skip for skip in run.skipped if skip.name not in cut]  # a stem, with the stream that it begins
+        reported = {skip.name for skip in run.skipped}
         unchanged = [name for name in problem.items if name not in plan.ranks and name not in cut]
         run.skipped += [Skip(name, NOT_WORTH_IT) for name in unchanged if name not in reported]
         return run.result(f"{spent}; predicted output error {predicted:.2g}", dict(self.measure.timings))

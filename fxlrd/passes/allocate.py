@@ -16,7 +16,7 @@ The graph is not changed: `merge` and `decompose` carry the plan out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import fx
@@ -26,7 +26,7 @@ from fxlrd.allocation.factored import Factored
 from fxlrd.allocation.measured import goals_of, measured, trial_of_group, trial_of_layer
 from fxlrd.allocation.measures import Flops, Measure, Params, curve_of, forms_of, measure_of
 from fxlrd.allocation.merges import Merging, mergings
-from fxlrd.allocation.problem import Problem
+from fxlrd.allocation.problem import Problem, within
 from fxlrd.allocation.search import NOTHING
 from fxlrd.allocation.trials import Trial
 from fxlrd.allocation.uncut import what_stands
@@ -109,7 +109,9 @@ class Allocate:
         if not items:
             raise FxlrdError(f"{NOTHING}{uncut}")
         biases = {name: measure.bias(run.gm.get_submodule(name)) for name in items}
-        return Priced(run, measure, Problem(items, groups, biases), uncut)
+        problem = Problem(items, groups, biases)
+        total = measure.total(run.gm, problem.original)
+        return Priced(run, measure, replace(problem, groups=within(groups, total - problem.original)), total, uncut)
 
     def _held_out(self, run: Run) -> Holdout | None:
         """Return the inputs to measure on, or None where errors are only predicted."""

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxlrd.graph.channels import Group
-from fxlrd.graph.facts import tensor_meta
+from fxlrd.graph.facts import tensor_meta, times
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.surgery import source
 from fxlrd.layers.kinds import LAYERS, ConvOrLinear, as_layer, channel_axis
@@ -25,33 +25,48 @@ from fxlrd.timing.workload import Workload, example, layout
 def time_between(gm: fx.GraphModule, group: Group, stopwatch: Stopwatch) -> float:
     """Return the seconds that all between a group's layers takes, with all channels: norms, activations, sums.
 
-    0 where a value that is read there is no tensor of which the shape is known.
+    0 where a value that is read there has no shape that is known.
     """
-    graph, read = _between(gm, group)
-    metas = [tensor_meta(node) for node in read]
-    if not group.between or any(meta is None for meta in metas):
+    inside = [node for node in gm.graph.nodes if node in set(group.between)]
+    graph, read = _alone(inside)
+    metas = [meta for node in read if (meta := tensor_meta(node)) is not None]
+    if not inside or len(metas) < len(read):
         return 0.0
-    known = [meta for meta in metas if meta is not None]
     device = next(gm.get_submodule(str(group.producers[0].node.target)).parameters()).device
-    inputs = [example(tuple(meta.shape), meta.dtype, layout(meta), device) for meta in known]
-    shapes = ", ".join(f"{str(meta.dtype)[6:]}{list(meta.shape)} {layout(meta)}" for meta in known)
-    key = f"between the layers of a channel group: {_text(gm, graph)} on {shapes}"
 
     def workload() -> Workload:
-        return Workload([(fx.GraphModule(gm, graph), Inputs(tuple(inputs)))], stopwatch.under_inductor)
+        inputs = tuple(example(tuple(meta.shape), meta.dtype, layout(meta), device) for meta in metas)
+        return Workload([(fx.GraphModule(gm, graph), Inputs(inputs))], stopwatch.under_inductor)
 
-    return stopwatch.times(key, device, {"all": workload})["all"].seconds
+    shapes = ", ".join(f"{str(meta.dtype)[6:]}{list(meta.shape)} {layout(meta)}" for meta in metas)
+    key = f"between the layers of a channel group: {_text(gm, graph)} on {shapes}"
+    return times(inside[0]) * stopwatch.times(key, device, {"all": workload})["all"].seconds
 
 
-def _between(gm: fx.GraphModule, group: Group) -> tuple[fx.Graph, list[fx.Node]]:
-    """Return a graph of what is between a group's layers, and the nodes whose values are its inputs."""
-    inside = [node for node in gm.graph.nodes if node in set(group.between)]
-    read = list(dict.fromkeys(n for node in inside for n in node.all_input_nodes if n not in set(inside)))
-    graph = fx.Graph()
-    values = {node: graph.placeholder(f"x{i}") for i, node in enumerate(read)}
+def _alone(inside: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
+    """Return a graph of some nodes, which gives all that others read of them, and the nodes that it has for inputs.
+
+    What is no tensor, as the size of one, is computed in it.
+    """
+    among, graph = set(inside), fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    read: list[fx.Node] = []
+
+    def value(node: fx.Node) -> fx.Node:
+        if node in values:
+            return values[node]
+        if node not in among and (tensor_meta(node) is not None or not node.all_input_nodes):
+            read.append(node)
+            values[node] = graph.placeholder(f"x{len(read)}")
+        else:
+            for argument in node.all_input_nodes:
+                value(argument)
+            values[node] = graph.node_copy(node, values.__getitem__)
+        return values[node]
+
     for node in inside:
-        values[node] = graph.node_copy(node, values.__getitem__)
-    graph.output(tuple(values[node] for node in inside if not any(user in values for user in node.users)))
+        value(node)
+    graph.output(tuple(values[node] for node in inside if not among.issuperset(node.users)))
     return graph, read
 
 
@@ -60,9 +75,10 @@ def _text(gm: fx.GraphModule, graph: fx.Graph) -> str:
     numbers = {node: i for i, node in enumerate(graph.nodes)}
     lines = []
     for node in graph.nodes:
-        what = gm.get_submodule(node.target) if node.op == "call_module" else node._pretty_print_target(node.target)
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        what = node._pretty_print_target(node.target) if module is None else f"{type(module).__module__} {module!r}"
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{numbers[n]}")
-        lines.append(f"{what} {arguments}" if node.op != "placeholder" else "input")
+        lines.append("input" if node.op == "placeholder" else f"{what} {arguments}")
     return "; ".join(lines)
 
 

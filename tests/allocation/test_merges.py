@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fxlrd import capture
-from fxlrd.allocation.merges import chosen, eliminated, interpolations, mergeable, readers
+from fxlrd.allocation.merges import eliminated, interpolations, mergeable, readers
 from fxlrd.calibration.batches import as_inputs
 from fxlrd.calibration.moments import LARGEST, sweep
 from fxlrd.factor.interpolative import least_squares, lost
@@ -18,7 +18,7 @@ from fxlrd.passes import Decompose
 
 
 def choose(read, rank):
-    retained = chosen(read, rank)
+    retained = eliminated(read, rank).retained(rank)
     return retained, interpolations(read, retained)
 
 

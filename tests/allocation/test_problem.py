@@ -10,7 +10,7 @@ import pytest
 from fxlrd.allocation.choices import Choice
 from fxlrd.allocation.merges import Merging, Option
 from fxlrd.allocation.plan import Plan
-from fxlrd.allocation.problem import Problem
+from fxlrd.allocation.problem import Problem, within
 
 BUDGETS = [4.0, 9.0, 14.0, 20.0, 31.0, 60.0]
 
@@ -110,6 +110,13 @@ def test_a_bias_goes_with_what_its_layer_makes_and_what_is_between_goes_too():
     assert alone.cost(Plan({}, {"a": 4})) == 0.5 * 20 + (0.5 * 10 + 2) - 0.5 * 6
     assert alone.original == 32.0
     assert alone.least == 14.0
+
+
+def test_what_is_between_layers_costs_no_more_than_the_rest():
+    groups = {"a": replace(merging("a", "b", {}), between=6.0), "b": replace(merging("b", "c", {}), between=2.0)}
+    costs = {rest: [merging.between for merging in within(groups, rest).values()] for rest in (9.0, 4.0, -1.0)}
+    assert costs == {9.0: [6.0, 2.0], 4.0: [3.0, 1.0], -1.0: [0.0, 0.0]}
+    assert within({"a": merging("a", "b", {})}, 0.0)["a"].between == 0.0
 
 
 def test_without_groups_the_plan_is_that_of_the_knapsack_alone():

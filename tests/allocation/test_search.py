@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from fxlrd import Budget, FxlrdError
 from fxlrd.allocation.choices import Choice
+from fxlrd.allocation.merges import Merging, Option
 from fxlrd.allocation.problem import Problem
 from fxlrd.allocation.search import WITHIN, plan_computed, plan_measured
 from fxlrd.progress import quiet
@@ -56,3 +59,14 @@ def test_a_measured_budget_out_of_reach_says_what_is_within():
         plan_measured(problem(), 100.0 + REST, 0.1, exactly(lambda s: s), quiet)
     with pytest.raises(FxlrdError, match="no form of its layers is faster here"):
         plan_measured(problem(), 100.0 + REST, 0.5, lambda plan: 1.1, quiet)
+
+
+def test_a_cut_that_saves_more_between_layers_than_they_cost():
+    """What is left of the layers' cost is then negative: two of them, of cost 1, and norms of cost 10 between."""
+    (node_a, node_b) = (SimpleNamespace(node=SimpleNamespace(target=name)) for name in "ab")
+    group = SimpleNamespace(cut=["a", "b"], producers=[node_a], consumers=[node_b])
+    items = {name: [Choice(None, 0.0, 1.0)] for name in "ab"}
+    narrow = Problem(items, {"a": Merging(group, {4: Option(0.1, 0.25)}, between=10.0)})
+    assert narrow.least < 0
+    with pytest.raises(FxlrdError, match=r"the fastest forms take 0\.300 of"):
+        plan_measured(narrow, 12.0, 0.05, lambda plan: 0.3, quiet)

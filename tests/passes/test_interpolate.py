@@ -184,9 +184,37 @@ def test_a_ratio_leaves_residual_streams_as_they_are():
     model, x = randomised(ResidualNet(8)), images(4, 8)
     assert {reasons(merged(model, x))[f"blocks.{i}.conv2"] for i in (0, 1)} == {"residual"}
     assert reasons(merged(model, x, ranks={"blocks.*": 4}))["blocks.0.conv2"] == "residual"
-    result = merged(model, x, ranks={"blocks.0.conv2": 5})
-    assert site_names(result) == ["blocks.0.conv2"]
+    result = merged(model, x, ranks={"blocks.1.conv2": 5})
+    assert site_names(result) == ["blocks.1.conv2"]
     assert result.graph_module.get_submodule("stem").out_channels == 5
+    assert {"stem", "blocks.0.conv2"}.isdisjoint(reasons(result)), "they are cut with it"
+
+
+def test_a_name_comes_before_a_glob_and_one_stream_has_one_number():
+    model, x = randomised(ResidualNet(8)), images(4, 8)
+    result = merged(model, x, ranks={"blocks.*": 3, "blocks.1.conv2": 5})
+    assert result.graph_module.get_submodule("stem").out_channels == 5
+    assert result.graph_module.get_submodule("blocks.1.conv1").out_channels == 3
+    message = r"^merge: blocks\.0\.conv2 and blocks\.1\.conv2 make the same channels: ranks= asks for 6 and 5; name one"
+    with pytest.raises(FxlrdError, match=message):
+        merged(model, x, ranks={"blocks.1.conv2": 5, "blocks.0.conv2": 6})
+
+
+def test_channels_are_chosen_in_one_unit_for_all_that_read_them():
+    """A reader whose weight is a thousand times as large, and what follows it as much smaller, says no more."""
+    retained = []
+    for factor in (1.0, 1e3):
+        torch.manual_seed(0)
+        model, x = randomised(ResidualNet(8)), images(4, 8)
+        block = model.blocks[0]
+        with torch.no_grad():
+            block.conv1.weight *= factor
+            for buffer, power in ((block.bn1.running_mean, 1), (block.bn1.running_var, 2)):
+                buffer *= factor**power
+        block.bn1.eps = 1e-12
+        gm = merged(model, x, ranks={"blocks.1.conv2": 4}).graph_module
+        retained.append(retained_channels(calls(gm, "blocks.1.conv2")[0]))
+    assert torch.equal(*retained)
 
 
 @pytest.mark.usefixtures("without_ridge")

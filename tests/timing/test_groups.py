@@ -127,8 +127,9 @@ def test_what_is_between_layers_is_run_whole():
     into, *made = inputs.args
     assert [tuple(x.shape) for x in inputs.args] == [(2, 16, 9, 9)] * 3
     first = torch.relu(gm.get_submodule("norms.0")(made[0]) + into)
-    (out,) = module(*inputs.args)
-    assert torch.equal(out, torch.relu(gm.get_submodule("norms.1")(made[1]) + first))
+    seen, last = module(*inputs.args)
+    assert torch.equal(seen, first)
+    assert torch.equal(last, torch.relu(gm.get_submodule("norms.1")(made[1]) + first))
     assert time_between(gm, stream(gm), Stopwatch(timer=timer)) == pytest.approx(5.0)
     assert len({id(module) for module, _ in ran}) == 1, "from the cache"
 
@@ -145,3 +146,17 @@ def test_what_stands_between_is_told_from_other_such():
     assert len(texts) == 4
     gm = capture(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 2, 1)).eval(), torch.randn(2, 3, 9, 9))
     assert time_between(gm, group_of(gm), Stopwatch(timer=FakeTimer(lambda name, _: 1.0))) == 0.0
+
+
+def test_sizes_that_are_read_between_layers_are_computed():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pool, self.fc = nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(16, 2)
+
+        def forward(self, x):
+            y = self.pool(self.conv(x).relu())
+            return self.fc(y.view(y.size(0), -1))
+
+    gm = capture(Net().eval(), torch.randn(2, 3, 9, 9))
+    assert time_between(gm, group_of(gm, "conv"), Stopwatch(timer=FakeTimer(lambda name, _: 2.0))) == pytest.approx(2.0)
