@@ -21,6 +21,7 @@ from fxlrd.layers.forms import ranks_by_ratio
 from fxlrd.layers.kinds import as_layer
 from fxlrd.passes import Allocate, Calibrate, Decompose, Merge, Refit
 from fxlrd.progress import quiet
+from tests.support.models import ResidualNet
 from tests.support.results import reasons
 from tests.support.tensors import images
 from tests.support.timers import WeightTimer
@@ -277,6 +278,31 @@ def test_a_latency_budget_is_met_although_the_model_takes_longer_than_its_layers
     result = Allocate(latency=0.6, timer=WeightTimer(slower))(gm)
     after = carried_out(result.graph_module)
     assert (model_seconds(after) / original) ** 0.7 == pytest.approx(0.6, rel=0.02)
+
+
+def test_what_is_between_layers_takes_no_longer_than_the_rest_of_the_model():
+    gm = calibrated(network(), images(24, size=12))
+    timer = WeightTimer(lambda name, weights: 1.0 if name == "all" else seconds(name, weights))
+    allocate = Allocate(latency=0.6, timer=timer)
+    problem = allocate.priced(gm, [allocate.budget]).problem
+    betweens = [merging.between for merging in problem.groups.values()]
+    assert sum(betweens) == pytest.approx(REST * 1e-6)
+    assert len(set(betweens)) == 1 < len(betweens)
+
+
+@pytest.mark.usefixtures("without_ridge")
+def test_a_stem_that_is_cut_with_its_stream_is_not_left_alone():
+    model = ResidualNet(16).double().eval()
+    with torch.no_grad():
+        for layer in (model.stem, *(block.conv2 for block in model.blocks)):  # half of the stream says nothing new
+            layer.weight[8:], layer.bias[8:] = layer.weight[:8], layer.bias[:8]
+    gm = calibrated(model, images(24, size=12))
+    result = Allocate(flops=0.5)(gm)
+    assert "blocks.0.conv2" in planned(result.graph_module).retained
+    assert "stem" not in reasons(result)
+    after = carried_out(result.graph_module)
+    assert after.get_submodule("stem").out_channels < 16
+    assert reasons(Allocate(flops=0.7, merge=False)(gm))["stem"] == "stem"
 
 
 def test_a_latency_out_of_reach_says_what_is_within():

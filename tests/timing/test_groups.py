@@ -6,6 +6,7 @@ from torch import nn
 
 from fxlrd import capture
 from fxlrd.allocation.merges import mergeable
+from fxlrd.graph.facts import record_times
 from fxlrd.graph.guards import why_not_replaceable
 from fxlrd.graph.surgery import calls
 from fxlrd.timing.groups import time_between, time_group
@@ -160,3 +161,10 @@ def test_sizes_that_are_read_between_layers_are_computed():
 
     gm = capture(Net().eval(), torch.randn(2, 3, 9, 9))
     assert time_between(gm, group_of(gm, "conv"), Stopwatch(timer=FakeTimer(lambda name, _: 2.0))) == pytest.approx(2.0)
+
+
+def test_what_stands_for_several_calls_takes_as_many_times_as_long():
+    gm = capture(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 2, 1)).eval(), torch.randn(2, 3, 9, 9))
+    for each in gm.graph.nodes:
+        record_times(each, 3)
+    assert time_between(gm, group_of(gm), Stopwatch(timer=FakeTimer(lambda name, _: 2.0))) == pytest.approx(6.0)
