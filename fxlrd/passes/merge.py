@@ -49,7 +49,7 @@ class Merge:
 
     - interpolative and relocate: ``ratio`` is the compression ratio α, from which the number r of channels or ranks
       follows. ``ranks`` overrides that: one int, or a mapping from the names or globs of producers to r, in which case
-      only those are merged.
+      only those are merged. A residual stream is cut where one of the layers that are added up is named, as a whole.
     - all: ``skip`` takes names and globs of layers to leave alone, with every group of layers that has one of them.
     - exact: ``norms`` folds conv–BN pairs too.
     - interpolative: ``snap`` moves r down to a hardware multiple (not below ``floor``·r) where timing the group's
