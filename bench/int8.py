@@ -4,7 +4,8 @@
 chosen by fp32 times and by int8 times (``compile="int8"``), each in fp32 and in int8, of a runtime all side by side;
 speed is against the original in fp32 there. Stored in a JSON file (default build/bench/int8.json); a cell that is
 there is not measured again. ResNet-50 and ViT-B/16 have random weights, at batch 1 and 8. Of the embedded network, at
-batch 50, also the accuracy, on 2,000 test images; ranges of activations are measured on its 1,024 calibration images.
+batch 50, also the accuracy, on the 10,000 test images of Fashion-MNIST (``--quick``: those that ship with fxlrd); ranges
+of activations are measured on its 1,024 calibration images.
 
 Targets of `auto` by int8 times over the original in int8 under Inductor: the embedded network 1.4 times at 0.3 points,
 ResNet-50 2 times at batch 8. Needs torchao; without onnx, onnxscript and onnxruntime that runtime is left out.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 import fxlrd
 from bench import settings
 from bench.cells import Cells, Rows
+from bench.fashion import load
 from bench.models import image_model
 from bench.onnx_runtime import PACKAGES, in_onnx_runtime
 from bench.settings import Setting, parser, read
@@ -98,7 +100,8 @@ class Subject:
         self.refused: dict[str, str] = {}
         if name == "fashion":
             self.model: nn.Module = fashion.trained().to(memory_format=torch.channels_last)
-            images, self.test = fashion.calibration(), fashion.test()
+            images = fashion.calibration()
+            self.test = fashion.test() if arguments.quick else load(train=False)
             self.calibration = list(images.split(batch))[: len(images) // batch]
         else:
             self.model, images = image_model(name, Setting("Inductor", "channels_last", "fp32", IMAGES))
