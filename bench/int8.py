@@ -4,8 +4,8 @@
 chosen by fp32 times and by int8 times (``compile="int8"``), each in fp32 and in int8, of a runtime all side by side;
 speed is against the original in fp32 there. Stored in a JSON file (default build/bench/int8.json); a cell that is
 there is not measured again. ResNet-50 and ViT-B/16 have random weights, at batch 1 and 8. Of the embedded network, at
-batch 50, also the accuracy, on the 10,000 test images of Fashion-MNIST (``--quick``: those that ship with fxlrd); ranges
-of activations are measured on its 1,024 calibration images.
+batch 50, also the accuracy, on the 10,000 test images of Fashion-MNIST (``--quick``: on those that ship with fxlrd);
+ranges of activations are measured on its 1,024 calibration images.
 
 Targets of `auto` by int8 times over the original in int8 under Inductor: the embedded network 1.4 times at 0.3 points,
 ResNet-50 2 times at batch 8. Needs torchao; without onnx, onnxscript and onnxruntime that runtime is left out.
