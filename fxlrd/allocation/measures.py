@@ -25,8 +25,9 @@ from fxlrd.graph.layer import Layer
 from fxlrd.graph.surgery import calls, source
 from fxlrd.layers.forms import Ranks, form, parameters, ranks_text
 from fxlrd.layers.kinds import TRANSPOSED, as_layer, channel_axis, channels_per_group, depthwise, kernel_area
+from fxlrd.timing.between import time_between
 from fxlrd.timing.clock import Timing
-from fxlrd.timing.groups import time_between, time_group
+from fxlrd.timing.groups import time_group
 from fxlrd.timing.layers import ORIGINAL, placed, time_ranks
 from fxlrd.timing.models import time_models
 from fxlrd.timing.stopwatch import Stopwatch

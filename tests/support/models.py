@@ -135,3 +135,19 @@ def randomise_norms(model: nn.Module) -> nn.Module:
                     if tensor is not None:
                         tensor.uniform_(low, low + 1)
     return model
+
+
+class Stage(nn.Module):
+    """Two blocks that add to a stream: relu(bn(conv(relu(x))) + x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = torch.relu(norm(conv(x)) + x)
+        return self.out(x)
