@@ -138,7 +138,7 @@ def randomise_norms(model: nn.Module) -> nn.Module:
 
 
 class Stage(nn.Module):
-    """Two blocks that add to a stream: relu(bn(conv(relu(x))) + x)."""
+    """Two blocks that add to a stream: relu(bn(conv(x)) + x)."""
 
     def __init__(self) -> None:
         super().__init__()
