@@ -156,9 +156,10 @@ def mergeable(
     group = group_of(gm, node, reasons, sums)
     if isinstance(group, Reason):
         return group
-    for member in group.layers:
+    for member in (*group.layers, *group.through):
         if (pattern := matches(str(member.target), skip)) is not None:
             return Reason("skip", f"skip={pattern} keeps {member.target}")
+    for member in group.layers:
         if (origin := provenance(member)) is not None and origin.role in FACTORS:
             return Reason("factor", f"{member.target} is a low-rank factor already", "merge before decomposing")
     return group

@@ -41,17 +41,20 @@ _TRIALS = 24
 
 def fixed_widths(original: Original, gm: fx.GraphModule) -> frozenset[str]:
     """Return the layers of the regions ``gm`` whose number of outputs the code of the model counts on."""
-    failing = _failing(original, gm, groups_of(gm))
+    inner = groups_of(gm)
+    makers = {producer.node for group in inner for producer in group.producers}
+    streams = [group for group in groups_of(gm, sums=True) if makers.isdisjoint(p.node for p in group.producers)]
+    failing = [*_failing(original, gm, inner), *_failing(original, gm, streams)]
     return frozenset(str(producer.node.target) for group in failing for producer in group.producers)
 
 
-def groups_of(gm: fx.GraphModule) -> list[Group]:
-    """Return the groups of channels of a graph, each once."""
+def groups_of(gm: fx.GraphModule, sums: bool = False) -> list[Group]:
+    """Return the groups of channels of a graph, each once; with ``sums``, those of residual streams too."""
     reasons = why_not_replaceable(gm, norms=True)
     groups: list[Group] = []
     producers: set[str] = set()
     for name in layers(gm):
-        group = None if name in producers else group_of(gm, calls(gm, name)[0], reasons)
+        group = None if name in producers else group_of(gm, calls(gm, name)[0], reasons, sums)
         if not isinstance(group, Group):
             continue
         names = {str(producer.node.target) for producer in group.producers}

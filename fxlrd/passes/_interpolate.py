@@ -107,7 +107,7 @@ class Interpolate(Targets):
         if isinstance(cut, Reason):
             return self.refusal(node, cut)
         error = _apply(gm, replace(cut, retained=channels.get(str(node.target))))
-        done.update(producer.node for producer in cut.group.producers)
+        done.update((*(producer.node for producer in cut.group.producers), *cut.group.through))
         consumers = ", ".join(str(consumer.node.target) for consumer in cut.group.consumers)
         count = f"{cut.rank} of {cut.group.channels} channels kept"
         return Site(origin(node), False, f"{count}, the others interpolated in {consumers} (error {error:.2g})")

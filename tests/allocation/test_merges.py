@@ -93,6 +93,13 @@ def test_reasons_not_to_merge(name, skip, code):
     assert found(swept(net(), images(2)), name, skip).code == code
 
 
+def test_skip_keeps_what_stands_between():
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 2, 1))
+    gm = swept(model.double().eval(), images(2))
+    assert found(gm, "1").channels == 8
+    assert found(gm, "1", skip=("2",)).code == "skip"
+
+
 def test_factors_are_not_merged():
     gm = swept(net(), images(2))
     gm = Decompose(ranks={"last": 1})(gm).graph_module

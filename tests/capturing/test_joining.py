@@ -241,6 +241,37 @@ def test_a_width_that_only_a_trial_shows_is_named():
     assert reasons(Merge()(gm))["part.up"] == "fixed-width"
 
 
+class Stream(nn.Module):
+    """What two layers make is added up; with ``counting`` the code reads how many units that are."""
+
+    def __init__(self, counting):
+        super().__init__()
+        self.up, self.more, self.down, self.counting = wide(), nn.Linear(24, 24), down(), counting
+
+    def forward(self, x):
+        y = self.up(x)
+        y = y + self.more(y.relu())
+        return self.down(y / self.more.out_features if self.counting else y)
+
+
+@pytest.mark.parametrize(("counting", "fixed"), [(True, {"part.up", "part.more"}), (False, set())])
+def test_a_width_of_a_residual_stream_is_tried_too(counting, fixed):
+    gm = capture_regions(model(lambda m, x: m.part(x), part=Stream(counting)), X)
+    assert captured(gm).fixed_widths == fixed
+    assert inner(model(lambda m, x: m.part(x), part=Stream(counting))) == []
+    streams = [set(group.cut) for group in groups_of(gm, sums=True)]
+    assert streams == ([] if counting else [{"part.up", "part.more", "part.down"}])
+
+
+def test_a_width_of_a_stream_that_is_read_outside_of_its_region_is_kept():
+    def forward(m, x):
+        y = m.part(x)
+        return y / m.part.more.out_features if len(x) else y
+
+    gm = capture_regions(model(forward, part=Stream(False)), X)
+    assert captured(gm).fixed_widths == {"part.up", "part.more"}
+
+
 def test_the_flow_of_a_run_has_the_models_names_and_leaves_the_model_as_it_was():
     module = model(gated, gate=wide(), up=wide(), down=down())
     before = {name: value.clone() for name, value in module.state_dict().items()}

@@ -190,6 +190,14 @@ def test_a_ratio_leaves_residual_streams_as_they_are():
     assert {"stem", "blocks.0.conv2"}.isdisjoint(reasons(result)), "they are cut with it"
 
 
+def test_a_depthwise_conv_that_is_cut_with_a_stream_is_not_left_alone():
+    model = Net(lambda m, x: (lambda y: m.last(m.step(y) + m.dw(y)))(m.first(x)), first=conv(), step=conv())
+    model.dw, model.last = conv(groups=8), conv()
+    result = merged(randomised(model), images(4, 6, channels=8), ranks={"step": 5})
+    assert result.graph_module.get_submodule("dw").groups == 5
+    assert {"dw", "first", "step"}.isdisjoint(reasons(result))
+
+
 def test_a_name_comes_before_a_glob_and_one_stream_has_one_number():
     model, x = randomised(ResidualNet(8)), images(4, 8)
     result = merged(model, x, ranks={"blocks.*": 3, "blocks.1.conv2": 5})
