@@ -191,7 +191,7 @@ def test_a_ratio_leaves_residual_streams_as_they_are():
 
 
 def test_a_depthwise_conv_that_is_cut_with_a_stream_is_not_left_alone():
-    model = Net(lambda m, x: (lambda y: m.last(m.step(y) + m.dw(y)))(m.first(x)), first=conv(), step=conv())
+    model = Net(lambda m, x: (lambda y: m.last(m.dw(y) + m.step(y)))(m.first(x)), first=conv(), step=conv())
     model.dw, model.last = conv(groups=8), conv()
     result = merged(randomised(model), images(4, 6, channels=8), ranks={"step": 5})
     assert result.graph_module.get_submodule("dw").groups == 5
