@@ -105,7 +105,7 @@ class Allocate:
         if held_out is not None and goals is not None:
             trials += [trial_of_group(run.gm, name, merging, goals) for name, merging in groups.items()]
             items, groups = measured(run.gm, items, groups, trials, held_out, self.measured, progress)
-        uncut = self._uncut(run, items)
+        uncut = self._uncut(run, items, groups)
         if not items:
             raise FxlrdError(f"{NOTHING}{uncut}")
         biases = {name: measure.bias(run.gm.get_submodule(name)) for name in items}
@@ -170,9 +170,10 @@ class Allocate:
         run.warnings += [f"{run.label}: {name}: its channels are not merged: {why}" for name, why in failed.items()]
         return {name: merging for name, merging in priced.items() if not isinstance(merging, Reason)}
 
-    def _uncut(self, run: Run, items: Mapping[str, Sequence[Choice]]) -> str:
-        """Return in words which weights have no smaller form."""
-        cuttable = [name for name, forms in items.items() if len(forms) > 1]
+    def _uncut(self, run: Run, items: Mapping[str, Sequence[Choice]], groups: Mapping[str, Merging]) -> str:
+        """Return in words which weights have no smaller form, and are in no group that may be merged."""
+        merged = {name for merging in groups.values() for name in merging.cut}
+        cuttable = [name for name, forms in items.items() if len(forms) > 1 or name in merged]
         reasons = {skip.name: skip.reason for skip in run.skipped}
         return what_stands(run.gm, cuttable, reasons, tables=self.budget.measure == "params")
 

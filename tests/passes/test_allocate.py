@@ -303,6 +303,10 @@ def test_a_stem_that_is_cut_with_its_stream_is_not_left_alone():
     after = carried_out(result.graph_module)
     assert after.get_submodule("stem").out_channels < 16
     assert reasons(Allocate(flops=0.7, merge=False)(gm))["stem"] == "stem"
+    for merge in (True, False):
+        with pytest.raises(FxlrdError, match="is out of reach") as error:
+            Allocate(params=0.001, merge=merge)(gm)
+        assert ("the stem reads the model's input" in str(error.value)) is not merge
 
 
 def test_a_latency_out_of_reach_says_what_is_within():
