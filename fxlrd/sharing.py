@@ -123,14 +123,15 @@ def sharing(model: nn.Module) -> Iterator[Job | None]:
         return
     rank, size = distributed.get_rank(), distributed.get_world_size()
     with _answering(rank, "call compress() in every process, or before torch.distributed.init_process_group()"):
-        distributed.destroy_process_group(distributed.new_group(backend="gloo", timeout=JOINING))
+        joined = distributed.new_group(backend="gloo", timeout=JOINING)
         group = distributed.new_group(backend="gloo", timeout=WORKING)
     parameter = next(model.parameters(), None)
     try:
         yield Job(rank, size, torch.device("cpu") if parameter is None else parameter.device, group)
     finally:
-        with suppress(Exception):
-            distributed.destroy_process_group(group)
+        for each in (group, joined):  # not before: a group destroyed while another process connects leaves that hanging
+            with suppress(Exception):
+                distributed.destroy_process_group(each)
 
 
 @dataclass(frozen=True)
