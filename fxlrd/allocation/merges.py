@@ -22,7 +22,7 @@ from fxlrd.graph.facts import FACTORS, provenance, shape, statistics
 from fxlrd.graph.guards import is_stem, matches, stem_reason, why_not_replaceable
 from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls
-from fxlrd.layers.compose import input_importance, takes_shift
+from fxlrd.layers.compose import takes_shift, weight_by_channel
 from fxlrd.layers.fit import Moments
 from fxlrd.layers.kinds import as_layer, channel_axis, depthwise
 from fxlrd.progress import Progress
@@ -35,7 +35,7 @@ _FEW = 16
 class Reader:
     """A consumer with the moments of what it reads and Γ of what it makes, where that was measured.
 
-    ``scale`` times A is what errors are weighted by. What follows from these is computed when it is asked for: it is as
+    Squared errors are weighted by ``scale``. What follows from these is computed when it is asked for: it is as
     large as they are.
     """
 
@@ -67,13 +67,13 @@ class Reader:
 
     @property
     def weight(self) -> Tensor:
-        """A = Σ WᵀΓW over the kernel, the importance of the channels that it reads."""
-        importance = input_importance(self.module, self.consumer.block, self.importance)
-        return importance if self.scale == 1.0 else importance * self.scale
+        """F with FᵀF = Σ WᵀΓW over the kernel, the importance of the channels that it reads."""
+        weight = weight_by_channel(self.module, self.consumer.block, self.importance)
+        return weight if self.scale == 1.0 else weight * math.sqrt(self.scale)
 
     @property
     def matters(self) -> bool:
-        """Whether A is anything but zero, by one product with it."""
+        """Whether WᵀΓW is anything but zero, by one product with it."""
         weight = as_layer(self.module).weight.detach().double().flatten(1)
         one = weight @ torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
         return bool((one if self.importance is None else self.importance.double() @ one).any())
@@ -83,7 +83,8 @@ def comparable(reader: Reader) -> Reader:
     """Return a reader whose errors are in the unit of a layer's forms: without Γ relative to what it makes."""
     if reader.importance is not None:
         return reader
-    made = float((reader.weight * reader.moments.second).sum())
+    weight = reader.weight
+    made = float((weight @ reader.moments.second * weight).sum())
     return replace(reader, scale=1 / made) if made > 0 else reader
 
 
@@ -206,16 +207,16 @@ def interpolations(read: Sequence[Reader], retained: Tensor) -> list[Interpolati
 
 
 def eliminated(read: Sequence[Reader], fewest: int) -> Elimination:
-    """Drop channels until ``fewest`` are left: the errors are tr(A·R), summed over the readers.
+    """Drop channels until ``fewest`` are left: the errors are those of `Elimination`, summed over the readers.
 
     With Γ they are in units of the model's relative squared output error. Readers of equal moments count as one.
     """
     readings: list[Reading] = []
     for r in read:
         given = r.second
-        for i, (second, importance, ridge) in enumerate(readings):
+        for i, (second, weight, ridge) in enumerate(readings):
             if ridge == r.ridge and torch.equal(second, given):
-                readings[i] = Reading(second, importance + r.weight, ridge)
+                readings[i] = Reading(second, torch.cat([weight, r.weight]), ridge)
                 break
         else:
             readings.append(Reading(given, r.weight, r.ridge))

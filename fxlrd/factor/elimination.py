@@ -1,18 +1,19 @@
 """Which units of a layer to drop first, and what that costs: backward elimination on their second moments.
 
-A consumer with weight W reads C units h with moments G = E[h·hᵀ]; Γ weighs its outputs. With the inverse P = G⁻¹,
-the best linear reconstruction of units R from the others S, and the error that dropping R then makes, are
+A consumer with weight W reads C units h with moments G = E[h·hᵀ]; Γ weighs its outputs, so that F = Γ^½·W stands for
+both. With the inverse P = G⁻¹, the best linear reconstruction of units R from the others S, and the error that dropping
+R then makes, are
 
-    h_R ≈ −P_RR⁻¹·P_RS·h_S,        E‖Γ^½·ΔW·h‖² = tr(A_RR·P_RR⁻¹),    A = WᵀΓW
+    h_R ≈ −P_RR⁻¹·P_RS·h_S,        E‖ΔF·h‖² = tr(A_RR·P_RR⁻¹),    A = FᵀF = WᵀΓW
 
 so that the unit j of the least A_jj / P_jj is dropped. The others take over what it carried, and P is that of those:
 
-    W_S ← W_S − W_R·P_RR⁻¹·P_RS        P_SS ← P_SS − P_SR·P_RR⁻¹·P_RS
+    F_S ← F_S − F_R·P_RR⁻¹·P_RS        P_SS ← P_SS − P_SR·P_RR⁻¹·P_RS
 
 One inverse therefore gives all numbers of units: those that few units lack are those that more lack, and some others
-(Optimal Brain Surgeon, Hassibi and Stork 1993, on the units of a layer; here W enters as A alone). For several
-consumers the errors add up. A consumer whose bias is refitted has the covariance for G: that is the inverse of
-G bordered by a constant, without its border.
+(Optimal Brain Surgeon, Hassibi and Stork 1993, on the units of a layer). For several consumers the errors add up. A
+consumer whose bias is refitted has the covariance for G: that is the inverse of G bordered by a constant, without its
+border.
 
 Beside picking units one by one instead (pivoted Cholesky, weighted by A, with the same least squares), in relative
 errors on inputs that were not fitted to. MLPs: of their outputs, where 75, 50 and 25 % of the units are retained;
@@ -39,6 +40,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxlrd.factor.products import gram, half
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _TINY = float(np.finfo(np.float64).tiny)
 
@@ -60,20 +63,20 @@ _FILLED = 0.8
 
 
 class Reading(NamedTuple):
-    """What a consumer reads: the units' second moments or covariance G (C×C), A = WᵀΓW (C×C), and the ridge.
+    """What a consumer reads: the units' second moments or covariance G (C×C), F (m×C) with FᵀF = WᵀΓW, and the ridge.
 
     With a ``ridge`` ρ, G is (G + ρ·diag G) / (1 + ρ).
     """
 
     second: Tensor
-    importance: Tensor
+    weight: Tensor
     ridge: float = 0.0
 
 
 class Elimination(NamedTuple):
     """Units in the order in which they are dropped, and the error after each.
 
-    ``errors[d]`` is tr(A·R), summed over the consumers, with the first d units dropped and R the moments of what the
+    ``errors[d]`` is tr(F·R·Fᵀ), summed over the consumers, with the first d units dropped and R the moments of what the
     others do not explain: those of the moments with a ridge, by which a fit to few samples expects more.
     """
 
@@ -122,35 +125,33 @@ def eliminate(readings: Sequence[Reading], fewest: int = 0) -> Elimination:
 
 
 class _Consumer:
-    """The state of one consumer, for units of unit variance: P and A, with zeros where units were dropped."""
+    """The state of one consumer, for units of unit variance: P and F, with zeros where units were dropped."""
 
     def __init__(self, reading: Reading) -> None:
-        second, importance = reading.second.double(), reading.importance.double()
+        second = reading.second.double()
         scale = second.diagonal().clamp_min(0).sqrt()
         divisor = torch.where(scale > 0, scale, torch.ones_like(scale))  # of a unit that is always zero
         self.moments = second / torch.outer(divisor, divisor)
         self.moments /= 1 + reading.ridge
         self.moments.diagonal().fill_(1)
-        self.importance = importance * torch.outer(scale, scale)
+        weight = reading.weight.double() * scale
+        self.weight = weight if len(weight) <= len(second) else half(gram(weight))
         self.units = torch.arange(len(second), device=second.device)
         self.precision = _inverse(self.moments)
         self.inflation = self._inflation()
 
     def drop(self, dropped: Tensor) -> None:
         """Let the other units take over from the dropped ones."""
-        p, a = self.precision, self.importance
-        rows, importance = p[dropped], a[dropped]
+        p, f = self.precision, self.weight
+        rows = p[dropped]
         weights = torch.linalg.solve(rows[:, dropped], rows)
-        half = importance.mT - weights.mT @ (importance[:, dropped] / 2)
-        a.addmm_(torch.cat([half, weights.mT], 1), torch.cat([weights, half.mT]), alpha=-1)
-        p.addmm_(rows.mT, weights, alpha=-1)
-        for matrix in (p, a):
-            matrix.index_fill_(0, dropped, 0).index_fill_(1, dropped, 0)
+        f.addmm_(f[:, dropped], weights, alpha=-1).index_fill_(1, dropped, 0)
+        p.addmm_(rows.mT, weights, alpha=-1).index_fill_(0, dropped, 0).index_fill_(1, dropped, 0)
 
     def move(self, places: Tensor) -> None:
         """Let go of all but the units at these places."""
         self.units = self.units[places]
-        self.precision, self.importance = _part(self.precision, places), _part(self.importance, places)
+        self.precision, self.weight = _part(self.precision, places), self.weight[:, places]
 
     def invert_anew(self, free: Tensor) -> None:
         """Invert the moments of the units that are left anew where that makes P more exact: see `_INFLATION`."""
@@ -160,6 +161,14 @@ class _Consumer:
         units = self.units[places]
         self.precision[places[:, None], places] = _inverse(_part(self.moments, units))
         self.inflation = self._inflation()
+
+    def costs(self) -> Tensor:
+        """Return A_jj / P_jj of each unit."""
+        return self.weight.square().sum(0) / self.precision.diagonal().clamp_min(_TINY)
+
+    def among(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Return P and A of some units."""
+        return _part(self.precision, units), gram(self.weight[:, units])
 
     def _inflation(self) -> float:
         return float(self.precision.diagonal().max())
@@ -184,19 +193,13 @@ def _inverse(moments: Tensor) -> Tensor:
 
 def _block(consumers: Sequence[_Consumer], free: Tensor, count: int) -> tuple[Tensor, list[float]]:
     """Return the next ``count`` units to drop, in order, and the error that each adds."""
-    costs = torch.stack([_costs(c.precision.diagonal(), c.importance.diagonal()) for c in consumers]).sum(0)
-    costs = torch.where(free, costs, torch.inf)
+    costs = torch.where(free, torch.stack([consumer.costs() for consumer in consumers]).sum(0), torch.inf)
     most = count if count == 1 else min(_CANDIDATES * count, int(free.sum()))
     candidates = costs.sort(stable=True).indices[:most]
-    matrices = [[_part(m, candidates).cpu() for m in (c.precision, c.importance)] for c in consumers]
+    matrices = [[matrix.cpu() for matrix in consumer.among(candidates)] for consumer in consumers]
     precision, importance = (torch.stack(each).numpy() for each in zip(*matrices, strict=True))
     chosen, lost = _order(precision, importance, count)
     return candidates[chosen], lost
-
-
-def _costs(precision: Tensor, importance: Tensor) -> Tensor:
-    """Return A_jj / P_jj of each unit, from the diagonals."""
-    return importance.clamp_min(0) / precision.clamp_min(_TINY)
 
 
 def _order(precision: Array, importance: Array, count: int) -> tuple[list[int], list[float]]:

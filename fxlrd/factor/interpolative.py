@@ -2,9 +2,9 @@
 
 Retain r of C channels and rebuild the others linearly from them: x ≈ T·x[S], with T (C×r) least squares on the second
 moments G = E[x·xᵀ] and T[S] the identity. With a constant to add, x ≈ T·x[S] + t, G is the covariance and
-t = E[x] − T·E[x[S]]. The output of a consumer with weight W then differs by
+t = E[x] − T·E[x[S]]. The output of a consumer with weight W, where Γ weighs outputs and F = Γ^½·W, then differs by
 
-    E‖Γ^½·W·(x − T·x[S] − t)‖² = tr(A·R),   A = WᵀΓW,   R = G − T·G[S,:] − G[:,S]·Tᵀ + T·G[S,S]·Tᵀ
+    E‖F·(x − T·x[S] − t)‖² = tr(D·G·Dᵀ),   D·x = F·(x − T·x[S])
 
 Which channels to retain is in fxlrd/factor/elimination.py.
 """
@@ -22,7 +22,8 @@ _TINY = 1e-300
 class Interpolation(NamedTuple):
     """How x is rebuilt from the retained channels, ``x ≈ matrix @ x[retained] + shift``, and the relative error.
 
-    ``matrix`` is T (C×r), ``shift`` t (C) or None for no constant, ``error`` the predicted sqrt(tr(A·R) / tr(A·G)).
+    ``matrix`` is T (C×r), ``shift`` t (C) or None for no constant, ``error`` the predicted
+    sqrt(tr(D·G·Dᵀ) / tr(F·G·Fᵀ)).
     """
 
     matrix: Tensor
@@ -31,15 +32,15 @@ class Interpolation(NamedTuple):
 
 
 def interpolate(
-    second: Tensor, retained: Tensor, importance: Tensor, ridge: float = 0.0, mean: Tensor | None = None
+    second: Tensor, retained: Tensor, weight: Tensor, ridge: float = 0.0, mean: Tensor | None = None
 ) -> Interpolation:
     """Return the interpolation of C channels from those ``retained`` (ascending). Runs in float64.
 
     ``second`` (C×C) are the second moments; with ``mean`` (C) the covariance, and then a constant is added.
-    ``importance`` is A of the layer that reads the channels. ``ridge`` is that of `least_squares`.
+    ``weight`` is F (m×C) of the layer that reads the channels. ``ridge`` is that of `least_squares`.
     """
     matrix, shift = reconstruction(second, retained, ridge, mean)
-    return Interpolation(matrix, shift, residual(second, retained, matrix, importance))
+    return Interpolation(matrix, shift, residual(second, retained, matrix, weight))
 
 
 def reconstruction(
@@ -83,16 +84,23 @@ def _others(retained: Tensor, count: int) -> Tensor:
     return dropped.nonzero().flatten()
 
 
-def residual(second: Tensor, retained: Tensor, matrix: Tensor, importance: Tensor) -> float:
-    """Return sqrt(tr(A·R) / tr(A·G)), R the second moments of x − T·x[S]."""
-    total = (importance * second.double()).sum().item()
-    return (lost(second, retained, matrix, importance) / total) ** 0.5 if total > 0 else 0.0
+def residual(second: Tensor, retained: Tensor, matrix: Tensor, weight: Tensor) -> float:
+    """Return sqrt(tr(D·G·Dᵀ) / tr(F·G·Fᵀ)), where T[S] is the identity."""
+    made, missing = _energies(second, retained, matrix, weight)
+    return (missing / made) ** 0.5 if made > 0 else 0.0
 
 
-def lost(second: Tensor, retained: Tensor, matrix: Tensor, importance: Tensor) -> float:
-    """Return tr(A·R), R the second moments of x − T·x[S], where T[S] is the identity."""
-    g, others = second.double(), _others(retained, len(second))
-    t = matrix[others]
-    cross = t @ g[retained][:, others]
-    r = g[others][:, others] - cross - cross.mT + t @ g[retained][:, retained] @ t.mT
-    return max((importance[others][:, others] * r).sum().item(), 0.0)
+def lost(second: Tensor, retained: Tensor, matrix: Tensor, weight: Tensor) -> float:
+    """Return tr(D·G·Dᵀ), where T[S] is the identity."""
+    return _energies(second, retained, matrix, weight)[1]
+
+
+def _energies(second: Tensor, retained: Tensor, matrix: Tensor, weight: Tensor) -> tuple[float, float]:
+    """Return tr(F·G·Fᵀ) and tr(D·G·Dᵀ)."""
+    g, f, others = second.double(), weight.double(), _others(retained, len(second))
+    taken_over = f[:, others] @ matrix[others]
+    difference = f.clone()
+    difference[:, retained] = -taken_over
+    by_f = f @ g
+    by_difference = by_f - (f[:, retained] + taken_over) @ g[retained]
+    return (by_f * f).sum().item(), max((by_difference * difference).sum().item(), 0.0)

@@ -1,7 +1,11 @@
-"""Products of a matrix with its own transpose, at little more than half the work: torch has no symmetric product."""
+"""Products of a matrix with its own transpose, at little more than half the work: torch has no symmetric product.
+
+And the way back, to what has a given product.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 _BLOCKS = 8
@@ -20,3 +24,13 @@ def gram(rows: Tensor) -> Tensor:
         result[start:end, start:] = block
         result[end:, start:end] = block[:, end - start :].mT
     return result
+
+
+def half(product: Tensor) -> Tensor:
+    """Return x (C×C) with xᵀ·x = ``product`` (C×C), positive semidefinite but for rounding; in float64."""
+    product = product.double()
+    lower, failed = torch.linalg.cholesky_ex(product)
+    if not failed.item():
+        return lower.mT
+    values, vectors = torch.linalg.eigh(product)
+    return values.clamp_min(0).sqrt()[:, None] * vectors.mT

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxlrd.errors import Reason
+from fxlrd.factor.products import half
 from fxlrd.layers.kinds import BATCH_NORMS, as_layer, kernel_area
 from fxlrd.layers.narrow import narrowed
 from fxlrd.layers.weights import resized
@@ -142,15 +143,18 @@ def fold_inputs(module: nn.Module, matrix: Tensor, block: int = 1, shift: Tensor
     return resized(module, folded, bias if _has_bias(module) else None)
 
 
-def input_importance(module: nn.Module, block: int = 1, importance: Tensor | None = None) -> Tensor:
-    """Return A = WᵀΓW (C×C) of a layer's weight, summed over kernel positions and block, in float64.
+def weight_by_channel(module: nn.Module, block: int = 1, importance: Tensor | None = None) -> Tensor:
+    """Return F (m×C, m ≤ C) with FᵀF = WᵀΓW of a layer's weight, summed over kernel positions and block, in float64.
 
     ``importance`` is Γ (S×S); without it every output counts alike.
     """
     weight, _ = _double(module)
     by_channel = weight.unflatten(1, (-1, block)).movedim(1, -1)  # S … C
-    weighted = by_channel if importance is None else torch.tensordot(importance.double(), by_channel, 1)
-    return by_channel.flatten(0, -2).mT @ weighted.flatten(0, -2)
+    rows = by_channel.flatten(0, -2)
+    if len(rows) > rows.shape[1]:
+        weighted = by_channel if importance is None else torch.tensordot(importance.double(), by_channel, 1)
+        return half(rows.mT @ weighted.flatten(0, -2))
+    return rows if importance is None else torch.tensordot(half(importance), by_channel, 1).flatten(0, -2)
 
 
 def _double(module: nn.Module) -> tuple[Tensor, Tensor]:

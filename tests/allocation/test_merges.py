@@ -12,7 +12,7 @@ from fxlrd.factor.interpolative import least_squares, lost
 from fxlrd.graph.facts import statistics
 from fxlrd.graph.guards import why_not_replaceable
 from fxlrd.graph.surgery import annotate
-from fxlrd.layers.compose import input_importance
+from fxlrd.layers.compose import weight_by_channel
 from fxlrd.layers.kinds import depthwise
 from fxlrd.passes import Decompose
 
@@ -119,13 +119,13 @@ def test_readers_know_what_they_read():
         centred = y - y.mean(0) if r.mean is not None else y
         torch.testing.assert_close(r.second, centred.mT @ centred / len(y), rtol=1e-10, atol=1e-10)
         importance = statistics(node(gm, name)).importance
-        assert torch.equal(r.weight, input_importance(model.get_submodule(name), 1, importance))
+        assert torch.equal(r.weight, weight_by_channel(model.get_submodule(name), 1, importance))
         assert r.ridge == 0
     assert [r.mean is None for r in read] == [False, True, False], "b pads with zeros"
     for n in gm.graph.nodes:
         if statistics(n) is not None:
             statistics(n).importance = None
-    assert torch.equal(readers(gm, whole)[0].weight, input_importance(model.a))
+    assert torch.equal(readers(gm, whole)[0].weight, weight_by_channel(model.a))
 
 
 def test_reasons_why_readers_know_too_little():
@@ -276,9 +276,9 @@ def test_inputs_that_say_nothing_give_finite_curves(value):
 def test_what_is_lost_is_that_of_the_data():
     x = torch.randn(300, 20, dtype=torch.float64) @ torch.randn(20, 20).double()
     w, kept = torch.randn(6, 20).double(), torch.tensor([1, 4, 5, 17])
-    g, a = x.mT @ x / 300, w.mT @ w
+    g = x.mT @ x / 300
     other = torch.randn(20, 4).double()
     other[kept] = torch.eye(4).double()
     for matrix in (least_squares(g, kept), least_squares(g, kept, 0.1), other):
         wanted = ((x - x[:, kept] @ matrix.mT) @ w.mT).square().sum(1).mean().item()
-        assert lost(g, kept, matrix, a) == pytest.approx(wanted, rel=1e-9)
+        assert lost(g, kept, matrix, w) == pytest.approx(wanted, rel=1e-9)

@@ -12,12 +12,12 @@ from tests.support.factors import decaying, mixed, second_moments
 def reading(x, outputs=10, ridge=0.0):
     """What a random consumer reads of samples x."""
     weight = torch.randn(outputs, x.shape[1]).double()
-    return Reading(second_moments(x), weight.mT @ weight, ridge)
+    return Reading(second_moments(x), weight, ridge)
 
 
 def fitted(read, retained):
     """The error of the least squares fit to the retained units, computed anew."""
-    return lost(read.second, retained, least_squares(read.second, retained, read.ridge), read.importance)
+    return lost(read.second, retained, least_squares(read.second, retained, read.ridge), read.weight)
 
 
 def one_by_one(readings):
@@ -64,10 +64,10 @@ def test_a_planted_dependence_is_recovered(units, sources):
     read = reading(x)
     elimination = eliminate([read])
     retained = elimination.retained(sources)
-    matrix, _, error = interpolate(read.second, retained, read.importance)
+    matrix, _, error = interpolate(read.second, retained, read.weight)
     torch.testing.assert_close(x[:, retained] @ matrix.mT, x, rtol=1e-7, atol=1e-7)
     assert error < 1e-7, "the square root of rounding"
-    total = float((read.importance * read.second).sum())
+    total = float((read.weight @ read.second * read.weight).sum())
     assert elimination.error(sources) < 1e-7 * total
     fewer = fitted(read, elimination.retained(sources - 1))
     assert elimination.error(sources - 1) == pytest.approx(fewer, rel=1e-4)
@@ -115,7 +115,7 @@ def test_poor_data_give_finite_errors_and_each_unit_once(x, scale, ridge):
     for count in {1, 4, 11, units} if units < 100 else {450, units}:
         retained = elimination.retained(count)
         assert len(retained) == count
-        matrix, _, error = interpolate(read.second, retained, read.importance, ridge)
+        matrix, _, error = interpolate(read.second, retained, read.weight, ridge)
         assert matrix.isfinite().all()
         assert 0 <= error <= 1 + 1e-9
 
@@ -135,7 +135,7 @@ def test_units_that_carry_nothing_are_dropped_first():
     x = torch.randn(300, 10).double() * torch.tensor([100.0, *[1] * 9])
     x[:, [4, 7]] = 0
     read = reading(x)
-    read.importance[0] = read.importance[:, 0] = 0  # nobody reads the loudest
+    read.weight[:, 0] = 0  # nobody reads the loudest
     elimination = eliminate([read])
     assert elimination.dropped[:3].tolist() == [0, 4, 7]
     assert elimination.errors[3] == 0
@@ -149,7 +149,7 @@ def test_a_ridge_counts_in_the_error():
         retained = elimination.retained(count)
         matrix = least_squares(read.second, retained, 0.1)
         moments = with_ridge(read.second, 0.1)
-        expected = lost(moments, retained, matrix, read.importance)
+        expected = lost(moments, retained, matrix, read.weight)
         assert elimination.error(count) == pytest.approx(expected, rel=1e-9)
 
 
@@ -159,12 +159,11 @@ def test_importance_gives_a_lower_error_than_energy_or_chance():
         torch.manual_seed(seed)
         g = second_moments(decaying(300, 30))
         weight = torch.randn(12, 30).double() * torch.rand(30).double().square()
-        a = weight.mT @ weight
 
-        def error(retained, g=g, a=a):
-            return residual(g, retained, least_squares(g, retained), a)
+        def error(retained, g=g, weight=weight):
+            return residual(g, retained, least_squares(g, retained), weight)
 
-        by_weight.append(error(eliminate([Reading(g, a)]).retained(8)))
+        by_weight.append(error(eliminate([Reading(g, weight)]).retained(8)))
         by_energy.append(error(eliminate([Reading(g, torch.eye(30))]).retained(8)))
         chance = [error(torch.randperm(30)[:8].sort().values) for _ in range(10)]
         by_chance.append(sum(chance) / len(chance))

@@ -25,7 +25,7 @@ def test_channels_of_small_scale_are_fitted_as_exactly_as_large_ones():
 def test_the_predicted_error_is_the_consumers_on_these_samples():
     x, weight = decaying(200, 24), torch.randn(10, 24).double()
     retained = torch.tensor([1, 6, 7, 18])
-    matrix, _, error = interpolate(second_moments(x), retained, weight.mT @ weight)
+    matrix, _, error = interpolate(second_moments(x), retained, weight)
     reference = x @ weight.mT
     measured = (x[:, retained] @ matrix.mT @ weight.mT - reference).norm() / reference.norm()
     assert error == pytest.approx(measured.item(), rel=1e-9)
@@ -36,7 +36,7 @@ def test_with_a_constant_the_fit_is_least_squares_with_an_intercept():
     retained = torch.tensor([2, 3, 11, 20])
     columns = torch.cat([x[:, retained], torch.ones(200, 1).double()], 1)
     expected = torch.linalg.lstsq(columns, x).solution.mT
-    matrix, shift, error = interpolate(x.mT.cov(correction=0), retained, weight.mT @ weight, mean=x.mean(0))
+    matrix, shift, error = interpolate(x.mT.cov(correction=0), retained, weight, mean=x.mean(0))
     torch.testing.assert_close(matrix, expected[:, :-1], rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(shift, expected[:, -1], rtol=1e-8, atol=1e-10)
     reference = (x - x.mean(0)) @ weight.mT

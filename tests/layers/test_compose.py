@@ -8,11 +8,11 @@ from fxlrd.layers.compose import (
     affine,
     composed,
     fold_inputs,
-    input_importance,
     keep_channels,
     keep_outputs,
     scaled,
     takes_shift,
+    weight_by_channel,
     why_not_composable,
 )
 from tests.support.tensors import assert_close
@@ -177,14 +177,24 @@ def test_no_constant_goes_into_a_border_of_zeros_nor_into_a_layer_without_bias()
 def test_importance_is_what_the_weights_make_of_a_channel(block):
     conv = nn.Conv2d(6, 5, 3).double()
     w = conv.weight.detach().flatten(2).permute(0, 2, 1).flatten(0, 1)  # outputs and positions by inputs
-    a = input_importance(conv)
-    assert_close(a, w.mT @ w)
+    f = weight_by_channel(conv)
+    assert_close(f.mT @ f, w.mT @ w)
     linear = nn.Linear(6, 5).double()
     x = torch.randn(6 // block).double()
     energy = sum(
         linear.weight[:, i::block].detach().mv(x).square().sum() for i in range(block)
     )  # the same x at each place of the block
-    assert_close(x @ input_importance(linear, block) @ x, energy)
+    assert_close((weight_by_channel(linear, block) @ x).square().sum(), energy)
+
+
+@pytest.mark.parametrize(("outputs", "rank"), [(5, 5), (5, 2), (9, 9), (9, 3)])
+def test_importance_weighs_the_outputs_also_where_some_matter_nothing(outputs, rank):
+    linear = nn.Linear(6, outputs).double()
+    rows = torch.randn(rank, outputs).double()
+    f = weight_by_channel(linear, importance=rows.mT @ rows)
+    assert len(f) <= 6
+    made = rows @ linear.weight.detach()
+    assert_close(f.mT @ f, made.mT @ made)
 
 
 def test_nothing_is_changed_and_dtype_stays():

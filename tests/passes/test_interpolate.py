@@ -23,7 +23,7 @@ from fxlrd.graph.guards import NEVER_CALLED, why_not_replaceable
 from fxlrd.graph.inputs import Inputs
 from fxlrd.graph.layer import statistics_of
 from fxlrd.graph.surgery import calls, fork, layers
-from fxlrd.layers.compose import input_importance, takes_shift
+from fxlrd.layers.compose import takes_shift, weight_by_channel
 from fxlrd.layers.kinds import as_layer, channel_axis
 from fxlrd.passes import Branch, Calibrate, Decompose, Freeze, Merge
 from tests.support.merging import Net, calibrated, conv, hooked_conv, merged, randomised
@@ -61,7 +61,7 @@ def interpolation(gm: fx.GraphModule, consumer: Consumer, retained: torch.Tensor
         measured = statistics_of(nodes).input_moments
     shifts = takes_shift(module)
     second, mean = (measured.covariance, measured.mean) if shifts else (measured.second, None)
-    matrix, shift, _ = interpolate(second, retained, input_importance(module, consumer.block), measured.ridge, mean)
+    matrix, shift, _ = interpolate(second, retained, weight_by_channel(module, consumer.block), measured.ridge, mean)
     return Interpolate(retained, matrix, shift, -1 if isinstance(module, nn.Linear) else 1, consumer.block)
 
 
@@ -274,7 +274,7 @@ def test_retained_channels_and_interpolation_come_from_the_moments_on_the_nodes(
         target = consumer.node.target
         retained = retained_channels(calls(result.graph_module, name)[0])
         measured = moments(consumer.source, 1)
-        read = Reading(measured.second, input_importance(original.get_submodule(target)), measured.ridge)
+        read = Reading(measured.second, weight_by_channel(original.get_submodule(target)), measured.ridge)
         assert torch.equal(retained, eliminate([read]).retained(len(retained)))
         matrix = interpolation(original, consumer, retained).matrix
         folded = torch.einsum("scij,cr->srij", original.get_submodule(target).weight, matrix)
