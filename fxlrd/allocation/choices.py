@@ -55,7 +55,11 @@ class Choice:
 
 
 class Curve:
-    """The predicted error of one layer at any ranks, from one factorisation."""
+    """The predicted error of one layer at any ranks, from one factorisation.
+
+    Attributes:
+        gram: what that of an SVD is of (`whitened_gram`), in the precision of the layer.
+    """
 
     def __init__(self, module: nn.Module, fit: Fit | None) -> None:
         self.module, self.fit = module, fit
@@ -63,7 +67,12 @@ class Curve:
         used = fit._replace(importance=None) if fit is not None and silent else fit
         absolute = used is not None and used.importance is not None
         self.form = form(module)
-        self.energy = _svd_energy(module, used) if self.form == "svd" else _tucker_energy(_whitened(module, used))
+        self.gram: Tensor | None = None
+        if self.form == "svd":
+            gram = whitened_gram(module, used)
+            self.energy, self.gram = _svd_energy(gram), gram.to(as_layer(module).weight.dtype)
+        else:
+            self.energy = _tucker_energy(_whitened(module, used))
         check_finite(self.energy)
         total = float(self.energy[tuple(-1 for _ in self._full)])
         self.scale = kernel_share(module) if absolute or total == 0 else (NEGLIGIBLE if silent else 1) / total
@@ -79,9 +88,9 @@ class Curve:
         return tuple(n - 1 for n in self.energy.shape)
 
 
-def _svd_energy(module: nn.Module, fit: Fit | None) -> Tensor:
+def _svd_energy(gram: Tensor) -> Tensor:
     """Return the energy retained at ranks 0…n, all groups together."""
-    energy = torch.linalg.eigvalsh(whitened_gram(module, fit)[0]).flip(-1).clamp_min(0).sum(0)
+    energy = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sum(0)
     return torch.cat([energy.new_zeros(1), energy.cumsum(0)])
 
 

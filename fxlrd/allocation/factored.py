@@ -18,22 +18,31 @@ from fxlrd.layers.forms import Ranks, form
 from fxlrd.layers.weights import weight_blocks
 
 
-def whitened_gram(module: nn.Module, fit: Fit | None) -> tuple[Tensor, Root | None]:
-    """Return M·Mᵀ or Mᵀ·M (G, n, n), that of the shorter side, and the root of this side's metric.
-
-    None stands for the identity; without a fit, M is the weight.
-    """
+def whitened_gram(module: nn.Module, fit: Fit | None) -> Tensor:
+    """Return M·Mᵀ or Mᵀ·M (G, n, n), that of the shorter side; without a fit, M is the weight."""
     weight = weight_blocks(module).double().flatten(2)
     inputs, outputs = (None, None) if fit is None else metrics(module, fit)
-    if weight.shape[1] <= weight.shape[2]:
-        root = None if fit is None or fit.importance is None else output_root(module, fit.importance)
+    if _makes_fewer(weight):
         small = (weight if inputs is None else weight @ inputs) @ weight.mT
     else:
-        root = None if fit is None else input_root(module, fit)
         small = weight.mT @ (weight if outputs is None else outputs @ weight)
+    root = _root_of_the_shorter_side(module, weight, fit)
     if root is not None:
         small = root.root.mT @ small @ root.root
-    return (small + small.mT) / 2, root
+    return (small + small.mT) / 2
+
+
+def _makes_fewer(weight: Tensor) -> bool:
+    return weight.shape[1] <= weight.shape[2]
+
+
+def _root_of_the_shorter_side(module: nn.Module, weight: Tensor, fit: Fit | None) -> Root | None:
+    """Return the root of this side's metric; None stands for the identity."""
+    if fit is None or (_makes_fewer(weight) and fit.importance is None):
+        return None
+    if fit.importance is not None and _makes_fewer(weight):
+        return output_root(module, fit.importance)
+    return input_root(module, fit)
 
 
 def fit_of(layer: Layer) -> Fit | None:
@@ -45,9 +54,13 @@ class Factored:
     """Makes forms of layers, and remembers the factorisation of the latest one: trials of one layer follow each other.
 
     They are what `fxlrd.layers.build.decomposed` makes but for their balance.
+
+    Attributes:
+        grams: what `whitened_gram` gives of layers, by name, where that is known; each is used up.
     """
 
     def __init__(self) -> None:
+        self.grams: dict[str, Tensor] = {}
         self._latest: tuple[Layer, Fit, Tensor, Root | None] | None = None
 
     def at(self, layer: Layer, ranks: Ranks) -> nn.Module:
@@ -58,7 +71,10 @@ class Factored:
             fit = fit_of(layer)
             if fit is None:
                 return decomposed(layer.module, ranks)[0]
-            small, root = whitened_gram(layer.module, _audible(fit))
+            weight, audible = weight_blocks(layer.module).double().flatten(2), _audible(fit)
+            small = self.grams.pop(layer.name, None)
+            small = whitened_gram(layer.module, audible) if small is None else small.double()
+            root = _root_of_the_shorter_side(layer.module, weight, audible)
             self._latest = layer, fit, torch.linalg.eigh(small)[1].flip(-1), root
         _, fit, basis, root = self._latest
         (rank,) = ranks
@@ -73,7 +89,7 @@ def _audible(fit: Fit) -> Fit:
 
 def _svd_form(module: nn.Module, fit: Fit, basis: Tensor, root: Root | None) -> nn.Sequential:
     weight = weight_blocks(module).double().flatten(2)
-    if weight.shape[1] <= weight.shape[2]:  # W' = K⁻ᵀ·Q·Qᵀ·Kᵀ·W
+    if _makes_fewer(weight):  # W' = K⁻ᵀ·Q·Qᵀ·Kᵀ·W
         first, last = basis.mT, basis
         if root is not None:
             first, last = first @ root.root.mT, root.inverse.mT @ last

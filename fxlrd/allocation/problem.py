@@ -12,6 +12,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
+
+import numpy as np
 
 from fxlrd.allocation.choices import Choice
 from fxlrd.allocation.knapsack import spend
@@ -19,10 +22,13 @@ from fxlrd.allocation.merges import Merging
 from fxlrd.allocation.parts import Part, parts_of, together
 from fxlrd.allocation.plan import Plan
 
-_LAMBDAS = 25
+_LAMBDAS, _WEIGHTS = 25, 201
 _SWEEPS = 8
 _STEPS = 32768
 """Of the knapsack where it is solved once."""
+_ROUNDING = 1e-9
+"""Share of an error that a bound of it may be off by."""
+Array = np.ndarray[Any, np.dtype[np.float64]]
 Retained = Mapping[str, int]
 """How many channels merged groups retain, by the name of the group's first producer."""
 
@@ -235,6 +241,8 @@ class Problem:
 
         def better(retained: Retained) -> None:
             nonlocal plan, least
+            if self._bound(retained, budget) > least * (1 + _ROUNDING):
+                return
             trial = self._filled(retained, budget)
             if trial is not None and (error := self.error(trial)) < least:
                 plan, least = trial, error
@@ -250,6 +258,26 @@ class Problem:
                     if count != plan.retained.get(group):
                         better(_moved(plan.retained, group, count))
         return plan
+
+    def _bound(self, retained: Retained, budget: float) -> float:
+        """Return what no plan with these merges within the budget has less error than.
+
+        For any weight λ of costs, that is the least of error + λ·(cost − budget), in which each layer's form is chosen
+        alone (Lagrangian relaxation).
+        """
+        weights, least = self._relaxed
+        cut = self.cut(retained)
+        free = [i for i, name in enumerate(self.items) if name not in cut]
+        merged = sum(self.groups[group].options[count].error for group, count in retained.items())
+        return float((merged + least[free].sum(0) + weights * (self._merged_cost(retained) - budget)).max())
+
+    @cached_property
+    def _relaxed(self) -> tuple[Array, Array]:
+        """Weights λ of costs, and by layer and weight the least error + λ·cost of its forms."""
+        top, *_, bottom = self._lambdas() or [0.0, 0.0]
+        weights = np.geomspace(top, bottom, _WEIGHTS) if bottom > 0 else np.zeros(1)
+        least = [np.min([c.error + weights * c.cost for c in item], axis=0) for item in self.items.values()]
+        return weights, np.array(least)
 
     @cached_property
     def _merges(self) -> list[Retained]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxlrd.factor.basis import magnitude, working
-from fxlrd.factor.products import gram
+from fxlrd.factor.products import add_gram, gram
 
 POSITIONS = 256
 """Positions of one input that are sampled, evenly strided; the next inputs begin at others."""
@@ -65,9 +65,12 @@ class Samples:
             self.total, self.squares, self.unit = self.total.mul_(less), self.squares * less**2, peak
         rows = (working(rows) if rows.device.type == "cpu" else rows.double()) / peak
         scale = (peak / self.unit) ** 2 * positions / max(rows.shape[1], 1)
-        self.total.add_(gram(rows.flatten(0, 1)).to(self.total.dtype), alpha=scale)
+        if rows.dtype == self.total.dtype:
+            add_gram(self.total, rows.flatten(0, 1), scale)
+        else:
+            self.total.add_(gram(rows.flatten(0, 1)), alpha=scale)
         small = rows @ rows.mT if rows.shape[1] < rows.shape[2] else rows.mT @ rows
-        self.squares += float(small.double().square().sum()) * scale**2
+        self.squares += float(torch.linalg.vector_norm(small, dtype=torch.float64)) ** 2 * scale**2
 
     def sum(self) -> Tensor:
         """Return Σ Γᵢ."""

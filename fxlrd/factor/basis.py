@@ -38,7 +38,8 @@ def working(tensor: Tensor) -> Tensor:
 
 def magnitude(tensor: Tensor) -> float:
     """Return the power of two just above the largest entry (1 for zeros): dividing by it is exact."""
-    return math.ldexp(1.0, math.frexp(torch.linalg.vector_norm(tensor, math.inf).item())[1])
+    least, most = torch.aminmax(tensor)
+    return math.ldexp(1.0, math.frexp(max(-least.item(), most.item()))[1])
 
 
 def within_range(matrix: Tensor) -> tuple[Tensor, float]:

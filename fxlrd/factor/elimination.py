@@ -168,7 +168,8 @@ class _Consumer:
 
     def among(self, units: Tensor) -> tuple[Tensor, Tensor]:
         """Return P and A of some units."""
-        return _part(self.precision, units), gram(self.weight[:, units])
+        weight = self.weight[:, units]
+        return _part(self.precision, units), weight.mT @ weight
 
     def _inflation(self) -> float:
         return float(self.precision.diagonal().max())

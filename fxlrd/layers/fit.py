@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxlrd.errors import Reason
-from fxlrd.factor.products import gram
+from fxlrd.factor.products import add_gram, gram
 from fxlrd.factor.ridge import GRID, best_ridge, with_ridge
 from fxlrd.factor.whiten import Root, regularised, root
 from fxlrd.layers.kinds import channels_per_group, kernel_area
@@ -105,18 +105,18 @@ class Moments:
         squares fit would divide by it. Of the last rows some are held out: with those of other inputs they have least
         in common.
         """
-        given, x = x.detach(), x.detach().double()
-        self.products += gram(x)
-        self.total += x.sum(0)
+        x = x.detach()
+        add_gram(self.products, x)
+        self.total += x.sum(0, dtype=torch.float64)
         self.count += len(x)
         self._ridge = None
-        self.held_out = self.held_out.followed_by(given, self.count)
+        self.held_out = self.held_out.followed_by(x, self.count)
 
     def remove(self, x: Tensor, held_out: HeldOut) -> None:
         """Remove rows that were added last; ``held_out`` is what was held out before."""
-        x = x.detach().double()
-        self.products -= gram(x)
-        self.total -= x.sum(0)
+        x = x.detach()
+        add_gram(self.products, x, -1)
+        self.total -= x.sum(0, dtype=torch.float64)
         self.count -= len(x)
         self.held_out, self._ridge = held_out, None
 

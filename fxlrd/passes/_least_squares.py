@@ -55,7 +55,7 @@ class LeastSquares:
         most = max(ROWS * width, FEW)
         rows, made = _rows(self.module, z, most), made[:: stride_for(len(made), most)].double()
         self.read.add(rows)
-        self.cross += made.mT @ rows
+        self.cross.addmm_(made.mT, rows)
         self.total += made.sum(0)
 
     def modules(self) -> dict[str, nn.Module] | None:

@@ -157,6 +157,8 @@ class Allocate:
                 else:
                     if goals is not None and curve is not None and len(forms) > 1:
                         trials.append(trial_of_layer(layer, forms, goals, factored))
+                        if curve.gram is not None:
+                            factored.grams[layer.name] = curve.gram
                     items[layer.name] = forms
             return None if reason is None else Skip(layer.name, reason)
 

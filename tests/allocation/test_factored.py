@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fxlrd.allocation.choices import Curve
 from fxlrd.allocation.factored import Factored
 from fxlrd.layers.build import decomposed
 from fxlrd.layers.kinds import channels_per_group
@@ -19,7 +20,7 @@ NAMES = ["linear", "wide linear", "grouped conv1x1", "conv", "transposed1x1"]
 def layer_of(name, weighted):
     module = MODULES[name]().double()
     fit = fit_for(module, weighted)
-    return SimpleNamespace(module=module, statistics=SimpleNamespace(fit=lambda _: fit)), fit
+    return SimpleNamespace(name=name, module=module, statistics=SimpleNamespace(fit=lambda _: fit)), fit
 
 
 def inputs(module):
@@ -31,8 +32,11 @@ def inputs(module):
 @pytest.mark.parametrize("name", NAMES)
 def test_they_are_those_that_decompose_makes(name, given):
     factored = Factored()
-    for _ in range(2):
+    for known in (False, True):
         layer, fit = layer_of(name, given == "effect")
+        gram = Curve(layer.module, fit).gram
+        if known and gram is not None:
+            factored.grams[name] = gram
         for ranks in every_rank(layer.module)[1:4]:
             made = decomposed(layer.module, ranks, fit=fit)[0]
             x = inputs(layer.module)

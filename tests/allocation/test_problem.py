@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 from itertools import pairwise, product
@@ -117,6 +118,19 @@ def test_what_is_between_layers_costs_no_more_than_the_rest():
     costs = {rest: [merging.between for merging in within(groups, rest).values()] for rest in (9.0, 4.0, -1.0)}
     assert costs == {9.0: [6.0, 2.0], 4.0: [3.0, 1.0], -1.0: [0.0, 0.0]}
     assert within({"a": merging("a", "b", {})}, 0.0)["a"].between == 0.0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_plan_has_less_error_than_its_bound_which_is_near(seed):
+    whole = problem(seed)
+    excess = []
+    for share, retained in itertools.product((0.3, 0.5, 0.8), whole._merges):
+        plan = whole._filled(retained, share * whole.original)
+        if plan is not None:
+            bound, error = whole._bound(retained, share * whole.original), whole.error(plan)
+            assert bound <= error * (1 + 1e-9)
+            excess.append((error - bound) / error)
+    assert sorted(excess)[len(excess) // 2] < 0.1
 
 
 def test_without_groups_the_plan_is_that_of_the_knapsack_alone():

@@ -62,7 +62,8 @@ def test_of_a_linear_model_it_is_the_square_of_the_jacobian():
     gamma = exact(gm, x, 16)
     z, w = net(x).detach(), net[1].weight.detach()
     torch.testing.assert_close(gamma(node(gm, "0")), 4 * w.mT @ w / z.square().sum(), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(gamma(node(gm, "1")), 4 * torch.eye(4).double() / z.square().sum(), rtol=1e-12, atol=0)
+    wanted = 4 * torch.eye(4).double() / z.square().sum()
+    torch.testing.assert_close(gamma(node(gm, "1")), wanted, rtol=1e-12, atol=1e-16)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -113,7 +114,7 @@ def test_over_batches_it_is_the_mean():
         for _ in range(8 // PROBES):
             importance.add(Inputs((part,)))
     mean = (exact(gm, parts[0], 8)(node(gm, "b")) + exact(gm, parts[1], 8)(node(gm, "b"))) / 2
-    torch.testing.assert_close(importance.gamma(node(gm, "b")), mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(importance.gamma(node(gm, "b")), mean, rtol=1e-12, atol=1e-16)
 
 
 # Not b: what it reads has a mean of its own in each image, and a pool adds up errors that go the same way.
@@ -146,7 +147,7 @@ def test_signs_are_fair_and_the_same_each_time():
     first, again = (Importance(gm).start(output, False) for _ in "ab")
     assert torch.equal(first, again)
     signs = first * output.norm()
-    torch.testing.assert_close(signs.abs(), torch.ones(64, 64).double(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(signs.abs(), torch.ones(64, 64).double(), rtol=1e-12, atol=1e-16)
     assert signs.mean().abs() < 4 / 64, "four standard deviations"
     state = torch.get_rng_state()
     Importance(gm).add(Inputs((torch.randn(4, 3, generator=torch.Generator().manual_seed(1)),)))
@@ -209,7 +210,7 @@ def test_each_output_counts_alike():
     eye = torch.eye(4, dtype=torch.float64)
     wanted = 4 * (w.mT @ w / z.square().sum() + eye / y.square().sum())
     torch.testing.assert_close(gamma(node(gm, "a")), wanted, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(gamma(node(gm, "b")), 4 * eye / z.square().sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gamma(node(gm, "b")), 4 * eye / z.square().sum(), rtol=1e-12, atol=1e-16)
 
 
 class Reused(nn.Module):
@@ -228,7 +229,7 @@ def test_each_call_of_a_layer_has_its_own():
     gamma = exact(gm, x, 16)
     w, size = net.fc.weight.detach(), net(x).detach().square().sum()
     torch.testing.assert_close(gamma(first), 4 * w.mT @ w / size, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(gamma(last), 4 * torch.eye(4).double() / size, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gamma(last), 4 * torch.eye(4).double() / size, rtol=1e-12, atol=1e-16)
 
 
 class Classes(nn.Module):
@@ -295,7 +296,7 @@ def test_channels_are_those_of_the_last_axis_of_a_linear(shape):
     assert importance.gamma(node(gm, "0")).shape == (4, 4)
     count = x.numel() // 6
     wanted = count / net(x).detach().square().sum()
-    torch.testing.assert_close(importance.gamma(node(gm, "0")).diagonal(), wanted.expand(4), rtol=1e-12, atol=0)
+    torch.testing.assert_close(importance.gamma(node(gm, "0")).diagonal(), wanted.expand(4), rtol=1e-12, atol=1e-16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
