@@ -16,12 +16,20 @@ import fxlrd
 from fxlrd import FxlrdError
 from fxlrd.errors import BudgetError
 
+RESULTS = Path(bench.__file__).parent / "results"
 MODULES = sorted(path.stem for path in Path(bench.__file__).parent.glob("*.py") if not path.stem.startswith("__"))
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_benchmark_imports(name):
     importlib.import_module(f"bench.{name}")
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_a_published_table_is_that_of_its_cells(file):
+    content = json.loads(file.read_text())
+    made_by = importlib.import_module(content["command"].split()[2])
+    assert content["rows"] == json.loads(json.dumps(made_by.rows(content["cells"])))
 
 
 def test_every_section_is_a_module():
