@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -122,16 +122,19 @@ def sharing(model: nn.Module) -> Iterator[Job | None]:
         yield None
         return
     rank, size = distributed.get_rank(), distributed.get_world_size()
-    with _answering(rank, "call compress() in every process, or before torch.distributed.init_process_group()"):
-        joined = distributed.new_group(backend="gloo", timeout=JOINING)
-        group = distributed.new_group(backend="gloo", timeout=WORKING)
     parameter = next(model.parameters(), None)
-    try:
-        yield Job(rank, size, torch.device("cpu") if parameter is None else parameter.device, group)
-    finally:
-        for each in (group, joined):  # not before: a group destroyed while another process connects leaves that hanging
-            with suppress(Exception):
-                distributed.destroy_process_group(each)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    with ExitStack() as stack:  # a group that is destroyed while another process connects to it leaves that one hanging
+        with _answering(rank, "call compress() in every process, or before torch.distributed.init_process_group()"):
+            for timeout in (JOINING, WORKING):
+                group = distributed.new_group(backend="gloo", timeout=timeout)
+                stack.callback(_destroy, group)
+        yield Job(rank, size, device, group)
+
+
+def _destroy(group: Any) -> None:
+    with suppress(Exception):
+        distributed.destroy_process_group(group)
 
 
 @dataclass(frozen=True)

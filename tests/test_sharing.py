@@ -30,9 +30,10 @@ def start(case: str, folder: Path, size: int = 2) -> list[subprocess.Popen[str]]
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Return the status and the last line of standard error of each process."""
-    texts = [p.communicate(timeout=120)[1] for p in processes]
-    return [(p.returncode, (text.strip().splitlines() or [""])[-1]) for p, text in zip(processes, texts, strict=True)]
+    """Return the status and the last line of standard error of each process; all lines of one that crashed."""
+    texts = [p.communicate(timeout=300)[1].strip() for p in processes]
+    pairs = [(p.returncode, text) for p, text in zip(processes, texts, strict=True)]
+    return [(status, text if status not in (0, 2) else text.rpartition("\n")[2]) for status, text in pairs]
 
 
 @pytest.mark.parametrize("case", ["ratio", "auto", "inplace", "own_batches"])

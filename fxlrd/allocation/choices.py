@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fxlrd.allocation.factored import whitened_gram
 from fxlrd.errors import Reason
-from fxlrd.factor.basis import left_basis
+from fxlrd.factor.basis import left_basis, magnitude, working
 from fxlrd.factor.failures import check_finite
 from fxlrd.layers.fit import Fit, roots
 from fxlrd.layers.forms import Ranks, form, parameters, ranks_by_ratio
@@ -58,7 +58,8 @@ class Curve:
     """The predicted error of one layer at any ranks, from one factorisation.
 
     Attributes:
-        gram: what that of an SVD is of (`whitened_gram`), in the precision of the layer.
+        gram: what that of an SVD is of (`whitened_gram`), in units of its size, for the singular vectors: in the
+            precision of the algebra.
     """
 
     def __init__(self, module: nn.Module, fit: Fit | None) -> None:
@@ -70,7 +71,8 @@ class Curve:
         self.gram: Tensor | None = None
         if self.form == "svd":
             gram = whitened_gram(module, used)
-            self.energy, self.gram = _svd_energy(gram), gram.to(as_layer(module).weight.dtype)
+            self.energy = _svd_energy(gram)
+            self.gram = (gram / magnitude(gram)).to(working(as_layer(module).weight).dtype)
         else:
             self.energy = _tucker_energy(_whitened(module, used))
         check_finite(self.energy)

@@ -50,18 +50,29 @@ def fit_of(layer: Layer) -> Fit | None:
     return None if layer.statistics is None else layer.statistics.fit(layer.module)
 
 
+_MOST = 2**26
+"""Entries of all grams that are kept: 256 MB in float32."""
+
+
 class Factored:
     """Makes forms of layers, and remembers the factorisation of the latest one: trials of one layer follow each other.
 
     They are what `fxlrd.layers.build.decomposed` makes but for their balance.
 
     Attributes:
-        grams: what `whitened_gram` gives of layers, by name, where that is known; each is used up.
+        grams: what `whitened_gram` gives of layers, in any unit, by name, where that is known; each is used up.
     """
 
     def __init__(self) -> None:
         self.grams: dict[str, Tensor] = {}
+        self._entries = 0
         self._latest: tuple[Layer, Fit, Tensor, Root | None] | None = None
+
+    def know(self, layer: Layer, gram: Tensor) -> None:
+        """Keep a layer's gram until its forms are made, unless that is too much (`_MOST`)."""
+        if self._entries + gram.numel() <= _MOST:
+            self._entries += gram.numel()
+            self.grams[layer.name] = gram
 
     def at(self, layer: Layer, ranks: Ranks) -> nn.Module:
         """Return the layer's form at ``ranks``."""
@@ -71,7 +82,7 @@ class Factored:
             fit = fit_of(layer)
             if fit is None:
                 return decomposed(layer.module, ranks)[0]
-            weight, audible = weight_blocks(layer.module).double().flatten(2), _audible(fit)
+            weight, audible = weight_blocks(layer.module).flatten(2), _audible(fit)
             small = self.grams.pop(layer.name, None)
             small = whitened_gram(layer.module, audible) if small is None else small.double()
             root = _root_of_the_shorter_side(layer.module, weight, audible)

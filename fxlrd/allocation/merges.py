@@ -17,6 +17,7 @@ from fxlrd.errors import Reason
 from fxlrd.factor.elimination import Elimination, Reading, eliminate
 from fxlrd.factor.failures import check_finite, failure
 from fxlrd.factor.interpolative import Interpolation, interpolate
+from fxlrd.factor.products import gram, half
 from fxlrd.graph.channels import Consumer, Group, group_of
 from fxlrd.graph.facts import FACTORS, provenance, shape, statistics
 from fxlrd.graph.guards import is_stem, matches, stem_reason, why_not_replaceable
@@ -216,7 +217,8 @@ def eliminated(read: Sequence[Reader], fewest: int) -> Elimination:
         given = r.second
         for i, (second, weight, ridge) in enumerate(readings):
             if ridge == r.ridge and torch.equal(second, given):
-                readings[i] = Reading(second, torch.cat([weight, r.weight]), ridge)
+                weight = torch.cat([weight, r.weight])
+                readings[i] = Reading(second, weight if len(weight) <= 2 * len(second) else half(gram(weight)), ridge)
                 break
         else:
             readings.append(Reading(given, r.weight, r.ridge))

@@ -26,6 +26,7 @@ from fxlrd.calibration.padding import at_tokens, spread_out, tokens_of
 from fxlrd.calibration.samples import Elsewhere, Samples
 from fxlrd.calibration.watching import Watcher, run_watched
 from fxlrd.errors import Reason
+from fxlrd.factor.basis import magnitude
 from fxlrd.factor.failures import memory_failure
 from fxlrd.graph.captured import runnable
 from fxlrd.graph.facts import job
@@ -72,7 +73,7 @@ class Importance:
         self._matrices: list[Tensor] = []
         self.sums: dict[fx.Node, Samples] = {}
         self.failed: dict[fx.Node, Reason] = {}
-        self.probes = 0
+        self.probes, self.lift = 0, 1.0
         self.rows = self.positions = self.inputs = 0
         self.generator = torch.Generator().manual_seed(0)
         if (shared := job(gm)) is not None:
@@ -149,8 +150,10 @@ class Importance:
             probes = PROBES if self.rows < FEW else 1
             for i in range(probes if outputs else 0):
                 starts = [spread_out(self.start(at_tokens(t, tokens), each), t, tokens) for t, each in outputs]
+                self.lift = _lift([t for t, _ in outputs], starts)
+                lifted = [(v * self.lift).to(t.dtype) for v, (t, _) in zip(starts, outputs, strict=True)]
                 graph = i + 1 < probes
-                torch.autograd.grad([t for t, _ in outputs], zero, starts, retain_graph=graph, allow_unused=True)
+                torch.autograd.grad([t for t, _ in outputs], zero, lifted, retain_graph=graph, allow_unused=True)
                 self.probes += 1
             self.inputs += examples(inputs)
             sequences = [t for t, _ in outputs if t.dim() == 3]
@@ -191,6 +194,17 @@ class Importance:
         return self.sums[node].shrunk().div_(self.probes) if self._measured(node) else None
 
 
+def _lift(outputs: Sequence[Tensor], starts: Sequence[Tensor]) -> float:
+    """Return the power of two to multiply the starts of a backward pass by, and with them all gradients.
+
+    It makes the largest 1 where outputs are in float16: that holds nothing below 6e-8 (loss scaling, Micikevicius et
+    al., Mixed precision training, 2018).
+    """
+    if all(t.dtype != torch.float16 for t in outputs):
+        return 1.0
+    return 1 / max(map(magnitude, starts))
+
+
 class _Gradients:
     """Watches a run such that a backward pass adds g·gᵀ of the channels that each layer makes to its Γ.
 
@@ -224,7 +238,7 @@ class _Gradients:
         try:
             if call not in sums:
                 sums[call] = Samples.none(rows, count)
-            sums[call].add(rows.reshape(len(rows) if rows.dim() > 1 else 1, -1, count))
+            sums[call].add(rows.reshape(len(rows) if rows.dim() > 1 else 1, -1, count), 1 / self.importance.lift)
         except Exception as error:
             if (reason := memory_failure(error, "calibration")) is None:
                 raise

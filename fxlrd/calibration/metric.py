@@ -99,14 +99,13 @@ def _classes(logits: Tensor) -> int:
 def drawn(output: Tensor, logits: bool, generator: torch.Generator) -> Tensor:
     """Return v, of the shape of ``output``, with E[v·vᵀ] = M / Σ zᵀ·M·z: to start a backward pass with.
 
-    From random signs s it is s itself, or √p∘s − p·(√pᵀ·s).
+    From random signs s it is s itself, or √p∘s − p·(√pᵀ·s). In float64 or float32: float16 does not hold it.
     """
     z = output.detach()
     if logits and (size := _spread(z)) > 0:
         parts = [_turned(rows, generator) / math.sqrt(size) for rows in _rows(z)]
-        return torch.cat(parts).to(z.dtype).view(z.movedim(_axis(z), -1).shape).movedim(-1, _axis(z))
-    scale = 1 / max(float(z.double().norm()), 1e-30)
-    return _signs(z, generator) * min(scale, torch.finfo(z.dtype).max)  # float16 holds neither of the two
+        return torch.cat(parts).view(z.movedim(_axis(z), -1).shape).movedim(-1, _axis(z))
+    return _signs(working(z), generator) / max(float(z.double().norm()), 1e-30)
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

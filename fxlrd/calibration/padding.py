@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, fx
 
 from fxlrd.graph.captured import captured_or_bare
@@ -47,7 +46,7 @@ def spread_out(rows: Tensor, like: Tensor, tokens: Tensor | None) -> Tensor:
     """Return a tensor of the shape of ``like`` with rows where tokens are, and zeros elsewhere: undoes `at_tokens`."""
     if tokens is None or not _has_positions(like, tokens):
         return rows
-    return torch.zeros_like(like).masked_scatter_(tokens.to(like.device)[..., None], rows)
+    return rows.new_zeros(like.shape).masked_scatter_(tokens.to(like.device)[..., None], rows)
 
 
 def _has_positions(value: Tensor, tokens: Tensor) -> bool:

@@ -47,24 +47,25 @@ class Samples:
         """Return the sum of no samples of gradients ``like`` these, of so many outputs."""
         return cls(working(like[:0]).new_zeros(width, width))
 
-    def add(self, rows: Tensor) -> None:
-        """Add samples: gradients (n, positions, S), of which at most `POSITIONS` a sample, in place of all others.
+    def add(self, rows: Tensor, unit: float = 1.0) -> None:
+        """Add samples: gradients (n, positions, S) in a unit, of which at most `POSITIONS` a sample, in place of all.
 
         On a CPU their products are in float32, which is exact enough for what is an estimate, and half the work.
         """
         most = POSITIONS if len(self.total) <= WIDE else POSITIONS // 4
         stride = math.ceil(rows.shape[1] / most)
         first = self.count % stride
-        positions, rows = rows.shape[1], rows[:, first::stride]
+        positions, rows = rows.shape[1], rows[:, first::stride].contiguous()
         self.count += len(rows)
         if not bool(rows.any()):
             return
         peak = magnitude(rows)  # squares of small gradients stay within range
-        if peak > self.unit:
-            less = (self.unit / peak) ** 2
-            self.total, self.squares, self.unit = self.total.mul_(less), self.squares * less**2, peak
+        whole = peak * unit
+        if whole > self.unit:
+            less = (self.unit / whole) ** 2
+            self.total, self.squares, self.unit = self.total.mul_(less), self.squares * less**2, whole
         rows = (working(rows) if rows.device.type == "cpu" else rows.double()) / peak
-        scale = (peak / self.unit) ** 2 * positions / max(rows.shape[1], 1)
+        scale = (whole / self.unit) ** 2 * positions / max(rows.shape[1], 1)
         if rows.dtype == self.total.dtype:
             add_gram(self.total, rows.flatten(0, 1), scale)
         else:
@@ -99,5 +100,5 @@ class Elsewhere(Samples):
     def __init__(self) -> None:
         super().__init__(torch.zeros(()))
 
-    def add(self, rows: Tensor) -> None:
+    def add(self, rows: Tensor, unit: float = 1.0) -> None:
         """Do nothing."""

@@ -38,8 +38,12 @@ def working(tensor: Tensor) -> Tensor:
 
 def magnitude(tensor: Tensor) -> float:
     """Return the power of two just above the largest entry (1 for zeros): dividing by it is exact."""
-    least, most = torch.aminmax(tensor)
-    return math.ldexp(1.0, math.frexp(max(-least.item(), most.item()))[1])
+    if tensor.is_contiguous():  # then the fastest way; of others it takes a copy
+        least, most = torch.aminmax(tensor)
+        largest = max(-least.item(), most.item())
+    else:
+        largest = torch.linalg.vector_norm(tensor, math.inf).item()
+    return math.ldexp(1.0, math.frexp(largest)[1])
 
 
 def within_range(matrix: Tensor) -> tuple[Tensor, float]:

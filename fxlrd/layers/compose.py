@@ -146,7 +146,7 @@ def fold_inputs(module: nn.Module, matrix: Tensor, block: int = 1, shift: Tensor
 def weight_by_channel(module: nn.Module, block: int = 1, importance: Tensor | None = None) -> Tensor:
     """Return F (m×C, m ≤ C) with FᵀF = WᵀΓW of a layer's weight, summed over kernel positions and block, in float64.
 
-    ``importance`` is Γ (S×S); without it every output counts alike.
+    ``importance`` is Γ (S×S); without it every output counts alike. It may be a view of the weight.
     """
     weight, _ = _double(module)
     by_channel = weight.unflatten(1, (-1, block)).movedim(1, -1)  # S … C

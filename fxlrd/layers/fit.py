@@ -106,17 +106,14 @@ class Moments:
         in common.
         """
         x = x.detach()
-        add_gram(self.products, x)
-        self.total += x.sum(0, dtype=torch.float64)
+        add_gram(self.products, x, sums=self.total)
         self.count += len(x)
         self._ridge = None
         self.held_out = self.held_out.followed_by(x, self.count)
 
     def remove(self, x: Tensor, held_out: HeldOut) -> None:
         """Remove rows that were added last; ``held_out`` is what was held out before."""
-        x = x.detach()
-        add_gram(self.products, x, -1)
-        self.total -= x.sum(0, dtype=torch.float64)
+        add_gram(self.products, x.detach(), -1, self.total)
         self.count -= len(x)
         self.held_out, self._ridge = held_out, None
 

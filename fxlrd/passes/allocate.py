@@ -157,8 +157,8 @@ class Allocate:
                 else:
                     if goals is not None and curve is not None and len(forms) > 1:
                         trials.append(trial_of_layer(layer, forms, goals, factored))
-                        if curve.gram is not None:
-                            factored.grams[layer.name] = curve.gram
+                        if curve.gram is not None and curve.fit is not None:
+                            factored.know(layer, curve.gram)
                     items[layer.name] = forms
             return None if reason is None else Skip(layer.name, reason)
 

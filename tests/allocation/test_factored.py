@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from fxlrd.allocation.choices import Curve
 from fxlrd.allocation.factored import Factored
 from fxlrd.layers.build import decomposed
+from fxlrd.layers.fit import Fit
 from fxlrd.layers.kinds import channels_per_group
 from tests.allocation.test_choices import MODULES, every_rank, fit_for
 from tests.support.tensors import relative_error
@@ -41,6 +43,20 @@ def test_they_are_those_that_decompose_makes(name, given):
             made = decomposed(layer.module, ranks, fit=fit)[0]
             x = inputs(layer.module)
             assert relative_error(factored.at(layer, ranks)(x), made(x)) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e6])
+def test_what_a_curve_was_made_of_serves_in_half_precision_at_any_scale(dtype, size):
+    module = nn.Linear(64, 48).to(dtype)
+    fit = Fit(size * torch.logspace(0, -5, 64).double().diag(), torch.zeros(64).double())
+    layer = SimpleNamespace(name="0", module=module, statistics=SimpleNamespace(fit=lambda _: fit))
+    known = Factored()
+    known.know(layer, Curve(module, fit).gram)
+    x = torch.logspace(0, -2.5, 64).double() * torch.randn(20, 64).double()
+    forms = [each.at(layer, (24,)).double() for each in (Factored(), known)]
+    assert not known.grams, "it is used up"
+    assert relative_error(forms[1](x), forms[0](x)) < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,6 +8,7 @@ from fxlrd import capture
 from fxlrd.allocation.merges import eliminated, interpolations, mergeable, readers
 from fxlrd.calibration.batches import as_inputs
 from fxlrd.calibration.moments import LARGEST, sweep
+from fxlrd.factor.elimination import Reading, eliminate
 from fxlrd.factor.interpolative import least_squares, lost
 from fxlrd.graph.facts import statistics
 from fxlrd.graph.guards import why_not_replaceable
@@ -186,6 +187,17 @@ def test_a_curve_is_the_error_that_is_made():
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 1e-3 * whole
     assert errors[-1] <= 1e-12 * whole, "all channels are kept"
+
+
+@pytest.mark.usefixtures("without_ridge")
+def test_many_readers_of_one_tensor_are_as_one_of_all_their_outputs():
+    model, x = group_of(12, [7, 30, 5, 20])
+    gm = swept(model, x)
+    read = readers(gm, found(gm, "make"))
+    apart = eliminate([Reading(r.second, r.weight, r.ridge) for r in read])
+    together = eliminated(read, 0)
+    assert together.dropped.tolist() == apart.dropped.tolist()
+    torch.testing.assert_close(together.errors, apart.errors, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.usefixtures("without_ridge")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from dataclasses import replace
 from itertools import pairwise, product
@@ -131,6 +132,16 @@ def test_no_plan_has_less_error_than_its_bound_which_is_near(seed):
             assert bound <= error * (1 + 1e-9)
             excess.append((error - bound) / error)
     assert sorted(excess)[len(excess) // 2] < 0.1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_bound_rules_out_is_no_better_plan(seed, monkeypatch):
+    whole = replace(problem(seed), biases={"0": 1.0})
+    whole = replace(whole, groups={name: replace(each, between=2.0) for name, each in whole.groups.items()})
+    budgets = [share * whole.original for share in (0.2, 0.4, 0.6, 0.8)]
+    found = [whole.best(budget) for budget in budgets]
+    monkeypatch.setattr(Problem, "_bound", lambda *_: -math.inf)
+    assert found == [replace(whole).best(budget) for budget in budgets]
 
 
 def test_without_groups_the_plan_is_that_of_the_knapsack_alone():

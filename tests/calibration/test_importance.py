@@ -299,6 +299,24 @@ def test_channels_are_those_of_the_last_axis_of_a_linear(shape):
     torch.testing.assert_close(importance.gamma(node(gm, "0")).diagonal(), wanted.expand(4), rtol=1e-12, atol=1e-16)
 
 
+@pytest.mark.parametrize("logits", [False, True])
+def test_in_float16_it_is_what_it_is_in_float64_however_small_gradients_are(logits):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 8)).half()
+    with torch.no_grad():
+        net[1].weight *= 1e-3
+        net[1].bias.normal_().mul_(10)
+    x, found = torch.randn(5000, 16).half(), []
+    for dtype in (torch.float16, torch.float64):
+        gm = capture(copy.deepcopy(net).to(dtype), x[:2].to(dtype))
+        importance = Importance(gm, softmax=logits)
+        importance.add(Inputs((x.to(dtype),)))
+        found.append([importance.gamma(node(gm, name)).double() for name in "01"])
+    for half, double in zip(*found, strict=True):
+        assert double.trace() > 0
+        assert (half - double).norm() < 1e-2 * double.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_it_is_kept_in_the_precision_of_the_algebra(dtype):
     gm = capture(Convs().to(dtype), torch.randn(2, 3, 4, 5, dtype=dtype))

@@ -114,9 +114,9 @@ def test_outputs_that_are_not_finite_are_infinitely_far(logits, value):
     assert squared_error([changed], [z], [logits]) == math.inf
 
 
-def test_a_half_that_no_half_can_hold_still_starts_a_backward_pass():
+def test_what_no_half_can_hold_is_drawn_in_float32():
     z = torch.full((4, 3, 512, 512), 200.0).half()
     v = drawn(z, False, torch.Generator().manual_seed(0))
-    assert v.dtype == torch.float16
-    assert float(v.abs().max()) == pytest.approx(1 / float(z.double().norm()), rel=1e-2)
+    assert v.dtype == torch.float32
+    assert float(v.abs().max()) == pytest.approx(1 / float(z.double().norm()), rel=1e-6)
     assert bool(drawn(torch.zeros(2, 3).half(), False, torch.Generator()).isfinite().all())

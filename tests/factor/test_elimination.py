@@ -141,6 +141,19 @@ def test_units_that_carry_nothing_are_dropped_first():
     assert elimination.errors[3] == 0
 
 
+def test_a_consumer_of_more_outputs_than_units_is_that_of_as_much_importance():
+    x = decaying(300, 12)
+    x[:, 3] = 0
+    weight = torch.randn(40, 12).double()
+    weight[:, 7] = 0
+    whole = eliminate([Reading(second_moments(x), weight)])
+    parts = eliminate([Reading(second_moments(x), part) for part in weight.split(10)])
+    assert whole.dropped.tolist() == parts.dropped.tolist()
+    assert set(whole.dropped[:2].tolist()) == {3, 7}
+    torch.testing.assert_close(whole.errors, parts.errors, rtol=1e-9, atol=1e-12)
+    assert whole.errors[2] == 0
+
+
 def test_a_ridge_counts_in_the_error():
     x = decaying(200, 24)
     read = reading(x, ridge=0.1)

@@ -28,3 +28,22 @@ def test_half_of_a_product_gives_it_again(rank):
     product = gram(torch.randn(rank, 20, generator=torch.Generator().manual_seed(0)).double())
     made = half(product)
     torch.testing.assert_close(made.mT @ made, product, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [2, 6, 40])
+def test_half_of_a_product_is_as_exact_in_small_rows_and_nothing_in_those_that_are_zero(rank):
+    rows = torch.randn(rank, 6, generator=torch.Generator().manual_seed(0)).double()
+    rows = rows * torch.tensor([1e6, 1.0, 0.0, 1e-6, 1.0, 1e3])
+    made = half(rows.mT @ rows)
+    torch.testing.assert_close(made.mT @ made, rows.mT @ rows, rtol=1e-9, atol=0)
+    assert not made[:, 2].any()
+
+
+def test_sums_are_those_of_the_rows_and_can_be_taken_back():
+    x = torch.randn(3000, 300, generator=torch.Generator().manual_seed(0)).half()
+    total, sums = torch.zeros(300, 300).double(), torch.zeros(300).double()
+    add_gram(total, x, sums=sums)
+    torch.testing.assert_close(sums, x.double().sum(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(total, x.double().mT @ x.double(), rtol=1e-12, atol=1e-11)
+    add_gram(total, x, -1, sums)
+    assert max(total.abs().max(), sums.abs().max()) < 1e-10

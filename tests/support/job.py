@@ -86,7 +86,7 @@ def outcome(case: str, rank: int = 0, size: int = 1) -> dict[str, Any]:
 
 def main(case: str, folder: Path) -> int:
     """Run one process of a case; return 2 for an FxlrdError, which it prints."""
-    faulthandler.dump_traceback_later(100, exit=True)  # a process that hangs says where
+    faulthandler.dump_traceback_later(240, exit=True)  # a process that hangs says where
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address = f"file://{folder / 'rendezvous'}"
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
