@@ -121,12 +121,12 @@ class Merging:
     retained: Callable[[int], Tensor] = field(default=_unknown, repr=False, compare=False)
 
     @cached_property
-    def makers(self) -> frozenset[str]:
+    def made_by(self) -> frozenset[str]:
         """The layers that make the channels."""
         return frozenset(str(producer.node.target) for producer in self.group.producers)
 
     @cached_property
-    def readers(self) -> frozenset[str]:
+    def read_by(self) -> frozenset[str]:
         """The layers that read the channels."""
         return frozenset(str(consumer.node.target) for consumer in self.group.consumers)
 

@@ -123,9 +123,9 @@ class Problem:
         for group, merging in self.groups.items():
             for name in merging.cut:
                 reads, makes = cutters.setdefault(name, ([], []))
-                if name in merging.makers:
+                if name in merging.made_by:
                     makes.append(group)
-                if name in merging.readers:
+                if name in merging.read_by:
                     reads.append(group)
         return cutters
 
