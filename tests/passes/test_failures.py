@@ -106,12 +106,12 @@ def without_memory(monkeypatch, cls, size):
     """Let ``add`` of moments raise where they are of ``size`` channels, from the second batch on."""
     add, calls = cls.add, []
 
-    def fail(self, values):
+    def fail(self, *given):
         if len(self.total) == size:
             calls.append(1)
             if len(calls) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-        add(self, values)
+        add(self, *given)
 
     monkeypatch.setattr(cls, "add", fail)
 
