@@ -38,11 +38,9 @@ def _makes_fewer(weight: Tensor) -> bool:
 
 def _root_of_the_shorter_side(module: nn.Module, weight: Tensor, fit: Fit | None) -> Root | None:
     """Return the root of this side's metric; None stands for the identity."""
-    if fit is None or (_makes_fewer(weight) and fit.importance is None):
-        return None
-    if fit.importance is not None and _makes_fewer(weight):
-        return output_root(module, fit.importance)
-    return input_root(module, fit)
+    if _makes_fewer(weight):
+        return None if fit is None or fit.importance is None else output_root(module, fit.importance)
+    return None if fit is None else input_root(module, fit)
 
 
 def fit_of(layer: Layer) -> Fit | None:
@@ -65,13 +63,11 @@ class Factored:
 
     def __init__(self) -> None:
         self.grams: dict[str, Tensor] = {}
-        self._entries = 0
         self._latest: tuple[Layer, Fit, Tensor, Root | None] | None = None
 
     def know(self, layer: Layer, gram: Tensor) -> None:
         """Keep a layer's gram until its forms are made, unless that is too much (`_MOST`)."""
-        if self._entries + gram.numel() <= _MOST:
-            self._entries += gram.numel()
+        if gram.numel() + sum(each.numel() for each in self.grams.values()) <= _MOST:
             self.grams[layer.name] = gram
 
     def at(self, layer: Layer, ranks: Ranks) -> nn.Module:

@@ -23,6 +23,7 @@ from fxlrd.allocation.parts import Part, parts_of, together
 from fxlrd.allocation.plan import Plan
 
 _LAMBDAS, _WEIGHTS = 25, 201
+"""Weights of cost that plans are searched from, and those that a bound is the best of."""
 _SWEEPS = 8
 _STEPS = 32768
 """Of the knapsack where it is solved once."""

@@ -73,7 +73,7 @@ class Importance:
         self._matrices: list[Tensor] = []
         self.sums: dict[fx.Node, Samples] = {}
         self.failed: dict[fx.Node, Reason] = {}
-        self.probes, self.lift = 0, 1.0
+        self.probes = 0
         self.rows = self.positions = self.inputs = 0
         self.generator = torch.Generator().manual_seed(0)
         if (shared := job(gm)) is not None:
@@ -141,7 +141,8 @@ class Importance:
         if model is not self.gm:
             self._leave_others_empty()
         with evaluating(model), isolated(model), torch.enable_grad():
-            value = run_watched(self.gm, model, inputs, [*others, _Gradients(self, zero)])
+            gradients = _Gradients(self, zero)
+            value = run_watched(self.gm, model, inputs, [*others, gradients])
             found = tensors(value)
             if len(self.logits) != len(found):
                 self.logits = logits_of(value, self.softmax, self._rows())
@@ -150,8 +151,9 @@ class Importance:
             probes = PROBES if self.rows < FEW else 1
             for i in range(probes if outputs else 0):
                 starts = [spread_out(self.start(at_tokens(t, tokens), each), t, tokens) for t, each in outputs]
-                self.lift = _lift([t for t, _ in outputs], starts)
-                lifted = [(v * self.lift).to(t.dtype) for v, (t, _) in zip(starts, outputs, strict=True)]
+                lift = _lift([t for t, _ in outputs], starts)
+                gradients.unit = 1 / lift
+                lifted = [(v * lift).to(t.dtype) for v, (t, _) in zip(starts, outputs, strict=True)]
                 graph = i + 1 < probes
                 torch.autograd.grad([t for t, _ in outputs], zero, lifted, retain_graph=graph, allow_unused=True)
                 self.probes += 1
@@ -214,6 +216,7 @@ class _Gradients:
 
     def __init__(self, importance: Importance, zero: Tensor) -> None:
         self.importance, self.zero = importance, zero
+        self.unit = 1.0  # of the gradients
 
     def reads(self, call: fx.Node, value: Tensor, changes: int) -> None:
         """Do nothing."""
@@ -238,7 +241,7 @@ class _Gradients:
         try:
             if call not in sums:
                 sums[call] = Samples.none(rows, count)
-            sums[call].add(rows.reshape(len(rows) if rows.dim() > 1 else 1, -1, count), 1 / self.importance.lift)
+            sums[call].add(rows.reshape(len(rows) if rows.dim() > 1 else 1, -1, count), self.unit)
         except Exception as error:
             if (reason := memory_failure(error, "calibration")) is None:
                 raise

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxlrd.factor.basis import magnitude, working
-from fxlrd.factor.products import add_gram, gram
+from fxlrd.factor.products import gram
 
 POSITIONS = 256
 """Positions of one input that are sampled, evenly strided; the next inputs begin at others."""
@@ -66,10 +66,7 @@ class Samples:
             self.total, self.squares, self.unit = self.total.mul_(less), self.squares * less**2, whole
         rows = (working(rows) if rows.device.type == "cpu" else rows.double()) / peak
         scale = (whole / self.unit) ** 2 * positions / max(rows.shape[1], 1)
-        if rows.dtype == self.total.dtype:
-            add_gram(self.total, rows.flatten(0, 1), scale)
-        else:
-            self.total.add_(gram(rows.flatten(0, 1)), alpha=scale)
+        self.total.add_(gram(rows.flatten(0, 1)).to(self.total.dtype), alpha=scale)
         small = rows @ rows.mT if rows.shape[1] < rows.shape[2] else rows.mT @ rows
         self.squares += float(torch.linalg.vector_norm(small, dtype=torch.float64)) ** 2 * scale**2
 

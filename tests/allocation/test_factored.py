@@ -59,6 +59,14 @@ def test_what_a_curve_was_made_of_serves_in_half_precision_at_any_scale(dtype, s
     assert relative_error(forms[1](x), forms[0](x)) < 4 * torch.finfo(dtype).eps
 
 
+def test_no_more_is_kept_than_memory_allows(monkeypatch):
+    monkeypatch.setattr("fxlrd.allocation.factored._MOST", 20)
+    factored = Factored()
+    for name in "abc":
+        factored.know(SimpleNamespace(name=name), torch.zeros(1, 3, 3))
+    assert [*factored.grams] == ["a", "b"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_where_no_output_matters_they_are_those_without_effects(name):
     layer, fit = layer_of(name, True)

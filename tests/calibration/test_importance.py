@@ -62,8 +62,7 @@ def test_of_a_linear_model_it_is_the_square_of_the_jacobian():
     gamma = exact(gm, x, 16)
     z, w = net(x).detach(), net[1].weight.detach()
     torch.testing.assert_close(gamma(node(gm, "0")), 4 * w.mT @ w / z.square().sum(), rtol=1e-12, atol=1e-14)
-    wanted = 4 * torch.eye(4).double() / z.square().sum()
-    torch.testing.assert_close(gamma(node(gm, "1")), wanted, rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(gamma(node(gm, "1")), 4 * torch.eye(4).double() / z.square().sum(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -114,7 +113,7 @@ def test_over_batches_it_is_the_mean():
         for _ in range(8 // PROBES):
             importance.add(Inputs((part,)))
     mean = (exact(gm, parts[0], 8)(node(gm, "b")) + exact(gm, parts[1], 8)(node(gm, "b"))) / 2
-    torch.testing.assert_close(importance.gamma(node(gm, "b")), mean, rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(importance.gamma(node(gm, "b")), mean, rtol=1e-12, atol=0)
 
 
 # Not b: what it reads has a mean of its own in each image, and a pool adds up errors that go the same way.
@@ -147,7 +146,7 @@ def test_signs_are_fair_and_the_same_each_time():
     first, again = (Importance(gm).start(output, False) for _ in "ab")
     assert torch.equal(first, again)
     signs = first * output.norm()
-    torch.testing.assert_close(signs.abs(), torch.ones(64, 64).double(), rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(signs.abs(), torch.ones(64, 64).double(), rtol=1e-12, atol=0)
     assert signs.mean().abs() < 4 / 64, "four standard deviations"
     state = torch.get_rng_state()
     Importance(gm).add(Inputs((torch.randn(4, 3, generator=torch.Generator().manual_seed(1)),)))
@@ -210,7 +209,7 @@ def test_each_output_counts_alike():
     eye = torch.eye(4, dtype=torch.float64)
     wanted = 4 * (w.mT @ w / z.square().sum() + eye / y.square().sum())
     torch.testing.assert_close(gamma(node(gm, "a")), wanted, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(gamma(node(gm, "b")), 4 * eye / z.square().sum(), rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(gamma(node(gm, "b")), 4 * eye / z.square().sum(), rtol=1e-12, atol=0)
 
 
 class Reused(nn.Module):
@@ -229,7 +228,7 @@ def test_each_call_of_a_layer_has_its_own():
     gamma = exact(gm, x, 16)
     w, size = net.fc.weight.detach(), net(x).detach().square().sum()
     torch.testing.assert_close(gamma(first), 4 * w.mT @ w / size, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(gamma(last), 4 * torch.eye(4).double() / size, rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(gamma(last), 4 * torch.eye(4).double() / size, rtol=1e-12, atol=0)
 
 
 class Classes(nn.Module):
@@ -296,7 +295,7 @@ def test_channels_are_those_of_the_last_axis_of_a_linear(shape):
     assert importance.gamma(node(gm, "0")).shape == (4, 4)
     count = x.numel() // 6
     wanted = count / net(x).detach().square().sum()
-    torch.testing.assert_close(importance.gamma(node(gm, "0")).diagonal(), wanted.expand(4), rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(importance.gamma(node(gm, "0")).diagonal(), wanted.expand(4), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("logits", [False, True])
@@ -304,7 +303,7 @@ def test_in_float16_it_is_what_it_is_in_float64_however_small_gradients_are(logi
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 8)).half()
     with torch.no_grad():
-        net[1].weight *= 1e-5
+        net[1].weight *= 1e-4
         net[1].bias.normal_().mul_(10)
     x, found = torch.randn(5000, 16).half(), []
     for dtype in (torch.float16, torch.float64):
@@ -314,7 +313,7 @@ def test_in_float16_it_is_what_it_is_in_float64_however_small_gradients_are(logi
         found.append([importance.gamma(node(gm, name)).double() for name in "01"])
     for half, double in zip(*found, strict=True):
         assert double.trace() > 0
-        assert (half - double).norm() < 1e-2 * double.norm()
+        assert (half - double).norm() < 4 * torch.finfo(torch.float16).eps * double.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -94,7 +94,8 @@ def test_what_tells_where_tokens_are(arguments, known):
     assert (tokens_of(gm, Inputs((), arguments)) is not None) == known
 
 
-def test_rows_go_back_to_where_they_were():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_rows_go_back_to_where_they_were_in_their_own_precision(dtype):
     x = torch.randn(2, 3, 4)
     tokens = torch.tensor([[True, False, True], [False, True, False]])
-    torch.testing.assert_close(spread_out(x[tokens], x, tokens), x * tokens[..., None], rtol=0, atol=0)
+    torch.testing.assert_close(spread_out(x[tokens], x.to(dtype), tokens), x * tokens[..., None], rtol=0, atol=0)

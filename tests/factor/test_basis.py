@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from fxlrd.factor import basis
-from fxlrd.factor.basis import EXCESS, _accurate, left_basis
+from fxlrd.factor.basis import EXCESS, _accurate, left_basis, magnitude
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -145,3 +147,15 @@ def test_a_truncation_counts_as_accurate_down_to_the_tail_that_rounding_leaves(r
     for tail, accurate in [(1.01 * limit, True), (0.99 * limit, False)]:
         values = torch.tensor([0.3 * tail, 0.7 * tail, *[1.0] * rank])
         assert _accurate(values, rank) == accurate
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("entry", [3.0, -3.0, 0.25, -1.5e-3])
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_magnitude_is_the_power_of_two_just_above_the_largest_entry(dtype, entry, strided):
+    t = torch.zeros(4, 6, dtype=dtype)
+    t[1, 2], t[3, 5] = entry, entry / 2
+    found = magnitude(t.mT if strided else t)
+    assert found / 2 <= abs(entry) < found
+    assert math.frexp(found)[0] == 0.5
+    assert magnitude(torch.zeros(2, 2, dtype=dtype)) == 1
